@@ -1,0 +1,57 @@
+"""What runs the FP8 nodes of a final graph: the reference bodies, or Triton kernels.
+
+``fp8::`` operators are opaque calls to Inductor. The *reference* backend leaves them so: their
+eager bodies run, on any device. The *triton* backend replaces them by kernel launches.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import fx
+
+from ..errors import OptionError
+
+REFERENCE, TRITON = "reference", "triton"
+MIN_CAPABILITY = (9, 0)
+
+_told: set[str] = set()
+
+
+def resolve_kernels(kernels: str, device: torch.device) -> str:
+    """Which kernels to use on a device: "triton" or "reference".
+
+    "auto" takes Triton where it can and says once per device type that it emulates elsewhere.
+    Raises OptionError if "triton" was asked for on a device that cannot run it.
+    """
+    problem = _why_not_triton(device)
+    if kernels == TRITON and problem:
+        raise OptionError(f"kernels='triton' needs {problem}; use kernels='auto' or 'reference'")
+    if kernels == REFERENCE or (kernels == "auto" and problem):
+        if kernels == "auto" and device.type not in _told:
+            _told.add(device.type)
+            warnings.warn(
+                f"FP8 is emulated here, with the same results and no speed-up: it needs {problem}",
+                stacklevel=2,
+            )
+        return REFERENCE
+    return TRITON
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"an NVIDIA GPU; the model is on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"compute capability 9.0; {torch.cuda.get_device_name(device)} has {capability}"
+    return None
+
+
+def lower(gm: fx.GraphModule, kernels: str) -> dict[str, str]:
+    """Replace the FP8 nodes of a final graph; returns the kernels' source by name."""
+    if kernels == REFERENCE:
+        return {}
+    from .triton import lower_to_triton  # Triton itself is only needed from here on
+
+    return lower_to_triton(gm)

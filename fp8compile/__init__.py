@@ -1,0 +1,45 @@
+"""FP8 for PyTorch, done by a compiler: ``torch.compile(model, backend="fp8")``."""
+
+from .errors import (
+    Fp8CompileError,
+    OptionError,
+    PassError,
+    RecipeError,
+    ScalingStateError,
+    StrictError,
+)
+from .formats import Format
+from .recipe import RECIPES, Gemm, Operand, Recipe, Scaling
+from .scaling import load_state_dict, state_dict, update_scales
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    # explain needs the compiler, and with it Inductor: loaded when it is first asked for.
+    if name == "explain":
+        from .explain import explain
+
+        return explain
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "RECIPES",
+    "Format",
+    "Fp8CompileError",
+    "Gemm",
+    "Operand",
+    "OptionError",
+    "PassError",
+    "Recipe",
+    "RecipeError",
+    "Scaling",
+    "ScalingStateError",
+    "StrictError",
+    "__version__",
+    "explain",
+    "load_state_dict",
+    "state_dict",
+    "update_scales",
+]

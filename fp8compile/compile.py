@@ -1,0 +1,255 @@
+"""The backend: ``torch.compile(model, backend="fp8", options={...})``.
+
+The way of a model, top to bottom: ``fp8`` tags the Dynamo graph's sites and appends the scaling
+state as inputs; ``GraphCompiler.joint`` runs the passes on the joint graph; PyTorch's partitioner
+splits it; ``GraphCompiler.lowered`` puts in the kernels; Inductor compiles the rest; the returned
+``CompiledGraph`` looks up the scaling state of the weights it is called with.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import internals
+from .backends import lower, resolve_kernels
+from .dump import Dump
+from .errors import OptionError, StrictError
+from .ir import SLOTS_PER_SITE, Site
+from .modules import SiteNames, calling_module, owner_of
+from .options import Options, parse_options
+from .passes import StateNodes, drop_unused_outputs, joint_passes, run_passes, tag_sites
+from .passes.choose_precision import SKIPPED
+from .passes.find_gemms import unsited_matmuls
+from .recipe import Scaling
+from .report import Row, gemm_rows, other_matmul_row
+from .scaling import ScalingState, find_state
+
+log = logging.getLogger("fp8compile")
+
+STATE_INPUTS = ("fp8_scale", "fp8_amax_fwd", "fp8_amax_bwd")
+
+
+def fp8(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with its matmuls in FP8. See Options for what can be chosen.
+
+    Raises OptionError and RecipeError for what is wrong with the options, PassError if a pass
+    fails, StrictError under ``strict`` for what stays in high precision.
+    """
+    return compile_graph(gm, example_inputs, parse_options(options, mode))
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    *,
+    inner_compile: Callable[..., Any] | None = None,
+    on_joint: Callable[[list[Row]], None] | None = None,
+) -> Callable[..., Any]:
+    """``fp8`` with parsed options. ``inner_compile`` replaces Inductor's code generation;
+    ``on_joint`` is given the rows of each graph, as ``explain`` needs them."""
+    gm = internals.clone_dynamo_graph(gm)
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    tensors = dict(zip(inputs, example_inputs, strict=True))
+    root = _root(example_inputs)
+    tag_sites(gm, name_of=SiteNames(root, tensors))
+    sites: list[Site] = gm.meta["fp8_sites"]
+    _check_skip(options, sites, root, gm)
+    device = _device(sites, example_inputs)
+    compiler = GraphCompiler(options, sites, resolve_kernels(options.kernels, device), on_joint)
+    stateful = bool(sites) and options.recipe.scaling is Scaling.DELAYED
+    state_examples: list[Tensor] = []
+    if stateful:
+        state_examples = [torch.zeros(SLOTS_PER_SITE * len(sites), device=device) for _ in range(3)]
+        for name, example in zip(STATE_INPUTS, state_examples, strict=True):
+            internals.add_input(gm, name, example)
+    start = time.perf_counter()
+    run = internals.compile_with_inductor(
+        gm,
+        [*example_inputs, *state_examples],
+        joint=compiler.joint,
+        lowered=compiler.lowered,
+        key=compiler.cache_key(),
+        patches=options.inductor,
+        inner_compile=inner_compile,
+    )
+    compiler.finish(time.perf_counter() - start)
+    return CompiledGraph(run, options, sites, device, example_inputs) if stateful else run
+
+
+@dataclass
+class GraphCompiler:
+    """What happens to one Dynamo graph between Inductor's hooks."""
+
+    options: Options
+    sites: list[Site]
+    kernels: str
+    on_joint: Callable[[list[Row]], None] | None = None
+    rows: list[Row] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.dump = Dump(self.options.dump) if self.options.dump else None
+
+    def cache_key(self) -> str:
+        """Everything the compiled code depends on, besides the graph itself."""
+        skipped = tuple(self.options.skips(site.fqn) for site in self.sites)
+        parts = (self.options.cache_key(), self.sites, skipped, self.kernels)
+        return f"{internals.source_hash()}{parts}"
+
+    def joint(self, gm: fx.GraphModule) -> None:
+        """Rewrite the joint graph, or the only graph when there is no backward."""
+        state = None
+        if self.sites and self.options.recipe.scaling is Scaling.DELAYED:
+            state = StateNodes(*internals.last_inputs(gm, len(STATE_INPUTS)))
+            for node in (state.scale, state.amax_bwd):
+                internals.mutated_between_forward_and_backward(node)
+        training = any(internals.is_tangent(node) for node in gm.graph.nodes)
+        passes = joint_passes(
+            recipe=self.options.recipe,
+            sites=self.sites,
+            skips=self.options.skips,
+            state=state,
+            training=training,
+        )
+        if self.dump is not None:
+            self.dump.graph("joint", gm)
+        run_passes(gm, passes, after_each=self.dump and self.dump.graph)
+        self._report(gm)
+
+    def lowered(self, gm: fx.GraphModule) -> None:
+        """Put the kernels into a forward, backward or inference graph."""
+        drop_unused_outputs(gm)
+        direction = "backward" if _is_backward_graph(gm) else "forward"
+        if self.dump is not None:
+            self.dump.graph(direction, gm)
+        sources = lower(gm, self.kernels)
+        gm.recompile()
+        if self.dump is not None and sources:
+            self.dump.graph(f"{direction}.kernels", gm)
+            for name, source in sources.items():
+                self.dump.text(f"{name}.py", source)
+
+    def _report(self, gm: fx.GraphModule) -> None:
+        rows = gemm_rows(gm, self.kernels)
+        self.rows = rows
+        left_out = [row for row in rows if row.reason and row.reason != SKIPPED]
+        if self.options.strict and left_out:
+            lines = "\n  ".join(f"{r.fqn} {r.gemm}: {r.reason}" for r in left_out)
+            raise StrictError(f"strict=True, but these stay in high precision:\n  {lines}")
+        if not any(row.is_fp8 for row in rows):
+            _nothing_to_do(self.options, rows)
+        if self.on_joint is not None:
+            others = [other_matmul_row(node, why) for node, why in unsited_matmuls(gm)]
+            self.on_joint(rows + others)
+
+    def finish(self, seconds: float) -> None:
+        """Say in one line what was compiled."""
+        log.info(
+            "compiled %d sites: %d of %d GEMMs in FP8 (%s kernels), %.1f s",
+            len(self.sites),
+            sum(row.is_fp8 for row in self.rows),
+            len(self.rows),
+            self.kernels,
+            seconds,
+        )
+
+
+class CompiledGraph:
+    """A compiled graph together with the way to its scaling state."""
+
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        options: Options,
+        sites: Sequence[Site],
+        device: torch.device,
+        example_inputs: Sequence[Any],
+    ) -> None:
+        self._run = run
+        self._recipe = options.recipe
+        self._device = device
+        # Only a parameter can be recognised again; other weights share the graph's own state.
+        self._weights = [
+            s.weight if s.weight is not None and _is_parameter(example_inputs[s.weight]) else None
+            for s in sites
+        ]
+        self._trainable = [
+            i for i, x in enumerate(example_inputs) if _is_parameter(x) and x.requires_grad
+        ]
+        self._state: ScalingState | None = None
+        self._owner: weakref.ref[nn.Module] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        state = self._find_state(args)
+        owner = None if self._owner is None else self._owner()
+        training = torch.is_grad_enabled() and (owner is None or owner.training)
+        if training and not state.observed:
+            state.stepped_by = frozenset(id(args[i]) for i in self._trainable)
+        return self._run(*args, *(state.observing() if training else state.reading()))
+
+    def _find_state(self, args: Sequence[Any]) -> ScalingState:
+        weights = [None if i is None else args[i] for i in self._weights]
+        if self._state is None or not self._state.belongs_to(weights, self._recipe):
+            self._state = find_state(weights, self._recipe, self._device)
+            anchor = next((w for w in weights if w is not None), None)
+            owner = None if anchor is None else owner_of(anchor)
+            self._owner = None if owner is None else weakref.ref(owner)
+        return self._state
+
+
+def _is_parameter(value: Any) -> bool:
+    return isinstance(value, nn.Parameter)
+
+
+def _root(example_inputs: Sequence[Any]) -> nn.Module | None:
+    parameter = next((x for x in example_inputs if _is_parameter(x)), None)
+    return None if parameter is None else calling_module(parameter)
+
+
+def _device(sites: Sequence[Site], example_inputs: Sequence[Any]) -> torch.device:
+    weights = [example_inputs[site.weight] for site in sites if site.weight is not None]
+    tensors = [x for x in (*weights, *example_inputs) if isinstance(x, Tensor)]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _is_backward_graph(gm: fx.GraphModule) -> bool:
+    return any(internals.is_tangent(node) for node in gm.graph.nodes)
+
+
+def _check_skip(
+    options: Options, sites: Sequence[Site], root: nn.Module | None, gm: fx.GraphModule
+) -> None:
+    """Raise OptionError for a glob that matches no site, nor any module of the model."""
+    if callable(options.skip):
+        return
+    names = {site.fqn for site in sites}
+    if root is not None:  # other graphs of the same model may hold the site
+        names |= {name for name, module in root.named_modules() if module._parameters}
+    for glob in options.skip:
+        if not any(Options(skip=(glob,)).skips(name) for name in names):
+            raise OptionError(
+                f"skip={glob!r} matches nothing; the sites are {sorted(s.fqn for s in sites)}"
+            )
+
+
+def _nothing_to_do(options: Options, rows: Sequence[Row]) -> None:
+    why = "; ".join(sorted({f"{row.fqn}: {row.reason}" for row in rows})) or "it has no matmul"
+    message = f"no GEMM of this graph runs in FP8 ({why})"
+    if options.strict:
+        raise StrictError(message)
+    warnings.warn(message, stacklevel=2)

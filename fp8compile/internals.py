@@ -1,0 +1,192 @@
+"""Every use of PyTorch's private API, each with the versions that need it.
+
+The rest of the package sees graphs, callables and plain functions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, detect_fake_mode
+from torch._higher_order_ops.triton_kernel_wrap import (
+    create_tma_stable_metadata,
+    kernel_side_table,
+    triton_kernel_wrapper_mutation,
+)
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import (
+    CustomGraphPass,
+    CustomPartitionerFn,
+    get_hash_for_files,
+)
+
+HOOKS = ("joint_custom_pre_pass", "custom_partitioner_fn", "post_grad_custom_post_pass")
+
+
+def clone_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy that may be changed: Dynamo reads its own graph again after the backend returns.
+
+    All versions: AOTAutograd finds out which inputs are parameters through ``_dynamo_source`` and
+    ``_param_name_to_source``; without them CUDA graphs would copy every weight at every step.
+    """
+    graph, copies = fx.Graph(), {}  # type: ignore[var-annotated]
+    graph.output(graph.graph_copy(gm.graph, copies))
+    clone = fx.GraphModule(gm, graph)
+    clone.meta = dict(gm.meta)
+    for name in ("_param_name_to_source", "compile_subgraph_reason", "torchdynamo_force_dynamic"):
+        if name in gm.__dict__:
+            clone.__dict__[name] = gm.__dict__[name]
+    for original, copy in copies.items():
+        if hasattr(original, "_dynamo_source"):
+            copy._dynamo_source = original._dynamo_source
+    graph.output_node().meta = gm.graph.output_node().meta.copy()
+    return clone
+
+
+def add_input(gm: fx.GraphModule, name: str, example: Tensor) -> fx.Node:
+    """Append a graph input that AOTAutograd takes for a static one, like a parameter.
+
+    All versions: the order of Dynamo's own inputs must stay; ``tensor_dict`` and
+    ``_dynamo_source`` are what Dynamo would have put there.
+    """
+    last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
+    with gm.graph.inserting_after(last):
+        node = gm.graph.placeholder(name)
+    context = TracingContext.try_get()
+    mode = detect_fake_mode() or (context and context.fake_mode)
+    fake = mode.from_tensor(example, static_shapes=True) if mode else example
+    node.meta.update(val=fake, example_value=fake)
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    node._dynamo_source = ConstantSource(name)  # type: ignore[attr-defined]
+    return node
+
+
+def source_name(node: fx.Node) -> str:
+    """Where Dynamo got a graph input from, such as ``L['self']._modules['fc']``, or ""."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return name() if callable(name) else str(name)
+
+
+def last_inputs(gm: fx.GraphModule, count: int) -> list[fx.Node]:
+    """The last ``count`` inputs of the forward, behind which a joint graph has its tangents."""
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return [node for node in inputs if not is_tangent(node)][-count:]
+
+
+def is_tangent(node: fx.Node) -> bool:
+    """Whether a joint graph's input is a gradient that comes in from outside."""
+    return node.op == "placeholder" and node.name.startswith("tangents_")
+
+
+def mutated_between_forward_and_backward(node: fx.Node) -> None:
+    """Allow an input that is saved for backward to be written before backward runs."""
+    node.meta["saved_tensor_with_no_vc_check"] = True
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    joint: Callable[[fx.GraphModule], None],
+    lowered: Callable[[fx.GraphModule], None],
+    key: str,
+    patches: Mapping[str, Any],
+    inner_compile: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile with ``joint`` run on the joint (or inference) graph, ``lowered`` on the final ones.
+
+    ``key`` must name everything the two depend on: it goes into Inductor's cache keys.
+    ``inner_compile`` replaces Inductor's code generation.
+    """
+    hooks = {
+        "joint_custom_pre_pass": _GraphPass(joint, key),
+        "custom_partitioner_fn": _Partitioner(key),
+        "post_grad_custom_post_pass": _GraphPass(lowered, key),
+    }
+    if inner_compile is None:
+        return compile_fx(gm, list(inputs), config_patches={**patches, **hooks})
+    # Code that does not come from Inductor must not end up in its caches.
+    hooks |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}  # type: ignore[dict-item]
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        return compile_fx(
+            gm, list(inputs), inner_compile=inner_compile, config_patches={**patches, **hooks}
+        )
+
+
+def source_hash() -> str:
+    """A hash over this package's own source: an edited pass must not meet cached code."""
+    root = Path(__file__).resolve().parent
+    folders = (root, root.parent / "passes", root.parent / "backends")
+    if not folders[1].is_dir():  # installed as a wheel: the links became real folders
+        folders = (root,)
+    files = sorted({str(file) for folder in folders for file in folder.rglob("*.py")})
+    return get_hash_for_files(tuple(files)).hex()
+
+
+class _GraphPass(CustomGraphPass):
+    """Inductor's form of a pass: a callable on an fx.Graph, with a cache key."""
+
+    def __init__(self, run: Callable[[fx.GraphModule], None], key: str) -> None:
+        self._run = run
+        self._key = key
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self._run(graph.owning_module)
+
+    def uuid(self) -> str:
+        return self._key
+
+
+class _Partitioner(CustomPartitionerFn):
+    """Inductor's own min-cut partitioner; the passes have already marked what to keep."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+
+    def uuid(self) -> str:
+        return self._key
+
+
+def emit_kernel_launch(
+    graph: fx.Graph,
+    kernel: Any,
+    *,
+    tensors: Mapping[str, fx.Node],
+    constants: Mapping[str, Any],
+    grid: tuple[Any, ...],
+    descriptors: Mapping[str, Sequence[int]],
+) -> fx.Node:
+    """A Triton kernel launch as a graph node, which Inductor inlines into its wrapper code.
+
+    ``kernel``: a ``JITFunction`` or an ``Autotuner`` of one config. ``descriptors``: the block
+    shapes of those ``tensors`` that the kernel takes as TMA descriptors.
+    2.11 to 2.15: the operator and its side table are private.
+    """
+    metadata = {name: create_tma_stable_metadata(list(block)) for name, block in descriptors.items()}
+    static = {k: v for k, v in constants.items() if not isinstance(v, fx.Node)}
+    dynamic = {k: v for k, v in constants.items() if isinstance(v, fx.Node)}
+    node = graph.call_function(
+        triton_kernel_wrapper_mutation,
+        (),
+        {
+            "kernel_idx": kernel_side_table.add_kernel(kernel),
+            "constant_args_idx": kernel_side_table.add_constant_args(static),
+            "grid": [grid],
+            "tma_descriptor_metadata": metadata,
+            "kwargs": {**tensors, **dynamic},
+        },
+    )
+    node.meta["val"] = None
+    return node

@@ -1,0 +1,332 @@
+"""What the passes know about a graph: sites, GEMMs, edges; and how to print and verify it.
+
+A *site* is one matmul call in the user's model. ``find_gemms`` puts a ``GemmInfo`` into
+``node.meta["fp8"]`` of every GEMM that belongs to one, and the later passes refine it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import networkx as nx
+import sympy
+import torch
+from torch import fx
+
+from . import ops  # noqa: F401  (registers the fp8:: operators)
+from .errors import PassError
+from .formats import FP8_DTYPES, Format
+from .recipe import Gemm, Operand
+
+aten = torch.ops.aten
+QUANTIZE = torch.ops.fp8.quantize.default
+SCALED_MM = torch.ops.fp8.scaled_mm.default
+TRACK_AMAX = torch.ops.fp8.track_amax.default
+
+SITE_TAG = "fp8_site"  # key in meta["custom"], which AOTAutograd carries to the backward nodes
+SLOTS_PER_SITE = len(Operand)
+QUANTIZE_OUTPUTS = ("fp8", "fp8_t", "scale_inv", "amax")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One matmul call in the user's model.
+
+    ``fqn``: the module it is called in, or the name of its weight. ``weight``: the position of
+    its weight among the graph's inputs, or None. ``weight_first``: whether the weight is the
+    left operand. ``reason``: why it stays in high precision whatever its shapes, or None.
+    """
+
+    index: int
+    fqn: str
+    weight: int | None = None
+    weight_first: bool = False
+    reason: str | None = None
+
+    def slot(self, operand: Operand) -> int:
+        """Where this site's scaling state for an operand lies in the graph's flat tensors."""
+        return SLOTS_PER_SITE * self.index + operand.value
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A GEMM operand: its role, whether the GEMM takes its base transposed, and its format."""
+
+    operand: Operand
+    transposed: bool
+    format: Format | None = None
+
+
+@dataclass(frozen=True)
+class GemmInfo:
+    """What is known of a GEMM ``[m, k] @ [k, n]``. ``reason``: why it is not FP8, or None."""
+
+    site: Site
+    gemm: Gemm
+    left: Edge
+    right: Edge
+    m: sympy.Expr
+    n: sympy.Expr
+    k: sympy.Expr
+    dtype: torch.dtype
+    reason: str | None = None
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.reason is None
+
+    @property
+    def flops(self) -> sympy.Expr:
+        """Multiplications and additions, as an expression in the symbolic sizes."""
+        return 2 * self.m * self.n * self.k
+
+    def bytes(self, operand_itemsize: int) -> sympy.Expr:
+        """Bytes moved when each operand is read once and the output is written once."""
+        read = (self.m * self.k + self.k * self.n) * operand_itemsize
+        return read + self.m * self.n * self.dtype.itemsize
+
+    def with_formats(self, left: Format, right: Format) -> GemmInfo:
+        """The same GEMM with a format on both edges."""
+        return replace(
+            self,
+            left=replace(self.left, format=left),
+            right=replace(self.right, format=right),
+        )
+
+
+def gemm_info(node: fx.Node) -> GemmInfo | None:
+    """The GemmInfo of a node, or None."""
+    return node.meta.get("fp8")
+
+
+def gemms(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, GemmInfo]]:
+    """Every GEMM that ``find_gemms`` marked, in graph order."""
+    for node in gm.graph.nodes:
+        info = gemm_info(node)
+        if info is not None:
+            yield node, info
+
+
+def operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The left and right operand of an ``mm`` or ``addmm``."""
+    left, right = node.args[-2:]
+    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    return left, right
+
+
+def base_of(node: fx.Node) -> tuple[fx.Node, bool]:
+    """The value behind 2-D transposes, and whether their number is odd."""
+    transposed = False
+    while node.target is aten.t.default or (
+        node.target is aten.permute.default and list(node.args[1]) == [1, 0]  # type: ignore[call-overload, arg-type]
+    ):
+        node, transposed = node.args[0], not transposed  # type: ignore[assignment]
+    return node, transposed
+
+
+def edge_graph(gm: fx.GraphModule) -> nx.MultiDiGraph:
+    """The FP8 edges of a graph: base value -> GEMM, with ``edge`` (an Edge) and ``site``."""
+    graph = nx.MultiDiGraph()
+    for node, info in gemms(gm):
+        if not info.is_fp8 or node.target is SCALED_MM:
+            continue
+        for value, edge in zip(operands(node), (info.left, info.right), strict=True):
+            graph.add_edge(base_of(value)[0], node, edge=edge, site=info.site)
+    return graph
+
+
+def is_backward(node: fx.Node) -> bool:
+    """Whether AOTAutograd traced this node as part of the backward."""
+    return "backward" in str(node.meta.get("partitioner_tag", ""))
+
+
+def size_expr(size: int | torch.SymInt) -> sympy.Expr:
+    """A tensor dimension as a sympy expression."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def fake_mode_of(graph: fx.Graph) -> Any:
+    """The fake tensor mode the graph's ``meta["val"]`` live in."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and hasattr(value, "fake_mode"):
+            return value.fake_mode
+    raise PassError("emit", "the graph has no fake tensors in meta['val']; trace it with make_fx")
+
+
+def emit(
+    graph: fx.Graph, target: Any, args: tuple[Any, ...], name: str, like: fx.Node | None = None
+) -> fx.Node:
+    """Insert a call at the graph's insertion point, with ``meta["val"]`` evaluated.
+
+    ``like`` is the node whose provenance (source line, module path, direction) it inherits.
+    """
+    node = graph.create_node("call_function", target, args, name=name)
+    if like is not None:
+        inherited = ("stack_trace", "nn_module_stack", "partitioner_tag", "custom", "seq_nr")
+        node.meta.update({key: like.meta[key] for key in inherited if key in like.meta})
+    node.meta["val"] = evaluate(node)
+    return node
+
+
+def evaluate(node: fx.Node) -> Any:
+    """Re-run a node on its arguments' fake tensors."""
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    with fake_mode_of(node.graph):
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+_DTYPES = {
+    torch.float8_e4m3fn: "e4m3",
+    torch.float8_e5m2: "e5m2",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "bool",
+}
+
+
+def format_value(value: Any) -> str:
+    """A value's type as short text, such as ``bf16[16, 64]``."""
+    if isinstance(value, torch.Tensor):
+        dtype = _DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch."))
+        return f"{dtype}[{', '.join(str(size) for size in value.shape)}]"
+    if isinstance(value, list | tuple):
+        return f"({', '.join(format_value(v) for v in value)})"
+    return "none" if value is None else type(value).__name__
+
+
+def format_graph(gm: fx.GraphModule) -> str:
+    """The graph as text: one line a node, ``name : type = op(args)``, columns aligned."""
+    rows = []
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            rows.append(("return", "", format_args(node.args[0])))
+        else:
+            rows.append((node.name, format_value(node.meta.get("val")), _format_call(node)))
+    name_width = max((len(name) for name, _, call in rows if call), default=0)
+    type_width = max((len(kind) for _, kind, _ in rows), default=0)
+    lines = []
+    for name, kind, call in rows:
+        if name == "return":
+            lines.append(f"return {call}")
+        else:
+            line = f"{name:<{name_width}} : {kind:<{type_width}}"
+            lines.append(f"{line} = {call}" if call else line.rstrip())
+    return "\n".join(lines)
+
+
+def _format_call(node: fx.Node) -> str:
+    if node.op == "placeholder":
+        return ""
+    if node.op == "get_attr":
+        return f"self.{node.target}"
+    if node.target is operator.getitem:
+        return f"{node.args[0]}[{node.args[1]}]"
+    kwargs = [f"{key}={format_args(value)}" for key, value in node.kwargs.items()]
+    return f"{op_name(node.target)}({', '.join([format_args(a) for a in node.args] + kwargs)})"
+
+
+def op_name(target: Any) -> str:
+    """``aten.mm`` for ``torch.ops.aten.mm.default``."""
+    if isinstance(target, torch._ops.OpOverload):
+        overload = "" if target._overloadname == "default" else f".{target._overloadname}"
+        return f"{target.namespace}.{target._opname}{overload}"
+    return getattr(target, "__name__", str(target))
+
+
+def format_args(arg: Any) -> str:
+    """An argument as text: node names, short dtypes, nested sequences."""
+    if isinstance(arg, list | tuple):
+        inner = ", ".join(format_args(a) for a in arg)
+        return f"[{inner}]" if isinstance(arg, list) else f"({inner})"
+    if isinstance(arg, torch.dtype):
+        return _DTYPES.get(arg, str(arg))
+    return str(arg)
+
+
+# --- the rules ----------------------------------------------------------------------------------
+
+
+def verify(gm: fx.GraphModule, pass_name: str = "verify") -> None:
+    """Check the rules of the IR; PassError names the pass and the node that breaks one.
+
+    1. The graph lints: topologically sorted, no dangling names.
+    2. Every fp8 tensor is an output of ``fp8::quantize`` and has exactly one scale_inv: the same
+       node's. Only ``fp8::scaled_mm`` takes it, with that scale_inv, or the graph returns it.
+    3. Every ``meta["val"]`` of an ``fp8::`` node equals the re-evaluated fake (shape and dtype).
+    4. Nothing is mutated but amax, by at most one ``fp8::track_amax`` per direction.
+    """
+    try:
+        gm.graph.lint()
+    except RuntimeError as error:
+        raise PassError(pass_name, f"the graph does not lint: {error}") from error
+    tracked = set()
+    for node in gm.graph.nodes:
+        if node.target in (QUANTIZE, SCALED_MM):
+            _verify_value(node, pass_name)
+        if node.target is SCALED_MM:
+            _verify_scaled_mm(node, pass_name)
+        elif node.target is TRACK_AMAX:
+            if is_backward(node) in tracked:
+                raise PassError(pass_name, "amax is tracked twice in one direction", node)
+            tracked.add(is_backward(node))
+        elif node.op == "call_function":
+            _verify_takes_no_fp8(node, pass_name)
+
+
+def quantize_output(node: fx.Node, output: str) -> fx.Node | None:
+    """The getitem node for an output of a quantize node, or None if nothing takes it."""
+    index = QUANTIZE_OUTPUTS.index(output)
+    return next((user for user in node.users if user.args[1] == index), None)
+
+
+def _is_quantized(node: Any) -> bool:
+    return (
+        isinstance(node, fx.Node)
+        and node.target is operator.getitem
+        and node.args[0].target is QUANTIZE  # type: ignore[union-attr]
+    )
+
+
+def _verify_scaled_mm(node: fx.Node, pass_name: str) -> None:
+    a, b, a_scale_inv, b_scale_inv = node.args[:4]
+    for value, scale_inv in ((a, a_scale_inv), (b, b_scale_inv)):
+        if not _is_quantized(value):
+            # A backward graph receives the FP8 tensor and its scale_inv from the forward.
+            if isinstance(value, fx.Node) and value.op == "placeholder":
+                continue
+            raise PassError(pass_name, f"operand {value} is not an output of fp8.quantize", node)
+        if not _is_quantized(scale_inv) or value.args[0] is not scale_inv.args[0]:  # type: ignore[union-attr]
+            raise PassError(pass_name, f"{value} is used with {scale_inv}, not its own", node)
+    formats = {v.meta["val"].dtype for v in (a, b)}  # type: ignore[union-attr]
+    if formats == {Format.E5M2.dtype}:
+        raise PassError(pass_name, "e5m2 x e5m2: no tensor core multiplies these", node)
+
+
+def _verify_takes_no_fp8(node: fx.Node, pass_name: str) -> None:
+    if node.target is operator.getitem:
+        return
+    for arg in node.all_input_nodes:
+        if _is_quantized(arg) and arg.meta["val"].dtype in FP8_DTYPES:
+            raise PassError(pass_name, f"takes the fp8 tensor {arg}; only fp8 ops may", node)
+
+
+def _verify_value(node: fx.Node, pass_name: str) -> None:
+    for held, fresh in zip(_tensors(node.meta["val"]), _tensors(evaluate(node)), strict=True):
+        if held.dtype != fresh.dtype or tuple(held.shape) != tuple(fresh.shape):
+            raise PassError(
+                pass_name, f"meta['val'] is {format_value(held)}, not {format_value(fresh)}", node
+            )
+
+
+def _tensors(value: Any) -> Iterable[torch.Tensor]:
+    return value if isinstance(value, list | tuple) else (value,)

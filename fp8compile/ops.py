@@ -1,0 +1,181 @@
+"""The graph's FP8 operators. Their eager bodies define the numerics: they are the reference.
+
+Every kernel is tested against these bodies, and the reference backend simply runs them, so a
+result on a CPU predicts the result on a GPU. All operands of ``fp8::scaled_mm`` are K-major
+(row-major ``[rows, K]``), because that is what Hopper's tensor cores take; ``fp8::quantize``
+therefore offers a row-major and a transposed copy, and no view ever touches an FP8 tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .formats import Format
+
+_F32_MAX = torch.finfo(torch.float32).max
+
+
+@torch.library.custom_op("fp8::quantize", mutates_args=())
+def quantize(
+    x: Tensor,
+    scale: Tensor | None,
+    slot: int,
+    format: torch.dtype,
+    row_major: bool = True,
+    transposed: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cast ``x`` to FP8 with a tensorwise scale.
+
+    Args:
+        x: ``[M, N]``, float.
+        scale: ``f32[S]``, the delayed scales of a graph, or None for current scaling. Where
+            ``scale[slot]`` is 0 no amax has been seen yet, and current scaling is used.
+        slot: index into ``scale``.
+        format: ``float8_e4m3fn`` or ``float8_e5m2``.
+        row_major, transposed: which copies to write; the others come back empty.
+
+    Returns:
+        ``q`` (``[M, N]``), ``q_t`` (``[N, M]``, contiguous), ``scale_inv`` (``f32[1]``) and
+        ``amax`` (``f32[1]``, infinite if any value is not finite).
+
+    A finite value saturates at the format's maximum; a NaN or infinite value becomes NaN, so that
+    it stays visible. The current scale is ``FP8_MAX / amax`` (arXiv 2209.05433, section 3.1), and
+    1 if amax is zero or not finite.
+    """
+    fp8_max = Format.of(format).max
+    f = x.float()
+    amax = f.abs().amax() if f.numel() else f.new_zeros(())
+    amax = torch.where(amax.isnan(), torch.inf, amax)
+    used = current_scale(amax, fp8_max)
+    if scale is not None:
+        used = torch.where(scale[slot] > 0, scale[slot], used)
+    y = (f * used).clamp(-fp8_max, fp8_max)
+    q = torch.where(f.isfinite(), y, torch.nan).to(format)
+    empty = q.new_empty(0)
+    return (
+        q if row_major else empty,
+        q.t().contiguous() if transposed else empty.clone(),
+        used.reciprocal().reshape(1),
+        amax.reshape(1).clone(),
+    )
+
+
+@quantize.register_fake
+def _(
+    x: Tensor,
+    scale: Tensor | None,
+    slot: int,
+    format: torch.dtype,
+    row_major: bool = True,
+    transposed: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    m, n = x.shape
+    return (
+        x.new_empty((m, n) if row_major else (0,), dtype=format),
+        x.new_empty((n, m) if transposed else (0,), dtype=format),
+        x.new_empty((1,), dtype=torch.float32),
+        x.new_empty((1,), dtype=torch.float32),
+    )
+
+
+def current_scale(amax: Tensor, fp8_max: float | Tensor) -> Tensor:
+    """``FP8_MAX / amax``, at most the largest float32; 1 where amax is zero or not finite."""
+    scale = (fp8_max / amax).clamp(max=_F32_MAX)
+    return torch.where(amax.isfinite() & (amax > 0), scale, 1.0)
+
+
+@torch.library.custom_op("fp8::scaled_mm", mutates_args=())
+def scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    a_scale_inv: Tensor,
+    b_scale_inv: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    """``(a @ b.T) * a_scale_inv * b_scale_inv + bias``, with both operands K-major.
+
+    Args:
+        a: ``[M, K]`` FP8, contiguous. b: ``[N, K]`` FP8, contiguous.
+        a_scale_inv, b_scale_inv: ``f32[1]``. bias: ``[N]``, float, or None.
+        out_dtype: bfloat16, float16 or float32. fast_accum: see Recipe; ignored here.
+
+    Returns ``[M, N]`` of ``out_dtype``. Products and sums are in float32.
+    """
+    out = (a.float() @ b.float().t()) * (a_scale_inv * b_scale_inv)
+    return (out if bias is None else out + bias).to(out_dtype)
+
+
+@scaled_mm.register_fake
+def _(
+    a: Tensor,
+    b: Tensor,
+    a_scale_inv: Tensor,
+    b_scale_inv: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+@torch.library.custom_op("fp8::track_amax", mutates_args=("amax",))
+def track_amax(amax: Tensor, values: Sequence[Tensor], slots: Sequence[int]) -> None:
+    """Max-accumulate ``values`` (each ``f32[1]``) into ``amax`` (``f32[S]``) at ``slots``.
+
+    Max is idempotent, so recomputation, micro-batches and repeated calls cannot corrupt it.
+    """
+    if slots:
+        index = torch.tensor(slots, device=amax.device)
+        amax.scatter_reduce_(0, index, torch.cat(list(values)), "amax")
+
+
+@track_amax.register_fake
+def _(amax: Tensor, values: Sequence[Tensor], slots: Sequence[int]) -> None:
+    return None
+
+
+@torch.library.custom_op(
+    "fp8::update_scales",
+    mutates_args=("scale", "amax_fwd", "amax_bwd", "history", "events"),
+)
+def update_scales(
+    scale: Tensor,
+    amax_fwd: Tensor,
+    amax_bwd: Tensor,
+    history: Tensor,
+    events: Tensor,
+    fp8_max: Tensor,
+    position: int,
+) -> None:
+    """End a step of delayed scaling on the flat state of a graph; see ScalingState for shapes.
+
+    Writes the step's amax into ``history[position]``, sets each scale to ``fp8_max`` over the
+    largest amax in the history, and clears both amax tensors. An amax that is not finite counts
+    as an event and is not recorded; a slot whose history holds no amax keeps its scale.
+    """
+    amax = torch.maximum(amax_fwd, amax_bwd)
+    finite = amax.isfinite()
+    events += (~finite).int()
+    history[position] = torch.where(finite, amax, 0.0)
+    largest = history.amax(0)
+    scale.copy_(torch.where(largest > 0, current_scale(largest, fp8_max), scale))
+    amax_fwd.zero_()
+    amax_bwd.zero_()
+
+
+@update_scales.register_fake
+def _(
+    scale: Tensor,
+    amax_fwd: Tensor,
+    amax_bwd: Tensor,
+    history: Tensor,
+    events: Tensor,
+    fp8_max: Tensor,
+    position: int,
+) -> None:
+    return None

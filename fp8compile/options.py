@@ -1,0 +1,131 @@
+"""The options of ``torch.compile(model, backend="fp8", options={...})``, parsed once."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from .errors import OptionError
+from .recipe import RECIPES, Recipe, get_recipe
+
+KERNELS = ("auto", "triton", "reference")
+DUMP_VARIABLE = "FP8COMPILE_DUMP"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose.
+
+    ``recipe``: a name from ``RECIPES`` or a Recipe. ``skip``: globs over fully qualified names
+    of sites, or a callable ``fqn -> bool``; what matches stays in high precision. ``strict``:
+    anything left in high precision that was not skipped on purpose is an error. ``dump``: a
+    folder for graph text and kernel source. ``kernels``: "triton" (needs compute capability
+    9.0), "reference" (emulation, any device) or "auto" (by device). ``inductor``: Inductor
+    config patches, passed through.
+    """
+
+    recipe: Recipe = RECIPES["delayed"]
+    skip: tuple[str, ...] | Callable[[str], bool] = ()
+    strict: bool = False
+    dump: str | None = None
+    kernels: str = "auto"
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def skips(self, fqn: str) -> bool:
+        """Whether the site of that name was asked to stay in high precision."""
+        if callable(self.skip):
+            return bool(self.skip(fqn))
+        return any(fnmatchcase(fqn, glob) for glob in self.skip)
+
+    def cache_key(self) -> str:
+        """Everything here that changes the compiled code (not ``skip``: its result does)."""
+        return repr((self.recipe, self.strict, self.kernels, sorted(self.inductor.items())))
+
+
+def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+    """Check what the user passed and return it as Options.
+
+    Raises OptionError, listing what is legal, for an unknown key, an ill-typed value, or an
+    unknown ``mode`` or Inductor option; RecipeError for an unknown recipe.
+    """
+    given = dict(options or {})
+    legal = [f.name for f in fields(Options)]
+    for key in given:
+        if key not in legal:
+            close = difflib.get_close_matches(str(key), legal, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise OptionError(
+                f"unknown option {key!r}{hint} Legal options: {legal}. Inductor's own options "
+                "go into options={'inductor': {...}}"
+            )
+    return Options(
+        recipe=_recipe(given.get("recipe", "delayed")),
+        skip=_skip(given.get("skip", ())),
+        strict=_typed("strict", given.get("strict", False), bool),
+        dump=_dump(given.get("dump")),
+        kernels=_one_of("kernels", given.get("kernels", "auto"), KERNELS),
+        inductor=_inductor(given.get("inductor", {}), mode),
+    )
+
+
+def _recipe(value: Any) -> Recipe:
+    if not isinstance(value, str | Recipe):
+        raise OptionError(
+            f"option 'recipe' is {value!r}; give one of {sorted(RECIPES)} or an fp8compile.Recipe"
+        )
+    return get_recipe(value)
+
+
+def _skip(value: Any) -> tuple[str, ...] | Callable[[str], bool]:
+    if callable(value):
+        return value
+    if isinstance(value, list | tuple | set) and all(isinstance(glob, str) for glob in value):
+        return tuple(value)
+    raise OptionError(
+        f"option 'skip' is {value!r}; give a list of globs over fully qualified names, such as "
+        "['lm_head', 'layers.0.*'], or a callable that takes a name and returns a bool"
+    )
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise OptionError(f"option {name!r} is {value!r}; it must be a {kind.__name__}")
+    return value
+
+
+def _one_of(name: str, value: Any, legal: tuple[str, ...]) -> str:
+    if value not in legal:
+        raise OptionError(f"option {name!r} is {value!r}; choose one of {list(legal)}")
+    return value
+
+
+def _dump(value: Any) -> str | None:
+    if value is None:
+        return os.environ.get(DUMP_VARIABLE) or None
+    if not isinstance(value, str | os.PathLike):
+        raise OptionError(f"option 'dump' is {value!r}; it must be the path of a folder")
+    return os.fspath(value)
+
+
+def _inductor(value: Any, mode: str | None) -> dict[str, Any]:
+    patches = dict(_typed("inductor", value, dict))
+    known = torch._inductor.list_options()
+    for key in patches:
+        if key.replace("-", "_") not in known:
+            close = difflib.get_close_matches(key, known, n=3)
+            raise OptionError(
+                f"option 'inductor' has the unknown key {key!r}; close matches: {close}; all are "
+                "listed by torch._inductor.list_options()"
+            )
+    if mode is None or mode == "default":
+        return patches
+    modes = torch._inductor.list_mode_options()
+    if mode not in modes:
+        raise OptionError(f"unknown mode {mode!r}; choose one of {sorted(modes)}")
+    return {**modes[mode], **patches}

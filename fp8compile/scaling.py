@@ -1,0 +1,358 @@
+"""The scaling state: scales, amax histories, and when they move.
+
+Inside a compiled graph the state is only read (``scale``) and max-accumulated (``amax_fwd``,
+``amax_bwd``). Everything else happens here, once per optimizer step. A scale of 0 means that no
+amax has been seen yet; the cast then uses current scaling, so that the first step is right.
+
+A ScalingState belongs to the list of weights that a compiled graph multiplies with. It is found
+through them at run time, because one compiled graph may serve many modules.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .errors import ScalingStateError
+from .ir import SLOTS_PER_SITE
+from .recipe import Operand, Recipe
+
+_SCALE, _HISTORY = ".scale", ".amax_history"
+
+
+class ScalingState:
+    """The delayed-scaling state of one graph's sites: flat tensors with three slots a site.
+
+    ``scale``, ``amax_fwd``, ``amax_bwd``: ``f32[slots]``. ``history``: ``f32[history_len, slots]``,
+    a ring that ``position`` points into. ``events``: ``i32[slots]``, how often an amax was not
+    finite. ``weights``: for each site its weight, or None where it has no parameter.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor | None], recipe: Recipe, device: torch.device
+    ) -> None:
+        self.recipe = recipe
+        self._weights = [None if w is None else weakref.ref(w) for w in weights]
+        slots = SLOTS_PER_SITE * len(weights)
+        self.scale, self.amax_fwd, self.amax_bwd = torch.zeros(3, slots, device=device).unbind()
+        self.history = torch.zeros(recipe.history_len, slots, device=device)
+        self.events = torch.zeros(slots, dtype=torch.int32, device=device)
+        fp8_max = [recipe.format_of(operand).max for operand in Operand]
+        self.fp8_max = torch.tensor(fp8_max * len(weights), device=device)
+        self.position = 0
+        self.updates = 0
+        self.observed = False  # whether a training call has run since the last update
+        self.stepped_by: frozenset[int] = frozenset()  # ids of the parameters that train with it
+        self._scratch: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
+
+    def weights(self) -> list[Tensor | None]:
+        """The weight of each site; None where there is none or it no longer exists."""
+        return [None if ref is None else ref() for ref in self._weights]
+
+    def belongs_to(self, weights: Sequence[Tensor | None], recipe: Recipe) -> bool:
+        """Whether this is the state of exactly these weights, under this recipe."""
+        return (
+            self.recipe == recipe
+            and len(weights) == len(self._weights)
+            and all(
+                w is (None if ref is None else ref())
+                for w, ref in zip(weights, self._weights, strict=True)
+            )
+        )
+
+    def observing(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The graph inputs of a training call: scale, amax_fwd, amax_bwd."""
+        self.observed = True
+        return self.scale, self.amax_fwd, self.amax_bwd
+
+    def reading(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The graph inputs of a call that must not leave a trace (eval): amax goes nowhere."""
+        if self._scratch is None:
+            self._scratch = (torch.zeros_like(self.amax_fwd), torch.zeros_like(self.amax_bwd))
+        return self.scale, *self._scratch
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Roll the history and recompute the scales, if a training call has run since the last."""
+        if not self.observed:
+            return
+        # The scale may be saved for a backward that is still to come; that one is welcome to use
+        # the new scale for its gradients, so the version counter must not object.
+        with torch.autograd._unsafe_preserve_version_counter((self.scale, self.amax_bwd)):
+            torch.ops.fp8.update_scales(
+                self.scale,
+                self.amax_fwd,
+                self.amax_bwd,
+                self.history,
+                self.events,
+                self.fp8_max,
+                self.position,
+            )
+        self.position = (self.position + 1) % self.recipe.history_len
+        self.updates += 1
+        self.observed = False
+
+    def ordered_history(self) -> Tensor:
+        """The history from oldest to newest."""
+        return self.history.roll(-self.position, 0)
+
+    def site_entry(self, index: int) -> dict[str, Tensor]:
+        """What is saved for a site: ``scale`` ``f32[3]`` and ``amax_history`` ``f32[H, 3]``."""
+        slots = slice(SLOTS_PER_SITE * index, SLOTS_PER_SITE * (index + 1))
+        return {
+            _SCALE: self.scale[slots].clone(),
+            _HISTORY: self.ordered_history()[:, slots].clone(),
+        }
+
+    def set_site_entry(self, index: int, entry: Mapping[str, Tensor]) -> None:
+        """Take over what ``site_entry`` saved."""
+        slots = slice(SLOTS_PER_SITE * index, SLOTS_PER_SITE * (index + 1))
+        with torch.autograd._unsafe_preserve_version_counter(self.scale):
+            self.scale[slots] = entry[_SCALE].to(self.device)
+        self.history[:, slots] = entry[_HISTORY].to(self.device).roll(self.position, 0)
+
+    def uses(self) -> list[int]:
+        """For each site, how many earlier sites of this state use the same weight."""
+        seen: dict[int, int] = {}
+        uses = []
+        for weight in self.weights():
+            uses.append(seen.get(id(weight), 0))
+            seen[id(weight)] = uses[-1] + 1
+        return uses
+
+
+# --- finding states -----------------------------------------------------------------------------
+
+_lock = threading.RLock()
+# weight -> the states it takes part in; each state lives as long as one of its weights
+_by_weight: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# weight -> {use: entry}: loaded before the weight's first compiled call
+_parked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_all_states: weakref.WeakSet[ScalingState] = weakref.WeakSet()
+_hook: Any = None
+
+
+def find_state(
+    weights: Sequence[Tensor | None], recipe: Recipe, device: torch.device
+) -> ScalingState:
+    """The state of these weights under this recipe; a new one if there is none.
+
+    A new state takes over what another graph has learned about the same sites, or what
+    ``load_state_dict`` parked for them. Raises ScalingStateError if only part of it was loaded.
+    """
+    with _lock:
+        anchor = next((w for w in weights if w is not None), None)
+        if anchor is not None:
+            for state in _by_weight.get(anchor, ()):
+                if state.belongs_to(weights, recipe) and state.device == device:
+                    return state
+        state = ScalingState(weights, recipe, device)
+        _inherit(state)
+        for weight in weights:
+            if weight is not None and state not in _by_weight.setdefault(weight, []):
+                _by_weight[weight].append(state)
+        _all_states.add(state)
+        _install_hook()
+        return state
+
+
+def _inherit(state: ScalingState) -> None:
+    parked, missing = [], []
+    for index, (weight, use) in enumerate(zip(state.weights(), state.uses(), strict=True)):
+        if weight is None:
+            continue
+        entry = _parked.get(weight, {}).get(use)
+        if entry is not None:
+            parked.append((index, entry))
+        else:
+            missing.append(index)
+            other = _latest(weight, use, state.recipe)
+            if other is not None:
+                state.set_site_entry(index, other)
+    if parked and missing:
+        raise ScalingStateError(
+            f"the loaded scaling state has entries for {len(parked)} of this graph's "
+            f"{len(parked) + len(missing)} sites; missing are the sites number {missing}. Save it "
+            "from a model that was compiled with the same options"
+        )
+    for index, entry in parked:
+        state.set_site_entry(index, entry)
+
+
+def _latest(weight: Tensor, use: int, recipe: Recipe) -> dict[str, Tensor] | None:
+    """What the most often updated other state knows about a use of a weight."""
+    found = [
+        (other, index)
+        for other in _by_weight.get(weight, ())
+        if other.recipe == recipe
+        for index, (w, u) in enumerate(zip(other.weights(), other.uses(), strict=True))
+        if w is weight and u == use
+    ]
+    if not found:
+        return None
+    other, index = max(found, key=lambda pair: pair[0].updates)
+    return other.site_entry(index)
+
+
+def states_of(model: nn.Module) -> list[ScalingState]:
+    """The states that any parameter of the model takes part in."""
+    states: dict[int, ScalingState] = {}
+    for parameter in model.parameters():
+        for state in _by_weight.get(parameter, ()):
+            states[id(state)] = state
+    return list(states.values())
+
+
+# --- when they move -----------------------------------------------------------------------------
+
+
+def _install_hook() -> None:
+    global _hook
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+def _after_optimizer_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if not any(state.observed for state in _all_states):
+        return
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for state in list(_all_states):
+        # A graph without trainable parameters of its own moves with whatever is trained.
+        if state.observed and (not state.stepped_by or not stepped.isdisjoint(state.stepped_by)):
+            state.update()
+
+
+def update_scales(model: nn.Module | None = None) -> None:
+    """End a step in a loop that calls no ``torch.optim`` optimizer.
+
+    Rolls the amax histories and recomputes the scales of ``model``, or of every compiled graph.
+    Optimizers of ``torch.optim`` do this by themselves; calling it as well does no harm, for a
+    state that has seen no training call since its last update stays as it is.
+    """
+    for state in list(_all_states) if model is None else states_of(model):
+        state.update()
+
+
+# --- saving and loading -------------------------------------------------------------------------
+
+
+def state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The scaling state of a model, by fully qualified name.
+
+    For a site with weight ``layers.0.wq.weight`` there are ``layers.0.wq.weight.scale``,
+    ``f32[3]`` (input, weight, grad_output), and ``layers.0.wq.weight.amax_history``, ``f32[H, 3]``
+    from oldest to newest. A weight's second use in a graph is ``layers.0.wq.weight#1``. Entries
+    loaded but not used yet are included.
+    """
+    entries: dict[str, Tensor] = {}
+    for fqn, parameter in _unwrapped(model).named_parameters():
+        known: dict[int, Mapping[str, Tensor]] = dict(_parked.get(parameter, {}))
+        for state in _by_weight.get(parameter, ()):
+            uses = zip(state.weights(), state.uses(), strict=True)
+            for use in (use for weight, use in uses if weight is parameter):
+                entry = _latest(parameter, use, state.recipe)
+                assert entry is not None
+                known[use] = entry
+        for use, entry in sorted(known.items()):
+            for suffix, tensor in entry.items():
+                entries[_key(fqn, use) + suffix] = tensor
+    return entries
+
+
+def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Restore what ``state_dict`` returned, before or after the first compiled call.
+
+    Raises ScalingStateError, and changes nothing, if entries are missing, foreign or of the wrong
+    shape; it lists them.
+    """
+    model = _unwrapped(model)
+    parameters = dict(model.named_parameters())
+    loaded, problems = _parse(state_dict, parameters)
+    expected = {key.rpartition(".")[0] for key in globals()["state_dict"](model)}
+    present = {_key(fqn, use) for fqn, uses in loaded.items() for use in uses}
+    if expected:
+        problems += [f"missing: {key}" for key in sorted(expected - present)]
+        problems += [f"foreign: {key} (no such site)" for key in sorted(present - expected)]
+    if problems:
+        raise ScalingStateError(
+            "the scaling state does not fit this model:\n  " + "\n  ".join(problems)
+        )
+    for fqn, uses in loaded.items():
+        _apply(parameters[fqn], uses)
+
+
+def _apply(parameter: Tensor, uses: Mapping[int, Mapping[str, Tensor]]) -> None:
+    states = _by_weight.get(parameter, ())
+    if not states:
+        _parked[parameter] = {
+            use: {k: v.detach().clone() for k, v in e.items()} for use, e in uses.items()
+        }
+    for state in states:
+        for index, (weight, use) in enumerate(zip(state.weights(), state.uses(), strict=True)):
+            if weight is parameter and use in uses:
+                state.set_site_entry(index, uses[use])
+
+
+def _parse(
+    state_dict: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> tuple[dict[str, dict[int, dict[str, Tensor]]], list[str]]:
+    """Sort a state dict by parameter and use; the second result lists what does not fit."""
+    loaded: dict[str, dict[int, dict[str, Tensor]]] = {}
+    problems = []
+    for key, tensor in state_dict.items():
+        site, dot, name = key.rpartition(".")
+        fqn, _, use = site.partition("#")
+        suffix = dot + name
+        if suffix not in (_SCALE, _HISTORY) or fqn not in parameters or not (use or "0").isdigit():
+            problems.append(f"foreign: {key}")
+        elif tensor.shape[-1:] != (SLOTS_PER_SITE,) or tensor.dim() != 1 + (suffix == _HISTORY):
+            problems.append(f"shape {tuple(tensor.shape)}: {key}")
+        else:
+            loaded.setdefault(fqn, {}).setdefault(int(use or 0), {})[suffix] = tensor
+    for fqn, uses in loaded.items():
+        for use, entry in uses.items():
+            absent = {_SCALE, _HISTORY} - entry.keys()
+            problems += [f"missing: {_key(fqn, use)}{suffix}" for suffix in sorted(absent)]
+            problems += _history_problems(_key(fqn, use), parameters[fqn], entry)
+    return loaded, problems
+
+
+def _history_problems(
+    key: str, parameter: Tensor, entry: Mapping[str, Tensor]
+) -> Iterable[str]:
+    for state in _by_weight.get(parameter, ()):
+        steps = entry[_HISTORY].shape[0] if _HISTORY in entry else state.recipe.history_len
+        if steps != state.recipe.history_len:
+            yield (
+                f"shape: {key}{_HISTORY} has {steps} steps, the recipe "
+                f"{state.recipe.name!r} keeps {state.recipe.history_len}"
+            )
+
+
+def _key(fqn: str, use: int) -> str:
+    return f"{fqn}#{use}" if use else fqn
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module, if this is what ``torch.compile`` returned for it."""
+    return getattr(model, "_orig_mod", model)
+
+
+def named_states(model: nn.Module) -> Iterator[tuple[str, ScalingState, int]]:
+    """Every (key, state, site index) of a model, for inspection."""
+    for fqn, parameter in _unwrapped(model).named_parameters():
+        for state in _by_weight.get(parameter, ()):
+            for index, (weight, use) in enumerate(zip(state.weights(), state.uses(), strict=True)):
+                if weight is parameter:
+                    yield _key(fqn, use), state, index

@@ -1,0 +1,135 @@
+"""Find the GEMMs of each site in a joint graph, and which of fprop, dgrad and wgrad they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from ..ir import (
+    SCALED_MM,
+    SITE_TAG,
+    Edge,
+    GemmInfo,
+    Site,
+    aten,
+    base_of,
+    is_backward,
+    operands,
+    size_expr,
+)
+from ..recipe import Gemm, Operand
+
+_GEMM_OPS = (aten.mm.default, aten.addmm.default)
+
+
+def find_gemms(gm: fx.GraphModule, *, sites: Sequence[Site] | None = None) -> int:
+    """Mark every GEMM of a site with its role and the roles of its operands.
+
+    Before:
+        permute : bf16[32, 64] = aten.permute(w, [1, 0])
+        mm      : bf16[16, 64] = aten.mm(x, permute)
+    After:
+        permute : bf16[32, 64] = aten.permute(w, [1, 0])
+        mm      : bf16[16, 64] = aten.mm(x, permute)    # fp8 = fprop of input, weight^T
+
+    ``sites`` are those of ``tag_sites``, which the nodes' tags point into. Without it every
+    untagged GEMM is taken for the fprop of a site of its own.
+
+    Requires: an ATen graph with ``meta["val"]``.
+    Ensures: ``meta["fp8"]`` is a GemmInfo, with the sizes as sympy expressions.
+    Leaves alone: batched matmuls, GEMMs without a tag, the GEMMs of a site it cannot tell apart.
+    Numerics: exact.
+    """
+    known: dict[int, tuple[fx.Node, fx.Node]] = {}  # site -> base of its input and its weight
+    found = 0
+    for node in gm.graph.nodes:
+        if node.target not in _GEMM_OPS or "fp8" in node.meta:
+            continue
+        site = _site_of(node, sites, len(known))
+        if site is None:
+            continue
+        info = _describe(node, site, known)
+        if info is not None:
+            node.meta["fp8"] = info
+            found += 1
+    return found
+
+
+def _site_of(node: fx.Node, sites: Sequence[Site] | None, next_index: int) -> Site | None:
+    if sites is None:
+        return None if is_backward(node) else Site(next_index, fqn=node.name)
+    index = (node.meta.get("custom") or {}).get(SITE_TAG)
+    return None if index is None else sites[index]
+
+
+def _describe(
+    node: fx.Node, site: Site, known: dict[int, tuple[fx.Node, fx.Node]]
+) -> GemmInfo | None:
+    left, right = operands(node)
+    (left_base, left_t), (right_base, right_t) = base_of(left), base_of(right)
+    if is_backward(node):
+        if site.index not in known:
+            return None
+        roles = _backward_roles(left_base, right_base, *known[site.index])
+    elif site.index in known:
+        return None
+    else:
+        bases = (right_base, left_base) if site.weight_first else (left_base, right_base)
+        known[site.index] = bases
+        pair = (Operand.INPUT, Operand.WEIGHT)
+        roles = (Gemm.FPROP, *(reversed(pair) if site.weight_first else pair))
+    if roles is None:
+        return None
+    gemm, left_role, right_role = roles
+    m, k = left.meta["val"].shape
+    return GemmInfo(
+        site=site,
+        gemm=gemm,
+        left=Edge(left_role, left_t),
+        right=Edge(right_role, right_t),
+        m=size_expr(m),
+        n=size_expr(right.meta["val"].shape[1]),
+        k=size_expr(k),
+        dtype=node.meta["val"].dtype,
+        reason=site.reason or _scaled_addmm(node),
+    )
+
+
+def _backward_roles(
+    left: fx.Node, right: fx.Node, input_base: fx.Node, weight_base: fx.Node
+) -> tuple[Gemm, Operand, Operand] | None:
+    """dgrad multiplies grad_output with the weight, wgrad with the input; in either order."""
+    if weight_base in (left, right):
+        gemm, other, base = Gemm.DGRAD, Operand.WEIGHT, weight_base
+    elif input_base in (left, right):
+        gemm, other, base = Gemm.WGRAD, Operand.INPUT, input_base
+    else:
+        return None
+    if left is base:
+        return gemm, other, Operand.GRAD_OUTPUT
+    return gemm, Operand.GRAD_OUTPUT, other
+
+
+def _scaled_addmm(node: fx.Node) -> str | None:
+    scaled = {key: value for key, value in node.kwargs.items() if value != 1}
+    return f"addmm with {scaled}" if scaled else None
+
+
+def unsited_matmuls(gm: fx.GraphModule) -> list[tuple[fx.Node, str]]:
+    """Matmuls and convolutions that belong to no site, each with the reason it is left alone."""
+    reasons = {
+        aten.bmm.default: "batched matmul of two activations",
+        aten.baddbmm.default: "batched matmul of two activations",
+        aten.convolution.default: "convolution",
+        aten.mv.default: "matrix-vector product",
+        aten.addmv.default: "matrix-vector product",
+        torch.ops.aten.mm.default: "not a call of linear, matmul, mm or addmm",
+        torch.ops.aten.addmm.default: "not a call of linear, matmul, mm or addmm",
+    }
+    return [
+        (node, reasons[node.target])
+        for node in gm.graph.nodes
+        if node.target in reasons and node.target is not SCALED_MM and "fp8" not in node.meta
+    ]

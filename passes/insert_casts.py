@@ -1,0 +1,110 @@
+"""Put a quantize node on every FP8 edge and turn the GEMM into a scaled one."""
+
+from __future__ import annotations
+
+import operator
+
+from torch import fx
+
+from ..ir import (
+    QUANTIZE,
+    QUANTIZE_OUTPUTS,
+    SCALED_MM,
+    Edge,
+    GemmInfo,
+    aten,
+    base_of,
+    edge_graph,
+    emit,
+    gemm_info,
+    is_backward,
+    operands,
+)
+from ..recipe import Operand, Recipe
+
+
+def insert_casts(gm: fx.GraphModule, *, recipe: Recipe, scale: fx.Node | None = None) -> int:
+    """Quantize both operands of every FP8 GEMM and multiply them with ``fp8.scaled_mm``.
+
+    Before:
+        mm : bf16[16, 64] = aten.mm(x, w)
+    After:
+        x_q         : (e4m3[16, 32], e4m3[32, 16], f32[1], f32[1]) = fp8.quantize(x, None, 0, e4m3)
+        x_fp8       : e4m3[16, 32] = x_q[0]
+        x_scale_inv : f32[1] = x_q[2]
+        w_q         : (e4m3[32, 64], e4m3[64, 32], f32[1], f32[1]) = fp8.quantize(w, None, 1, e4m3)
+        w_fp8_t     : e4m3[64, 32] = w_q[1]
+        w_scale_inv : f32[1] = w_q[2]
+        mm_fp8      : bf16[16, 64] = fp8.scaled_mm(x_fp8, w_fp8_t, x_scale_inv, w_scale_inv, ...)
+
+    ``scale`` is the graph input that holds the delayed scales, or None for current scaling.
+
+    Requires: choose_formats.
+    Ensures: both operands of a scaled_mm are K-major: the row-major or the transposed copy of
+        their base, whichever that is. A weight that backward needs is quantized again there, so
+        that no fp8 weight is kept.
+    Leaves alone: GEMMs with a reason to stay in high precision.
+    Numerics: quantizes.
+    """
+    edges = edge_graph(gm)
+    nodes = [node for node in gm.graph.nodes if node in edges and edges.in_degree(node)]
+    for node in nodes:
+        info = gemm_info(node)
+        assert info is not None
+        _replace(gm.graph, node, info, recipe, scale)
+    gm.graph.eliminate_dead_code()
+    return len(nodes)
+
+
+def _replace(
+    graph: fx.Graph, node: fx.Node, info: GemmInfo, recipe: Recipe, scale: fx.Node | None
+) -> None:
+    left, right = operands(node)
+    with graph.inserting_before(node):
+        # a = left is [m, k]; b is right^T, [n, k]: both K-major.
+        a, a_scale_inv = _quantized(graph, node, left, info, info.left, scale, k_major=False)
+        b, b_scale_inv = _quantized(graph, node, right, info, info.right, scale, k_major=True)
+        bias = node.args[0] if node.target is aten.addmm.default else None
+        fused = bias if isinstance(bias, fx.Node) and bias.meta["val"].dim() == 1 else None
+        args = (a, b, a_scale_inv, b_scale_inv, fused, info.dtype)
+        fast = recipe.fast_accum_of(info.gemm)
+        out = emit(graph, SCALED_MM, (*args, fast), f"{node.name}_fp8", like=node)
+        out.meta["fp8"] = info
+        if bias is not None and fused is None:
+            out = emit(graph, aten.add.Tensor, (out, bias), f"{node.name}_bias", like=node)
+    node.replace_all_uses_with(out)
+    graph.erase_node(node)
+
+
+def _quantized(
+    graph: fx.Graph,
+    gemm: fx.Node,
+    value: fx.Node,
+    info: GemmInfo,
+    edge: Edge,
+    scale: fx.Node | None,
+    k_major: bool,
+) -> tuple[fx.Node, fx.Node]:
+    """Quantize an operand's base; returns the copy the GEMM takes and its scale_inv."""
+    assert edge.format is not None
+    base, transposed = base_of(value)
+    args = (base, scale, info.site.slot(edge.operand), edge.format.dtype)
+    cast = emit(graph, QUANTIZE, args, f"{base.name}_q", like=gemm)
+    if edge.operand is Operand.WEIGHT and is_backward(gemm):
+        cast.meta["partitioner_tag"] = "must_be_in_backward"
+    elif edge.operand is Operand.INPUT:
+        # The input is a value of the forward, whichever GEMM asks for its cast.
+        inherited = {k: base.meta[k] for k in ("partitioner_tag",) if k in base.meta}
+        cast.meta["partitioner_tag"] = inherited.get("partitioner_tag", "is_forward")
+    copy = "fp8" if transposed == k_major else "fp8_t"
+    outputs = (quantize_getitem(graph, cast, output) for output in (copy, "scale_inv"))
+    return next(outputs), next(outputs)
+
+
+def quantize_getitem(graph: fx.Graph, cast: fx.Node, output: str) -> fx.Node:
+    """The getitem node for one output of a quantize node, at the insertion point."""
+    stem = cast.name.removesuffix("_q") if cast.name.endswith("_q") else cast.name
+    index = QUANTIZE_OUTPUTS.index(output)
+    item = emit(graph, operator.getitem, (cast, index), f"{stem}_{output}", like=cast)
+    item.meta["partitioner_tag"] = cast.meta.get("partitioner_tag", "is_forward")
+    return item

@@ -1,0 +1,95 @@
+"""The passes in order, and the runner."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import fx
+
+from ..errors import Fp8CompileError, PassError
+from ..ir import Site, verify
+from ..recipe import Recipe
+from .choose_formats import choose_formats
+from .choose_precision import choose_precision
+from .drop_unused_outputs import drop_unused_outputs
+from .find_gemms import find_gemms
+from .insert_casts import insert_casts
+from .plan_saved import plan_saved
+from .share_casts import share_casts
+from .track_amax import track_amax
+
+log = logging.getLogger("fp8compile")
+
+Pass = Callable[[fx.GraphModule], int]
+
+
+@dataclass(frozen=True)
+class StateNodes:
+    """The graph inputs that hold a graph's scaling state, each ``f32[slots]``."""
+
+    scale: fx.Node
+    amax_fwd: fx.Node
+    amax_bwd: fx.Node
+
+
+def joint_passes(
+    *,
+    recipe: Recipe,
+    sites: Sequence[Site] | None = None,
+    skips: Callable[[str], bool] | None = None,
+    state: StateNodes | None = None,
+    training: bool = True,
+) -> list[Pass]:
+    """The passes for a joint graph (``training``) or an inference graph, in order."""
+    passes: list[Pass] = [
+        partial(find_gemms, sites=sites),
+        partial(choose_precision, skips=skips),  # needs the GEMMs' sizes
+        partial(choose_formats, recipe=recipe),  # only GEMMs that stay FP8 have edges
+        partial(insert_casts, recipe=recipe, scale=state and state.scale),
+        share_casts,  # needs all casts of a value in place
+        drop_unused_outputs,  # knows what is used only now
+    ]
+    if training and state is not None:
+        # After share_casts: one amax per value. Inference observes nothing.
+        passes.append(partial(track_amax, amax_fwd=state.amax_fwd, amax_bwd=state.amax_bwd))
+    if training:
+        passes.append(plan_saved)  # last: reads which outputs backward uses
+    return passes
+
+
+def run_passes(
+    gm: fx.GraphModule,
+    passes: Sequence[Pass],
+    *,
+    after_each: Callable[[str, fx.GraphModule], None] | None = None,
+) -> dict[str, int]:
+    """Run passes in order; returns how many rewrites each made.
+
+    After each pass the IR is verified and ``after_each(name, gm)`` is called. An exception that is
+    not ours becomes a PassError that names the pass.
+    """
+    counts = {}
+    for run in passes:
+        name = pass_name(run)
+        start = time.perf_counter()
+        try:
+            counts[name] = run(gm)
+        except Fp8CompileError:
+            raise
+        except Exception as error:
+            raise PassError(name, f"{type(error).__name__}: {error}") from error
+        verify(gm, name)
+        log.debug("%s: %d rewrites, %.3f s", name, counts[name], time.perf_counter() - start)
+        if after_each is not None:
+            after_each(name, gm)
+    gm.recompile()
+    return counts
+
+
+def pass_name(run: Pass) -> str:
+    """The name of a pass, also when its settings are bound with ``partial``."""
+    return run.func.__name__ if isinstance(run, partial) else run.__name__

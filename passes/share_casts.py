@@ -1,0 +1,52 @@
+"""Quantize every value once per format."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..ir import QUANTIZE
+
+
+def share_casts(gm: fx.GraphModule) -> int:
+    """Merge the casts of one value to one format into the first of them.
+
+    Before:
+        x_q    : (...) = fp8.quantize(x, scale, 0, e4m3)
+        x_q_1  : (...) = fp8.quantize(x, scale, 3, e4m3)
+    After:
+        x_q    : (...) = fp8.quantize(x, scale, 0, e4m3)
+
+    Requires: insert_casts.
+    Ensures: the merged cast uses the first one's slot; each output has one getitem node.
+    Leaves alone: the casts of a weight in forward and backward, which stay apart so that no fp8
+        weight is kept for backward.
+    Numerics: exact (casts of one value in one format and granularity share one amax).
+    """
+    first: dict[object, fx.Node] = {}
+    rewrites = 0
+    for node in list(gm.graph.nodes):
+        if node.target is not QUANTIZE:
+            continue
+        value, scale, _, fmt = node.args[:4]
+        key = (value, scale, fmt, node.meta.get("partitioner_tag") == "must_be_in_backward")
+        if key in first:
+            node.replace_all_uses_with(first[key])
+            gm.graph.erase_node(node)
+            rewrites += 1
+        else:
+            first[key] = node
+    for cast in first.values():
+        _merge_outputs(gm.graph, cast)
+    return rewrites
+
+
+def _merge_outputs(graph: fx.Graph, cast: fx.Node) -> None:
+    """Leave one getitem per output, right behind the cast, so that all users come after it."""
+    items: dict[object, fx.Node] = {}
+    for user in list(cast.users):
+        item = items.setdefault(user.args[1], user)
+        if item is not user:
+            user.replace_all_uses_with(item)
+            graph.erase_node(user)
+    for item in reversed(items.values()):
+        cast.append(item)

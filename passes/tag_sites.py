@@ -1,0 +1,144 @@
+"""Find the matmul calls of a Dynamo graph and number them, so that their GEMMs can be told apart.
+
+AOTAutograd copies ``meta["custom"]`` from a Dynamo node to every ATen node that it is traced into,
+forward and backward. The number put there is how a backward GEMM finds its site again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from ..ir import SITE_TAG, Site
+
+_LINEAR = (F.linear, torch._C._nn.linear)
+_MATMUL = (torch.matmul, torch.mm, operator.matmul, torch.Tensor.matmul, torch.Tensor.mm)
+_ADDMM = (torch.addmm, torch.Tensor.addmm)
+_METHODS = {"matmul": 0, "__matmul__": 0, "mm": 0, "addmm": 1}
+# The bodies of these higher-order operators are traced into the surrounding graph.
+_INLINED = ("tag_activation_checkpoint",)
+
+
+def tag_sites(
+    gm: fx.GraphModule, *, name_of: Callable[[fx.Node, fx.Node | None], str] | None = None
+) -> int:
+    """Number the matmul calls with a 2-D weight; the sites go into ``gm.meta["fp8_sites"]``.
+
+    Before:
+        linear = linear(x, w)
+    After:
+        linear = linear(x, w)    # meta["custom"]["fp8_site"] = 0
+
+    ``name_of(call, weight)`` gives a site its fully qualified name, from the call node and the
+    placeholder its weight comes from (None if it comes from none).
+
+    Requires: a graph of torch-level calls, as Dynamo gives it to a backend.
+    Ensures: sites are numbered in graph order; inside activation-checkpointed regions too.
+    Leaves alone: matmuls of two batched operands (attention), 1-D operands, einsum; calls inside
+        control flow (cond, while_loop, scan) become sites with a reason.
+    Numerics: exact.
+    """
+    sites: list[Site] = []
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    _tag(gm, {node: node for node in placeholders}, placeholders, sites, name_of or _name, None)
+    gm.meta["fp8_sites"] = sites
+    return len(sites)
+
+
+def _tag(
+    gm: fx.GraphModule,
+    outer: Mapping[fx.Node, fx.Node | None],
+    placeholders: list[fx.Node],
+    sites: list[Site],
+    name_of: Callable[[fx.Node, fx.Node | None], str],
+    reason: str | None,
+) -> None:
+    for node in gm.graph.nodes:
+        found = _matmul_operands(node)
+        if found is not None:
+            left, right = found
+            left_origin, right_origin = (_origin(side, outer) for side in found)
+            weight_first = _is_parameter(left_origin) and not _is_parameter(right_origin)
+            weight = left_origin if weight_first else right_origin
+            site = Site(
+                index=len(sites),
+                fqn=name_of(node, weight),
+                weight=placeholders.index(weight) if weight in placeholders else None,
+                weight_first=weight_first,
+                reason=reason,
+            )
+            node.meta["custom"] = {**node.meta.get("custom", {}), SITE_TAG: site.index}
+            sites.append(site)
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            inlined = node.target.name() in _INLINED
+            inner_reason = reason or (None if inlined else f"inside {node.target.name()}")
+            for body, args in _bodies(gm, node):
+                inner = [n for n in body.graph.nodes if n.op == "placeholder"]
+                bound = {n: _origin(a, outer) for n, a in zip(inner, args, strict=False)}
+                _tag(body, bound, placeholders, sites, name_of, inner_reason)
+
+
+def _matmul_operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two matrices of a matmul call whose right operand is 2-D, or None."""
+    args: tuple[Any, ...] = node.args
+    if node.op == "call_function" and node.target in _LINEAR:
+        args = (_arg(node, 0, "input"), _arg(node, 1, "weight"))
+    elif node.op == "call_function" and node.target in _MATMUL:
+        second = "mat2" if node.target in (torch.mm, torch.Tensor.mm) else "other"
+        args = (_arg(node, 0, "input"), _arg(node, 1, second))
+    elif node.op == "call_function" and node.target in _ADDMM:
+        args = (_arg(node, 1, "mat1"), _arg(node, 2, "mat2"))
+    elif node.op == "call_method" and node.target in _METHODS:
+        args = node.args[_METHODS[node.target] :][:2]  # type: ignore[index]
+    else:
+        return None
+    if len(args) != 2 or not all(isinstance(a, fx.Node) for a in args):
+        return None
+    left, right = (a.meta.get("example_value", a.meta.get("val")) for a in args)
+    if not all(isinstance(v, torch.Tensor) for v in (left, right)):
+        return None
+    return args if left.dim() >= 2 and right.dim() == 2 else None  # type: ignore[return-value]
+
+
+def _arg(node: fx.Node, position: int, name: str) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def _origin(node: Any, outer: Mapping[fx.Node, fx.Node | None]) -> fx.Node | None:
+    """The graph input that a value is derived from by single-input calls (casts, views)."""
+    while isinstance(node, fx.Node):
+        if node.op == "placeholder":
+            return outer.get(node)
+        if len(node.all_input_nodes) != 1:
+            return None
+        node = node.all_input_nodes[0]
+    return None
+
+
+def _is_parameter(node: fx.Node | None) -> bool:
+    if node is None:
+        return False
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return isinstance(value, torch.nn.Parameter) or getattr(value, "_is_param", False)
+
+
+def _bodies(gm: fx.GraphModule, node: fx.Node) -> list[tuple[fx.GraphModule, list[Any]]]:
+    """The subgraphs a higher-order call runs, each with the arguments it is given."""
+    bodies = []
+    for arg in node.args:
+        if isinstance(arg, fx.Node) and arg.op == "get_attr":
+            body = getattr(gm, str(arg.target), None)
+            if isinstance(body, fx.GraphModule):
+                bodies.append(body)
+    flat = [a for a in torch.utils._pytree.tree_leaves(list(node.args)) if isinstance(a, fx.Node)]
+    values = [a for a in flat if a.op != "get_attr"]
+    return [(body, values) for body in bodies]
+
+
+def _name(call: fx.Node, weight: fx.Node | None) -> str:
+    return call.name if weight is None else weight.name

@@ -1,0 +1,20 @@
+"""Run the kernels in Triton's interpreter where there is no GPU, and skip what needs one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import interpreter
+
+if not torch.cuda.is_available():
+    interpreter.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
+        return
+    reason = "needs an NVIDIA GPU of compute capability 9.0 (H100, H200)"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
