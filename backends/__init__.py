@@ -55,3 +55,12 @@ def lower(gm: fx.GraphModule, kernels: str) -> dict[str, str]:
     from .triton import lower_to_triton  # Triton itself is only needed from here on
 
     return lower_to_triton(gm)
+
+
+def kernel_name(node: fx.Node, kernels: str) -> str:
+    """What runs an ``fp8::scaled_mm`` node: "reference", "cublaslt" or our kernel and its tile."""
+    if kernels == REFERENCE:
+        return REFERENCE
+    from .triton import gemm_kernel_name
+
+    return gemm_kernel_name(node)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..ir import QUANTIZE, SCALED_MM, TRACK_AMAX, aten, emit, evaluate, quantize
 from .kernels.launch import Launch
 from .kernels.quantize import quantize_launches
 from .kernels.scaled_mm import TileConfig, scaled_mm_launch
-from .tuning import GemmShape, choose_gemm
+from .tuning import CUBLASLT, GemmShape, choose_gemm
 
 _SIZE_HINT = 8192  # for a symbolic dimension that no example gave a value
 
@@ -33,8 +34,15 @@ def lower_to_triton(gm: fx.GraphModule) -> dict[str, str]:
             lowering.quantize(node)
         elif node.target is SCALED_MM:
             lowering.scaled_mm(node)
-    gm.graph.eliminate_dead_code()
+    # Not eliminate_dead_code: to it a launch, whose result nothing uses, is dead.
+    for node in reversed(gm.graph.nodes):
+        if not node.users and (node.target in (QUANTIZE, SCALED_MM) or _is_getitem_of_cast(node)):
+            gm.graph.erase_node(node)
     return lowering.sources
+
+
+def _is_getitem_of_cast(node: fx.Node) -> bool:
+    return node.target is operator.getitem and node.args[0].target is QUANTIZE  # type: ignore[union-attr]
 
 
 class _Lowering:
@@ -49,7 +57,8 @@ class _Lowering:
         if casts:
             with self.graph.inserting_before(casts[0]):
                 # One zero per cast, where current scaling collects its amax.
-                self._current_amax = self._empty((len(casts),), torch.float32, casts[0], 0.0)
+                x = casts[0].args[0]
+                self._current_amax = self._empty((len(casts),), torch.float32, x, 0.0)
 
     def _take_tracking(self) -> dict[fx.Node, fx.Node]:
         tracked = {}
@@ -181,6 +190,13 @@ class _Lowering:
         if isinstance(stride, int):
             return stride
         return emit(self.graph, aten.sym_stride.int, (tensor, dim), f"{tensor}_stride_{dim}")
+
+
+def gemm_kernel_name(node: fx.Node) -> str:
+    """What was, or will be, chosen for a scaled_mm node."""
+    device = node.args[0].meta["val"].device  # type: ignore[union-attr]
+    config = choose_gemm(_gemm_shape(node), device.index or 0)
+    return CUBLASLT if config is None else f"triton {config}"
 
 
 def _gemm_shape(node: fx.Node) -> GemmShape:

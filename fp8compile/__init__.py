@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     # explain needs the compiler, and with it Inductor: loaded when it is first asked for.
     if name == "explain":
-        from .explain import explain
+        from .explanation import explain
 
         return explain
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,13 +14,14 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from . import internals
-from .backends import lower, resolve_kernels
+from .backends import kernel_name, lower, resolve_kernels
 from .dump import Dump
 from .errors import OptionError, StrictError
 from .ir import SLOTS_PER_SITE, Site
@@ -30,7 +31,7 @@ from .passes import StateNodes, drop_unused_outputs, joint_passes, run_passes, t
 from .passes.choose_precision import SKIPPED
 from .passes.find_gemms import unsited_matmuls
 from .recipe import Scaling
-from .report import Row, gemm_rows, other_matmul_row
+from .report import Row, gemm_rows, other_rows
 from .scaling import ScalingState, find_state
 
 log = logging.getLogger("fp8compile")
@@ -145,7 +146,7 @@ class GraphCompiler:
                 self.dump.text(f"{name}.py", source)
 
     def _report(self, gm: fx.GraphModule) -> None:
-        rows = gemm_rows(gm, self.kernels)
+        rows = gemm_rows(gm, partial(kernel_name, kernels=self.kernels))
         self.rows = rows
         left_out = [row for row in rows if row.reason and row.reason != SKIPPED]
         if self.options.strict and left_out:
@@ -154,8 +155,7 @@ class GraphCompiler:
         if not any(row.is_fp8 for row in rows):
             _nothing_to_do(self.options, rows)
         if self.on_joint is not None:
-            others = [other_matmul_row(node, why) for node, why in unsited_matmuls(gm)]
-            self.on_joint(rows + others)
+            self.on_joint(rows + other_rows(unsited_matmuls(gm)))
 
     def finish(self, seconds: float) -> None:
         """Say in one line what was compiled."""

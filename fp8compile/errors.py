@@ -41,7 +41,7 @@ class PassError(Fp8CompileError):
 def source_line(node: torch.fx.Node) -> str:
     """The user's source line a node came from, or its module path, or an empty string."""
     trace = node.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.strip().splitlines() if line.strip()]
+    lines = [line.strip() for line in trace.strip().splitlines() if line.strip(" ^~\n")]
     if len(lines) >= 2:
         return f"{lines[-2]}: {lines[-1]}"
     if lines:

@@ -15,6 +15,7 @@ import networkx as nx
 import sympy
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from . import ops  # noqa: F401  (registers the fp8:: operators)
 from .errors import PassError
@@ -127,6 +128,17 @@ def base_of(node: fx.Node) -> tuple[fx.Node, bool]:
     return node, transposed
 
 
+_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+
+
+def value_key(node: fx.Node) -> tuple[fx.Node, str]:
+    """Equal for two reshapes of one value to one shape: they hold the same matrix."""
+    shape = str(tuple(node.meta["val"].shape))
+    while node.target in _RESHAPES:
+        node = node.args[0]  # type: ignore[assignment]
+    return node, shape
+
+
 def edge_graph(gm: fx.GraphModule) -> nx.MultiDiGraph:
     """The FP8 edges of a graph: base value -> GEMM, with ``edge`` (an Edge) and ``site``."""
     graph = nx.MultiDiGraph()
@@ -205,23 +217,34 @@ def format_value(value: Any) -> str:
 
 
 def format_graph(gm: fx.GraphModule) -> str:
-    """The graph as text: one line a node, ``name : type = op(args)``, columns aligned."""
-    rows = []
-    for node in gm.graph.nodes:
-        if node.op == "output":
-            rows.append(("return", "", format_args(node.args[0])))
-        else:
-            rows.append((node.name, format_value(node.meta.get("val")), _format_call(node)))
-    name_width = max((len(name) for name, _, call in rows if call), default=0)
-    type_width = max((len(kind) for _, kind, _ in rows), default=0)
+    """The graph as text: one line a node, ``name : type = op(args)  # remark``, columns aligned."""
+    nodes = [node for node in gm.graph.nodes if node.op != "output"]
+    types = [format_value(node.meta.get("val")) for node in nodes]
+    name_width = max((len(node.name) for node in nodes), default=0)
+    type_width = max((len(kind) for kind in types), default=0)
     lines = []
-    for name, kind, call in rows:
-        if name == "return":
-            lines.append(f"return {call}")
-        else:
-            line = f"{name:<{name_width}} : {kind:<{type_width}}"
-            lines.append(f"{line} = {call}" if call else line.rstrip())
+    for node, kind in zip(nodes, types, strict=True):
+        call = "" if node.op == "placeholder" else f" = {_format_call(node)}"
+        line = f"{node.name:<{name_width}} : {kind:<{type_width}}{call}".rstrip()
+        remark = _remark(node)
+        lines.append(f"{line}  # {remark}" if remark else line)
+    lines.append(f"return {format_args(gm.graph.output_node().args[0])}")
     return "\n".join(lines)
+
+
+def _remark(node: fx.Node) -> str:
+    """What the passes have decided about a node."""
+    info = gemm_info(node)
+    if info is None:
+        return "saved" if node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE else ""
+    if info.reason is not None:
+        return f"{info.site.fqn} {info.gemm}, not in FP8: {info.reason}"
+    left, right = (
+        f"{edge.operand}{'^T' if edge.transposed else ''}"
+        + (f" {edge.format}" if edge.format else "")
+        for edge in (info.left, info.right)
+    )
+    return f"{info.site.fqn} {info.gemm} = {left} x {right}"
 
 
 def _format_call(node: fx.Node) -> str:

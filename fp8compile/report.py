@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from .errors import source_line
-from .ir import SCALED_MM, GemmInfo, format_value, gemms
+from .ir import SCALED_MM, GemmInfo, gemms, op_name
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Row:
         return self.decision == "fp8"
 
 
-def gemm_rows(gm: fx.GraphModule, kernel: str) -> list[Row]:
-    """A row for every GEMM of a graph after the passes; ``kernel`` names what runs the FP8 ones."""
-    return [_row(node, info, kernel) for node, info in gemms(gm)]
+def gemm_rows(gm: fx.GraphModule, kernel_of: Callable[[fx.Node], str]) -> list[Row]:
+    """A row for every GEMM of a graph after the passes; ``kernel_of`` names what runs a node."""
+    return [_row(node, info, kernel_of) for node, info in gemms(gm)]
 
 
-def _row(node: fx.Node, info: GemmInfo, kernel: str) -> Row:
+def _row(node: fx.Node, info: GemmInfo, kernel_of: Callable[[fx.Node], str]) -> Row:
     fp8 = node.target is SCALED_MM
     left, right = info.left, info.right
     return Row(
@@ -51,7 +51,7 @@ def _row(node: fx.Node, info: GemmInfo, kernel: str) -> Row:
         gflops=float(info.flops) / 1e9 if info.flops.is_number else str(info.flops),
         formats=f"{left.format} x {right.format}" if fp8 else "",
         decision="fp8" if fp8 else _dtype_text(info),
-        kernel=kernel if fp8 else "",
+        kernel=kernel_of(node) if fp8 else "",
         reason=info.reason or "",
     )
 
@@ -64,23 +64,10 @@ def _number(size: Any) -> int | str:
     return int(size) if size.is_number else str(size)
 
 
-def reasons(rows: list[Row]) -> Mapping[str, str]:
-    """Site and GEMM -> reason, for those that stay in high precision."""
-    return {f"{row.fqn} {row.gemm}": row.reason for row in rows if row.reason}
-
-
-def other_matmul_row(node: fx.Node, reason: str) -> Row:
-    """A row for a matmul that belongs to no site."""
-    value = node.meta["val"]
-    return Row(
-        fqn=source_line(node) or node.name,
-        gemm=str(node.target).removeprefix("aten.").removesuffix(".default"),
-        m="",
-        n="",
-        k="",
-        gflops="",
-        formats="",
-        decision=format_value(value),
-        kernel="",
-        reason=reason,
-    )
+def other_rows(others: Sequence[tuple[fx.Node, str]]) -> list[Row]:
+    """A row for each kind of matmul that belongs to no site, with how many there are."""
+    counts = Counter((op_name(node.target), reason) for node, reason in others)
+    return [
+        Row(f"(other: {count} x {op})", "", "", "", "", "", "", "", "", reason)
+        for (op, reason), count in counts.items()
+    ]

@@ -14,9 +14,9 @@ def choose_formats(gm: fx.GraphModule, *, recipe: Recipe) -> int:
     """Give both edges of every FP8 GEMM a format.
 
     Before:
-        mm : bf16[16, 64] = aten.mm(x, w)    # fp8 = fprop of input, weight
+        mm : bf16[16, 64] = aten.mm(x, permute)  # w fprop = input x weight^T
     After:
-        mm : bf16[16, 64] = aten.mm(x, w)    # fp8 = fprop of input e4m3, weight e4m3
+        mm : bf16[16, 64] = aten.mm(x, permute)  # w fprop = input e4m3 x weight^T e4m3
 
     Requires: choose_precision.
     Ensures: no GEMM multiplies E5M2 with E5M2; a value that several GEMMs take in the same role

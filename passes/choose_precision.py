@@ -20,9 +20,9 @@ def choose_precision(gm: fx.GraphModule, *, skips: Callable[[str], bool] | None 
     """Give every GEMM that cannot or shall not run in FP8 its reason.
 
     Before:
-        mm : bf16[16, 17] = aten.mm(x, w)    # fp8 = fprop
+        mm : bf16[16, 17] = aten.mm(x, permute)  # mm fprop = input x weight^T
     After:
-        mm : bf16[16, 17] = aten.mm(x, w)    # fp8 = fprop, reason "N = 17 is not divisible by 16"
+        mm : bf16[16, 17] = aten.mm(x, permute)  # mm fprop, not in FP8: N = 17 is not divisible by 16
 
     ``skips(fqn)`` says which sites the user asked to keep in high precision.
 
@@ -31,7 +31,7 @@ def choose_precision(gm: fx.GraphModule, *, skips: Callable[[str], bool] | None 
         in bfloat16, float16 or float32.
     Leaves alone: GEMMs that have a reason already.
     Numerics: exact.
-    """
+    """  # noqa: E501
     rewrites = 0
     for node, info in list(gemms(gm)):
         if not info.is_fp8 or node.target is SCALED_MM:

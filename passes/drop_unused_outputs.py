@@ -16,11 +16,11 @@ def drop_unused_outputs(gm: fx.GraphModule) -> int:
     """Let every cast write only the copies (row-major, transposed) that are used.
 
     Before:
-        x_q     : (e4m3[16, 32], e4m3[32, 16], f32[1], f32[1]) = fp8.quantize(x, scale, 0, e4m3)
-        x_fp8_t : e4m3[32, 16] = x_q[1]
+        w_q   : (e4m3[64, 32], e4m3[32, 64], f32[1], f32[1]) = fp8.quantize(w, scale, 1, e4m3)
+        w_fp8 : e4m3[64, 32] = w_q[0]
     After:
-        x_q     : (e4m3[0], e4m3[32, 16], f32[1], f32[1]) = fp8.quantize(x, scale, 0, e4m3, False, True)
-        x_fp8_t : e4m3[32, 16] = x_q[1]
+        w_q   : (e4m3[64, 32], e4m3[0], f32[1], f32[1]) = fp8.quantize(w, scale, 1, e4m3, True, False)
+        w_fp8 : e4m3[64, 32] = w_q[0]
 
     Requires: share_casts.
     Ensures: an output that is not written is not used.

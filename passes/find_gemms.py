@@ -32,7 +32,7 @@ def find_gemms(gm: fx.GraphModule, *, sites: Sequence[Site] | None = None) -> in
         mm      : bf16[16, 64] = aten.mm(x, permute)
     After:
         permute : bf16[32, 64] = aten.permute(w, [1, 0])
-        mm      : bf16[16, 64] = aten.mm(x, permute)    # fp8 = fprop of input, weight^T
+        mm      : bf16[16, 64] = aten.mm(x, permute)  # w fprop = input x weight^T
 
     ``sites`` are those of ``tag_sites``, which the nodes' tags point into. Without it every
     untagged GEMM is taken for the fprop of a site of its own.

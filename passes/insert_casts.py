@@ -27,15 +27,16 @@ def insert_casts(gm: fx.GraphModule, *, recipe: Recipe, scale: fx.Node | None = 
     """Quantize both operands of every FP8 GEMM and multiply them with ``fp8.scaled_mm``.
 
     Before:
-        mm : bf16[16, 64] = aten.mm(x, w)
+        permute : bf16[32, 64] = aten.permute(w, [1, 0])
+        mm      : bf16[16, 64] = aten.mm(x, permute)  # w fprop = input e4m3 x weight^T e4m3
     After:
-        x_q         : (e4m3[16, 32], e4m3[32, 16], f32[1], f32[1]) = fp8.quantize(x, None, 0, e4m3)
+        x_q         : (e4m3[16, 32], e4m3[32, 16], ...) = fp8.quantize(x, scale, 0, e4m3)
         x_fp8       : e4m3[16, 32] = x_q[0]
         x_scale_inv : f32[1] = x_q[2]
-        w_q         : (e4m3[32, 64], e4m3[64, 32], f32[1], f32[1]) = fp8.quantize(w, None, 1, e4m3)
-        w_fp8_t     : e4m3[64, 32] = w_q[1]
+        w_q         : (e4m3[64, 32], e4m3[32, 64], ...) = fp8.quantize(w, scale, 1, e4m3)
+        w_fp8       : e4m3[64, 32] = w_q[0]
         w_scale_inv : f32[1] = w_q[2]
-        mm_fp8      : bf16[16, 64] = fp8.scaled_mm(x_fp8, w_fp8_t, x_scale_inv, w_scale_inv, ...)
+        mm_fp8      : bf16[16, 64] = fp8.scaled_mm(x_fp8, w_fp8, x_scale_inv, w_scale_inv, ...
 
     ``scale`` is the graph input that holds the delayed scales, or None for current scaling.
 
@@ -103,8 +104,7 @@ def _quantized(
 
 def quantize_getitem(graph: fx.Graph, cast: fx.Node, output: str) -> fx.Node:
     """The getitem node for one output of a quantize node, at the insertion point."""
-    stem = cast.name.removesuffix("_q") if cast.name.endswith("_q") else cast.name
     index = QUANTIZE_OUTPUTS.index(output)
-    item = emit(graph, operator.getitem, (cast, index), f"{stem}_{output}", like=cast)
+    item = emit(graph, operator.getitem, (cast, index), f"{cast.args[0]}_{output}", like=cast)
     item.meta["partitioner_tag"] = cast.meta.get("partitioner_tag", "is_forward")
     return item

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -17,8 +15,8 @@ def plan_saved(gm: fx.GraphModule) -> int:
         x_fp8_t     : e4m3[32, 16] = x_q[1]
         x_scale_inv : f32[1] = x_q[2]
     After:
-        x_fp8_t     : e4m3[32, 16] = x_q[1]    # recompute = MUST_SAVE
-        x_scale_inv : f32[1] = x_q[2]          # recompute = MUST_SAVE
+        x_fp8_t     : e4m3[32, 16] = x_q[1]  # saved
+        x_scale_inv : f32[1] = x_q[2]  # saved
 
     The scale_inv must be kept with its tensor: the state's scale may have moved on by then.
     Inside an activation-checkpointed region the cast is recomputed with the rest of the region.
@@ -33,13 +31,11 @@ def plan_saved(gm: fx.GraphModule) -> int:
         if cast.target is not QUANTIZE or is_backward(cast):
             continue
         region = checkpointed_region(cast)
-        if region is not None:
-            for node in (cast, *cast.users):
-                node.meta.update(region)
-            continue
-        for item in cast.users:
-            if item.target is operator.getitem and any(is_backward(user) for user in item.users):
-                item.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        kept = [item for item in cast.users if any(is_backward(user) for user in item.users)]
+        for node in (cast, *cast.users) if region else kept:
+            plan = region or {"recompute": CheckpointPolicy.MUST_SAVE}
+            if node.meta.get("recompute") is not plan["recompute"]:
+                node.meta.update(plan)
                 rewrites += 1
     return rewrites
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..ir import QUANTIZE
+from ..ir import QUANTIZE, value_key
 
 
 def share_casts(gm: fx.GraphModule) -> int:
     """Merge the casts of one value to one format into the first of them.
 
     Before:
-        x_q    : (...) = fp8.quantize(x, scale, 0, e4m3)
-        x_q_1  : (...) = fp8.quantize(x, scale, 3, e4m3)
+        x_q     : (...) = fp8.quantize(x, scale, 0, e4m3)
+        x_fp8   : e4m3[16, 32] = x_q[0]
+        x_q_1   : (...) = fp8.quantize(x, scale, 0, e4m3)
+        x_fp8_t : e4m3[32, 16] = x_q_1[1]
     After:
-        x_q    : (...) = fp8.quantize(x, scale, 0, e4m3)
+        x_q     : (...) = fp8.quantize(x, scale, 0, e4m3)
+        x_fp8   : e4m3[16, 32] = x_q[0]
+        x_fp8_t : e4m3[32, 16] = x_q[1]
 
     Requires: insert_casts.
-    Ensures: the merged cast uses the first one's slot; each output has one getitem node.
+    Ensures: two reshapes of a value to one shape count as one value; the merged cast uses the first one's slot; each output has one getitem node.
     Leaves alone: the casts of a weight in forward and backward, which stay apart so that no fp8
         weight is kept for backward.
     Numerics: exact (casts of one value in one format and granularity share one amax).
@@ -28,7 +32,7 @@ def share_casts(gm: fx.GraphModule) -> int:
         if node.target is not QUANTIZE:
             continue
         value, scale, _, fmt = node.args[:4]
-        key = (value, scale, fmt, node.meta.get("partitioner_tag") == "must_be_in_backward")
+        key = (value_key(value), scale, fmt, node.meta.get("partitioner_tag") == "must_be_in_backward")
         if key in first:
             node.replace_all_uses_with(first[key])
             gm.graph.erase_node(node)

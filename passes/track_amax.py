@@ -16,7 +16,7 @@ def track_amax(gm: fx.GraphModule, *, amax_fwd: fx.Node, amax_bwd: fx.Node) -> i
     After:
         x_q    : (...) = fp8.quantize(x, scale, 0, e4m3)
         x_amax : f32[1] = x_q[3]
-        track_amax_fwd : none = fp8.track_amax(amax_fwd, [x_amax], [0])
+        track_amax_fwd : none = fp8.track_amax(amax_fwd, [x_amax, w_amax], [0, 1])
 
     Forward and backward write to tensors of their own, so that no graph input is mutated in both.
 

@@ -1,0 +1,125 @@
+"""Say what the compiler does with a model, before or after it is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import fx, nn
+
+from .compile import compile_graph
+from .options import parse_options
+from .recipe import Gemm, Recipe
+from .report import Row
+
+_COLUMNS = ("site", "GEMM", "M", "N", "K", "formats", "runs in", "kernel or reason")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` found: ``rows`` for a program, ``str()`` for a person."""
+
+    rows: tuple[Row, ...]
+    recipe: Recipe
+
+    @property
+    def fp8_share(self) -> float | None:
+        """The share of the GEMMs' FLOPs that is in FP8; None if sizes are symbolic."""
+        gflops = [row.gflops for row in self.rows if row.gflops != ""]
+        if not gflops or not all(isinstance(value, float) for value in gflops):
+            return None
+        return sum(float(r.gflops) for r in self.rows if r.is_fp8) / (sum(map(float, gflops)) or 1.0)
+
+    def summary(self) -> str:
+        """One line: how many GEMMs, and what share of their FLOPs, are in FP8."""
+        gemms = [row for row in self.rows if row.k != ""]
+        fp8 = [row for row in gemms if row.is_fp8]
+        sites = len({row.fqn for row in gemms})
+        line = f"{sites} sites, {len(fp8)} of {len(gemms)} GEMMs in FP8"
+        if self.fp8_share is not None:
+            line += f", {self.fp8_share:.1%} of their FLOPs"
+        return f"{line}; recipe {self.recipe}"
+
+    def table(self) -> Table:
+        """The rows as a rich table; the name of a site stands in the first of its rows."""
+        table = Table(caption=self.summary(), caption_justify="left")
+        for name in _COLUMNS:
+            table.add_column(name, justify="right" if name in "MNK" else "left", no_wrap=name == "site")
+        shown = None
+        for row in self.rows:
+            site = "" if row.fqn == shown else row.fqn
+            shown = row.fqn
+            sizes = (str(size) for size in (row.m, row.n, row.k))
+            style = None if row.is_fp8 else "yellow"
+            why = row.kernel if row.is_fp8 else row.reason
+            table.add_row(site, row.gemm, *sizes, row.formats, row.decision, why, style=style)
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        width = 200  # wide enough for names; a terminal gets its own width through rich
+        Console(file=text, width=width, color_system=None).print(self.table())
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+
+def explain(
+    model: Callable[..., Any],
+    *inputs: Any,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """What ``torch.compile(model, backend="fp8", options=options)(*inputs)`` would run in FP8.
+
+    One row per GEMM of each site, forward and backward: its name, sizes, formats and kernel, or
+    the reason why it stays in high precision; then the matmuls that belong to no site.
+
+    The model is traced and run once, in its own precision. Its parameters, buffers and gradients,
+    its scaling state and the random number generators are left as they were.
+
+    Raises OptionError and RecipeError for what is wrong with the options.
+    """
+    parsed = replace(parse_options(options), strict=False)
+    rows: list[Row] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        compile_graph(gm, example_inputs, parsed, inner_compile=_no_code, on_joint=rows.extend)
+        return gm.forward
+
+    target = getattr(model, "_orig_mod", model)
+    with _left_as_it_was(target):
+        torch.compile(target, backend=backend)(*inputs, **kwargs)
+    return Explanation(tuple(_by_site(rows)), parsed.recipe)
+
+
+def _by_site(rows: Sequence[Row]) -> list[Row]:
+    """Sites in the order of their first GEMM, each with fprop, dgrad and wgrad in this order."""
+    sites = {row.fqn: i for i, row in reversed(list(enumerate(rows)))}
+    roles = {str(gemm): i for i, gemm in enumerate(Gemm)}
+    return sorted(rows, key=lambda row: (sites[row.fqn], roles.get(row.gemm, len(roles))))
+
+
+def _no_code(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """In place of Inductor's code generation: the graphs are only looked at."""
+    return gm.forward
+
+
+@contextlib.contextmanager
+def _left_as_it_was(model: Any) -> Iterator[None]:
+    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
+    saved = [buffer.detach().clone() for buffer in buffers]
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in zip(buffers, saved, strict=True):
+                    buffer.copy_(value)

@@ -1,0 +1,88 @@
+"""How the tests trace, compile without code generation, and compare."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from functorch.compile import make_boxed_func
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fp8compile.compile import GraphCompiler, compile_graph
+from fp8compile.internals import last_inputs
+from fp8compile.ir import Site
+from fp8compile.options import parse_options
+from fp8compile.passes import StateNodes
+
+
+def interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """In place of Inductor's code generation: run the final graph node by node."""
+    return make_boxed_func(gm.forward)
+
+
+def compile_interpreted(
+    model: Callable[..., Any], options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="fp8")`` without Inductor's code: same graphs, much faster."""
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        parsed = parse_options(options)
+        return compile_graph(gm, example_inputs, parsed, inner_compile=interpret)
+
+    return torch.compile(model, backend=backend, **kwargs)
+
+
+def trace(fn: Callable[..., Any], **inputs: torch.Tensor) -> fx.GraphModule:
+    """The ATen graph of a function, with its inputs under their own names."""
+    gm = make_fx(fn, tracing_mode="fake")(*inputs.values())
+    for node, name in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node._rename(name)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+@dataclass
+class Joint:
+    """A joint graph as the passes get it."""
+
+    gm: fx.GraphModule
+    sites: list[Site]
+    state: StateNodes | None
+
+
+def trace_joint(
+    model: nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Joint:
+    """The joint graph of a model, before the passes, with parameters under their own names."""
+    captured: list[Joint] = []
+
+    def capture(self: GraphCompiler, gm: fx.GraphModule) -> None:
+        gm = copy.deepcopy(gm)
+        stateful = parse_options(options).recipe.scaling.value == "delayed" and self.sites
+        state = StateNodes(*last_inputs(gm, 3)) if stateful else None
+        for name, node in vars(state).items() if state else ():
+            node._rename(name)
+        _name_parameters(gm, model)
+        captured.append(Joint(gm, self.sites, state))
+
+    torch._dynamo.reset()
+    with mock.patch.object(GraphCompiler, "joint", capture):
+        compile_interpreted(model, options, **kwargs)(*inputs)
+    assert len(captured) == 1, f"{len(captured)} graphs"
+    return captured[0]
+
+
+def _name_parameters(gm: fx.GraphModule, model: nn.Module) -> None:
+    """Call the graph inputs by what they are: parameters first, as AOTAutograd orders them."""
+    shapes = {tuple(p.shape): n.replace(".", "_") for n, p in model.named_parameters()}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if node.name.startswith("primals_"):
+            node._rename(shapes.get(tuple(node.meta["val"].shape), "x"))
+        elif node.name.startswith("tangents_"):
+            node._rename(node.name)

@@ -1,0 +1,79 @@
+"""Graphs that several pass tests start from, and the checks every pass gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from fp8compile import RECIPES
+from fp8compile.ir import format_graph, verify
+from fp8compile.passes import joint_passes
+from fp8compile.passes.pipeline import Pass, pass_name
+from tests.helpers import Joint, trace, trace_joint
+
+aten = torch.ops.aten
+
+
+class Linear(nn.Module):
+    """A linear layer that says ``w`` where nn.Linear says ``weight``."""
+
+    def __init__(self, out_features: int = 64, in_features: int = 32) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(out_features, in_features, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w)
+
+
+def linear_joint(tokens: int = 16, recipe: str = "delayed") -> Joint:
+    """The joint graph of one linear layer: fprop, wgrad and dgrad."""
+    x = torch.randn(tokens, 32, dtype=torch.bfloat16, requires_grad=True)
+    return trace_joint(Linear(), x, options={"recipe": recipe})
+
+
+def fprop(n: int = 64, k: int = 32, dtype: torch.dtype = torch.bfloat16) -> fx.GraphModule:
+    """``x @ w.T`` alone, without tags: what a user traces by hand."""
+
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        return aten.mm(x, aten.permute(w, [1, 0]))
+
+    return trace(fn, x=torch.randn(16, k).to(dtype), w=torch.randn(n, k).to(dtype))
+
+
+def before(name: str, joint: Joint | None = None) -> tuple[fx.GraphModule, Pass]:
+    """A graph with all passes run that come before ``name``, and that pass."""
+    joint = joint or linear_joint()
+    passes = joint_passes(recipe=RECIPES["delayed"], sites=joint.sites, state=joint.state)
+    for run in passes:
+        if pass_name(run) == name:
+            return joint.gm, run
+        run(joint.gm)
+    raise AssertionError(f"no pass {name}; there are {[pass_name(p) for p in passes]}")
+
+
+def lines_of(gm: fx.GraphModule, *names: str) -> str:
+    """The text of the graph, or only of some of its nodes, without the padding of its columns."""
+    lines = [" ".join(line.split()) for line in format_graph(gm).splitlines()]
+    return "\n".join(line for line in lines if not names or line.split(" :")[0] in names)
+
+
+def check_pass(gm: fx.GraphModule, run: Callable[[fx.GraphModule], int]) -> int:
+    """Run a pass; the graph stays valid, its outputs keep their types, a second run does nothing."""
+    types = _output_types(gm)
+    rewrites = run(gm)
+    verify(gm)
+    assert _output_types(gm) == types
+    text = format_graph(gm)
+    assert run(gm) == 0, "not idempotent"
+    assert format_graph(gm) == text
+    return rewrites
+
+
+def _output_types(gm: fx.GraphModule) -> list[object]:
+    outputs = gm.graph.output_node().args[0]
+    nodes = outputs if isinstance(outputs, list | tuple) else (outputs,)
+    values = [node.meta["val"] for node in nodes if isinstance(node, fx.Node)]  # type: ignore[union-attr]
+    return [(value.dtype, tuple(value.shape)) for value in values]

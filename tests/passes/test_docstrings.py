@@ -1,0 +1,78 @@
+"""The Before and After texts of the passes are true: they are lines of a real graph's text."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+from torch import fx
+
+from fp8compile.passes import (
+    choose_formats,
+    choose_precision,
+    drop_unused_outputs,
+    find_gemms,
+    insert_casts,
+    plan_saved,
+    share_casts,
+    track_amax,
+)
+from fp8compile.passes.pipeline import Pass
+from tests.passes.common import before, fprop, lines_of
+
+PASSES = [
+    find_gemms,
+    choose_precision,
+    choose_formats,
+    insert_casts,
+    share_casts,
+    drop_unused_outputs,
+    track_amax,
+    plan_saved,
+]
+SECTIONS = ("Before:", "After:", "Requires:", "Ensures:", "Leaves alone:", "Numerics:")
+
+
+def example(name: str) -> tuple[fx.GraphModule, Pass]:
+    if name == "choose_precision":
+        gm = fprop(n=17)
+        find_gemms(gm)
+        return gm, choose_precision
+    return before(name)
+
+
+def section(doc: str, title: str) -> list[str]:
+    """The lines under a title, up to the next title or blank line, without column padding."""
+    lines = doc.split(f"{title}\n")[1].splitlines()
+    ends = (i for i, line in enumerate(lines) if not line or line.strip() in SECTIONS)
+    return [" ".join(line.split()) for line in lines[: next(ends)]]
+
+
+def stands_in(line: str, text: str) -> bool:
+    pattern = ".*".join(re.escape(part) for part in line.split("..."))
+    return any(re.fullmatch(pattern, whole) for whole in text.splitlines())
+
+
+@pytest.mark.parametrize("run", PASSES, ids=lambda run: run.__name__)
+def test_before_and_after_are_lines_of_the_example_graph(run: Pass) -> None:
+    doc = inspect.getdoc(run) or ""
+    gm, bound = example(run.__name__)
+    for title in ("Before:", "After:"):
+        expected = section(doc, title)
+        assert expected
+        text = lines_of(gm)
+        for line in expected:
+            assert stands_in(line, text), f"{title} {line!r} is not in\n{text}"
+        if title == "Before:":
+            gone = [line for line in section(doc, "After:") if line not in expected]
+            assert gone, "After must differ from Before"
+            bound(gm)
+
+
+@pytest.mark.parametrize("run", PASSES, ids=lambda run: run.__name__)
+def test_every_section_is_there(run: Pass) -> None:
+    doc = inspect.getdoc(run) or ""
+    positions = [doc.index(section) for section in SECTIONS]
+    assert positions == sorted(positions)
+    assert re.search(r"Numerics: (exact|reorders|quantizes)", doc)

@@ -1,0 +1,110 @@
+"""find_gemms: which GEMM is which."""
+
+from __future__ import annotations
+
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fp8compile.ir import gemms
+from fp8compile.passes import find_gemms
+from fp8compile.passes.find_gemms import unsited_matmuls
+from tests.helpers import trace, trace_joint
+from tests.passes.common import aten, before, check_pass, fprop, lines_of
+
+
+def roles(gm: torch.fx.GraphModule) -> list[str]:
+    return [
+        f"{info.site.fqn} {info.gemm} {info.left.operand} {info.right.operand}"
+        for _, info in gemms(gm)
+    ]
+
+
+def test_marks_the_three_gemms_of_a_linear_layer() -> None:
+    gm, run = before("find_gemms")
+    assert check_pass(gm, run) == 3
+    assert_expected_inline(
+        lines_of(gm, "mm", "mm_1", "mm_2"),
+        """\
+mm : bf16[16, 64] = aten.mm(x, permute) # w fprop = input x weight^T
+mm_1 : bf16[64, 32] = aten.mm(permute_1, x) # w wgrad = grad_output^T x input
+mm_2 : bf16[16, 32] = aten.mm(tangents_1, permute_3) # w dgrad = grad_output x weight""",
+    )
+
+
+class Weight(nn.Module):
+    """Multiplies with a weight stored as [in, out], on the side it is told."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(32, 64) if how != "left" else torch.randn(64, 32))
+        self.b = nn.Parameter(torch.randn(64))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "left":
+            return self.w @ x
+        if self.how == "addmm":
+            return torch.addmm(self.b, x, self.w)
+        return {"matmul": torch.matmul, "@": lambda x, w: x @ w, "mm": torch.mm}[self.how](x, self.w)
+
+
+def test_weights_stored_as_in_out() -> None:
+    for how in ("matmul", "@", "mm", "addmm"):
+        joint = trace_joint(Weight(how), torch.randn(16, 32, requires_grad=True))
+        find_gemms(joint.gm, sites=joint.sites)
+        assert sorted(roles(joint.gm)) == [
+            "w dgrad grad_output weight",
+            "w fprop input weight",
+            "w wgrad input grad_output",
+        ], how
+
+
+def test_a_weight_on_the_left() -> None:
+    joint = trace_joint(Weight("left"), torch.randn(32, 16, requires_grad=True))
+    find_gemms(joint.gm, sites=joint.sites)
+    assert sorted(roles(joint.gm)) == [
+        "w dgrad weight grad_output",
+        "w fprop weight input",
+        "w wgrad grad_output input",
+    ]
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda y: self.b(F.relu(self.a(y))), x, use_reentrant=False)
+
+
+def test_sites_inside_a_checkpointed_region() -> None:
+    joint = trace_joint(Checkpointed(), torch.randn(16, 32, requires_grad=True))
+    find_gemms(joint.gm, sites=joint.sites)
+    assert [role.rsplit(" ", 2)[0] for role in sorted(roles(joint.gm))] == [
+        "a dgrad", "a fprop", "a wgrad", "b dgrad", "b fprop", "b wgrad",
+    ]  # fmt: skip
+
+
+def test_an_untagged_graph_has_a_site_per_gemm() -> None:
+    gm = fprop()
+    assert check_pass(gm, find_gemms) == 1
+    assert roles(gm) == ["mm fprop input weight"]
+
+
+def test_leaves_batched_matmuls_alone_and_says_why() -> None:
+    gm = trace(lambda a, b: aten.bmm(a, b), a=torch.randn(2, 16, 16), b=torch.randn(2, 16, 16))
+    assert check_pass(gm, find_gemms) == 0
+    assert [why for _, why in unsited_matmuls(gm)] == ["batched matmul of two activations"]
+
+
+def test_leaves_a_scaled_addmm_alone_and_says_why() -> None:
+    gm = trace(
+        lambda b, x, w: aten.addmm(b, x, w, beta=0.5),
+        b=torch.randn(64), x=torch.randn(16, 32), w=torch.randn(32, 64),
+    )  # fmt: skip
+    find_gemms(gm)
+    assert [info.reason for _, info in gemms(gm)] == ["addmm with {'beta': 0.5}"]

@@ -1,0 +1,573 @@
+"""The backend as a user meets it: every form of matmul, outputs and gradients against eager."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fp8compile
+from tests.helpers import compile_interpreted
+from tests.models import MLP, sqnr_db
+
+DTYPES = [torch.float32, torch.bfloat16]
+pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+
+
+# --- comparison with eager ----------------------------------------------------------------------
+
+
+def run(call: Callable[..., Any], model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
+    """The output of a call and the gradients of all that takes part in it, by name."""
+    leaves = dict(model.named_parameters())
+    leaves |= {f"input {i}": x for i, x in enumerate(inputs) if _requires_grad(x)}
+    for leaf in leaves.values():
+        leaf.grad = None
+    out = call(*inputs)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out.float() * direction).sum().backward()
+    found = {"output": out.detach()}
+    return found | {n: x.grad.clone() for n, x in leaves.items() if x.grad is not None}
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def assert_as_eager(
+    model: nn.Module,
+    *inputs: Any,
+    fp8_gemms: int,
+    compiled: Callable[..., Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> fp8compile.explain:
+    """Outputs and all gradients are those of eager up to FP8's noise; so many GEMMs are in FP8."""
+    explanation = fp8compile.explain(model, *inputs, options=options)
+    assert sum(row.is_fp8 for row in explanation.rows) == fp8_gemms, str(explanation)
+    expected = run(model, model, inputs)
+    actual = run(compiled or compile_interpreted(model, options), model, inputs)
+    assert actual.keys() == expected.keys()
+    for name, reference in expected.items():
+        value = actual[name]
+        assert (value.shape, value.dtype) == (reference.shape, reference.dtype), name
+        gate = 25.0 if name == "output" else 20.0  # e4m3 x e4m3; e5m2 x e4m3
+        assert sqnr_db(reference, value) >= gate, name
+    if fp8_gemms:  # in high precision the output would be bit-exact
+        assert sqnr_db(expected["output"], actual["output"]) < 60
+    return explanation
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype).requires_grad_()
+
+
+class Weighted(nn.Module):
+    """A weight, optionally a bias, and a function of them and the input."""
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        *shape: int,
+        bias: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.randn(shape) / 8)
+        self.bias = None if bias is None else nn.Parameter(torch.randn(bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return self.function(x, self.weight)
+        return self.function(x, self.weight, self.bias)
+
+
+# --- discovery and import -----------------------------------------------------------------------
+
+
+def in_fresh_process(code: str) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_backend_is_found_without_importing_the_package() -> None:
+    code = (
+        "import sys, torch\n"
+        "print('fp8' in torch._dynamo.list_backends(), 'fp8compile' in sys.modules)"
+    )
+    assert in_fresh_process(code) == "True False"
+
+
+def test_import_loads_neither_compiler_nor_triton_nor_cuda() -> None:
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import fp8compile\n"
+        "heavy = ('torch._inductor', 'torch._dynamo', 'triton')\n"
+        "print([name for name in heavy if name in set(sys.modules) - before],"
+        " torch.cuda.is_initialized())"
+    )
+    assert in_fresh_process(code) == "[] False"
+
+
+def test_all_public_names_exist() -> None:
+    assert all(getattr(fp8compile, name) is not None for name in fp8compile.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        fp8compile.nonsense  # noqa: B018
+
+
+# --- the forms of a matmul ----------------------------------------------------------------------
+
+FORMS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(32, 48, bias=False),
+    "linear_bias": lambda: nn.Linear(32, 48),
+    "functional_linear": lambda: Weighted(F.linear, 48, 32, bias=(48,)),
+    "mm": lambda: Weighted(torch.mm, 32, 48),
+    "method_mm": lambda: Weighted(lambda x, w: x.mm(w), 32, 48),
+    "matmul": lambda: Weighted(torch.matmul, 32, 48),
+    "matmul_operator": lambda: Weighted(lambda x, w: x @ w, 32, 48),
+    "matmul_transposed": lambda: Weighted(lambda x, w: x @ w.t(), 48, 32),
+    "method_matmul": lambda: Weighted(lambda x, w: x.matmul(w), 32, 48),
+    "unbound_matmul": lambda: Weighted(lambda x, w: torch.Tensor.matmul(x, w), 32, 48),
+    "keyword_matmul": lambda: Weighted(lambda x, w: torch.matmul(input=x, other=w), 32, 48),
+    "addmm": lambda: Weighted(lambda x, w, b: torch.addmm(b, x, w), 32, 48, bias=(48,)),
+    "addmm_2d_bias": lambda: Weighted(lambda x, w, b: torch.addmm(b, x, w), 32, 48, bias=(16, 48)),
+    "method_addmm": lambda: Weighted(lambda x, w, b: b.addmm(x, w), 32, 48, bias=(1, 48)),
+    "weight_left": lambda: Weighted(lambda x, w: w @ x, 48, 16),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_matmul_form(form: str, dtype: torch.dtype) -> None:
+    model = FORMS[form]().to(dtype)
+    assert_as_eager(model, normal(16, 32, dtype=dtype), fp8_gemms=3)
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 32), (2, 3, 16, 32)], ids=str)
+@pytest.mark.parametrize("form", ["linear_bias", "matmul_operator", "method_matmul"])
+def test_more_input_dimensions(form: str, shape: tuple[int, ...]) -> None:
+    assert_as_eager(FORMS[form](), normal(*shape), fp8_gemms=3)
+
+
+def test_input_that_is_not_contiguous() -> None:
+    x = torch.randn(32, 16).t().requires_grad_()
+    assert_as_eager(nn.Linear(32, 48), x, fp8_gemms=3)
+
+
+def test_huggingface_conv1d() -> None:
+    utils = pytest.importorskip("transformers.pytorch_utils")
+    conv = utils.Conv1D(48, 32)
+    nn.init.normal_(conv.bias)
+    explanation = assert_as_eager(nn.Sequential(conv), normal(4, 16, 32), fp8_gemms=3)
+    assert {row.fqn for row in explanation.rows} == {"0"}
+
+
+def test_input_without_gradient_has_no_dgrad() -> None:
+    explanation = assert_as_eager(nn.Linear(32, 48), torch.randn(16, 32), fp8_gemms=2)
+    assert [row.gemm for row in explanation.rows] == ["fprop", "wgrad"]
+
+
+def test_frozen_weight_has_no_wgrad() -> None:
+    model = nn.Linear(32, 48).requires_grad_(False)
+    explanation = assert_as_eager(model, normal(16, 32), fp8_gemms=2)
+    assert [row.gemm for row in explanation.rows] == ["fprop", "dgrad"]
+
+
+# --- the forms of a model -----------------------------------------------------------------------
+
+
+class TiedModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 32)
+        self.lm_head = nn.Linear(32, 64, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lm_head(torch.tanh(self.embed(ids)))
+
+
+def test_tied_weight_is_named_after_the_module_that_multiplies() -> None:
+    ids = torch.randint(0, 64, (2, 16))
+    explanation = assert_as_eager(TiedModel(), ids, fp8_gemms=3)
+    assert {row.fqn for row in explanation.rows} == {"lm_head"}
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.tanh(self.fc(x)))
+
+
+def test_module_used_twice() -> None:
+    assert_as_eager(Twice(), normal(16, 32), fp8_gemms=6)
+
+
+def test_module_used_twice_keeps_two_scales() -> None:
+    model = Twice()
+    compiled = compile_interpreted(model)
+    run(compiled, model, (normal(16, 32),))
+    fp8compile.update_scales(model)
+    state = fp8compile.state_dict(model)
+    assert set(state) == {
+        f"fc.weight{use}.{entry}" for use in ("", "#1") for entry in ("scale", "amax_history")
+    }
+    assert state["fc.weight.scale"][0] != state["fc.weight#1.scale"][0]  # inputs differ
+    assert state["fc.weight.scale"][1] == state["fc.weight#1.scale"][1]  # the weight is the same
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = MLP(32, 64), MLP(32, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.first, x, use_reentrant=False)
+        return checkpoint(self.second, x, use_reentrant=False)
+
+
+class CheckpointedTwiceOver(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Checkpointed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activation_checkpointing(dtype: torch.dtype) -> None:
+    model = Checkpointed().to(dtype)
+    explanation = assert_as_eager(model, normal(16, 32, dtype=dtype), fp8_gemms=18)
+    names = {f"{block}.{fc}" for block in ("first", "second") for fc in ("gate", "up", "down")}
+    assert {row.fqn for row in explanation.rows} == names
+
+
+def test_nested_activation_checkpointing() -> None:
+    assert_as_eager(CheckpointedTwiceOver(), normal(16, 32), fp8_gemms=18)
+
+
+class Broken(nn.Module):
+    """Two graphs with a break between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(32, 48)
+        self.fc2 = nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.fc1(x))
+        torch._dynamo.graph_break()
+        return self.fc2(x)
+
+
+def test_graph_break() -> None:
+    explanation = assert_as_eager(Broken(), normal(16, 32), fp8_gemms=6)
+    assert [row.fqn for row in explanation.rows] == ["fc1"] * 3 + ["fc2"] * 3
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(MLP(32, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_submodules_compiled_one_by_one_have_states_of_their_own() -> None:
+    model = Blocks()
+    inputs = (normal(16, 32),)
+    expected = run(model, model, inputs)
+    for layer in model.layers:
+        layer.compile(backend="fp8", options={"inductor": {"fx_graph_cache": False}})
+    actual = run(model, model, inputs)
+    for name, reference in expected.items():
+        assert sqnr_db(reference, actual[name]) >= 20, name
+    assert sqnr_db(expected["output"], actual["output"]) < 60
+    fp8compile.update_scales(model)
+    state = fp8compile.state_dict(model)
+    scales = [state[f"layers.{i}.down.weight.scale"] for i in range(3)]
+    assert all((scale > 0).all() for scale in scales)
+    assert len({tuple(scale.tolist()) for scale in scales}) == 3
+
+
+def test_function_instead_of_module() -> None:
+    weight = normal(48, 32)
+
+    def function(x: Tensor) -> Tensor:
+        return F.relu(F.linear(x, weight))
+
+    x = normal(16, 32)
+    rows = fp8compile.explain(function, x).rows
+    assert [row.gemm for row in rows if row.is_fp8] == ["fprop", "dgrad", "wgrad"]
+    expected = torch.autograd.grad(function(x).sum(), (x, weight))
+    out = compile_interpreted(function)(x)
+    assert sqnr_db(function(x).detach(), out.detach()) >= 25
+    actual = torch.autograd.grad(out.sum(), (x, weight))
+    assert all(sqnr_db(e, a) >= 20 for e, a in zip(expected, actual, strict=True))
+
+
+def test_weight_given_as_an_argument() -> None:
+    x, weight = normal(16, 32), normal(48, 32)
+    out = compile_interpreted(F.linear)(x, weight)
+    assert 25 <= sqnr_db((x @ weight.t()).detach(), out.detach()) < 60
+
+
+def test_no_grad_and_inference_mode() -> None:
+    model, x = MLP(), torch.randn(16, 64)
+    expected = model(x).detach()
+    for context in (torch.no_grad, torch.inference_mode):
+        torch._dynamo.reset()
+        with context():
+            out = compile_interpreted(model)(x)
+        assert 25 <= sqnr_db(expected, out) < 60
+
+
+def test_dropout_draws_the_same_numbers_as_inductor() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.5), nn.Linear(32, 32))
+    out = compile_interpreted(model)(torch.randn(64, 32))
+    assert out.isfinite().all()
+    mask = compile_interpreted(nn.Dropout(0.5))  # nothing to rewrite, still a legal graph
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dropped = (mask(torch.ones(1000)) == 0).float().mean()
+    assert 0.4 < dropped < 0.6
+
+
+# --- dtypes -------------------------------------------------------------------------------------
+
+
+def test_autocast() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+    class Autocast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.body(x)
+
+    assert_as_eager(Autocast(), normal(16, 32), fp8_gemms=6)
+
+
+def test_autocast_around_the_call() -> None:
+    model, x = nn.Linear(32, 64), normal(16, 32)
+    compiled = compile_interpreted(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, out = model(x), compiled(x)
+    assert out.dtype is torch.bfloat16
+    assert 25 <= sqnr_db(expected.detach(), out.detach()) < 60
+    out.float().sum().backward()
+    assert model.weight.grad is not None and model.weight.grad.dtype is torch.float32
+
+
+def test_float16() -> None:
+    assert_as_eager(nn.Linear(32, 48).half(), normal(16, 32, dtype=torch.float16), fp8_gemms=3)
+
+
+EXACT: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], torch.dtype, str]] = {
+    "float64": (lambda: nn.Linear(32, 48).double(), (16, 32), torch.float64, "dtype float64"),
+    "complex": (
+        lambda: nn.Linear(32, 48, dtype=torch.complex64), (16, 32), torch.complex64, "complex64",
+    ),
+    "k_17": (lambda: nn.Linear(17, 48), (16, 17), torch.float32, "K = 17 is not divisible by 16"),
+    "n_10": (lambda: nn.Linear(32, 10), (16, 32), torch.float32, "N = 10 is not divisible by 16"),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.filterwarnings("ignore:no GEMM of this graph")
+def test_left_alone_forward_is_exact_and_has_a_reason(case: str) -> None:
+    make, shape, dtype, reason = EXACT[case]
+    model, x = make(), torch.randn(shape, dtype=dtype)
+    rows = fp8compile.explain(model, x).rows
+    fprop = next(row for row in rows if row.gemm == "fprop")
+    assert not fprop.is_fp8 and reason in fprop.reason
+    out = compile_interpreted(model)(x)
+    torch.testing.assert_close(out, model(x))
+    assert out.dtype is dtype
+
+
+def test_k_17_runs_its_aligned_gemms_only() -> None:
+    # fprop has K = 17, dgrad N = 17, wgrad N = 17
+    with pytest.warns(UserWarning, match="no GEMM of this graph"):
+        assert_as_eager(nn.Linear(17, 48), normal(16, 17), fp8_gemms=0)
+
+
+def test_n_10_names_all_three_gemms() -> None:
+    with pytest.warns(UserWarning, match="no GEMM of this graph"):
+        explanation = assert_as_eager(nn.Linear(32, 10), normal(16, 32), fp8_gemms=1)
+    assert all(row.is_fp8 or "10" in row.reason for row in explanation.rows)
+
+
+@pytest.mark.filterwarnings("ignore:no GEMM of this graph")
+def test_integer_matmul_is_exact() -> None:
+    left, right = torch.randint(-9, 9, (16, 32)), torch.randint(-9, 9, (32, 48))
+    out = compile_interpreted(torch.mm)(left, right)
+    assert out.dtype is torch.int64 and torch.equal(out, left @ right)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_small_batches(batch: int) -> None:
+    model, x = nn.Linear(32, 48), torch.randn(batch, 32)
+    out = compile_interpreted(model)(x)
+    assert sqnr_db(model(x).detach(), out.detach()) >= 25
+    explanation = fp8compile.explain(model, x)
+    fprop = [row for row in explanation.rows if row.gemm == "fprop"]
+    assert len(fprop) == 1, f"nothing is skipped in silence: {explanation}"
+    assert fprop[0].is_fp8 or fprop[0].reason
+
+
+@pytest.mark.filterwarnings("ignore:no GEMM of this graph")
+def test_empty_batch() -> None:
+    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32))
+    compiled = compile_interpreted(model)
+    out = compiled(torch.randn(0, 32))
+    assert out.shape == (0, 32)
+    out.sum().backward()
+    assert all(torch.count_nonzero(p.grad) == 0 for p in model.parameters())
+    x = torch.randn(16, 32)  # the same compiled model still takes a full batch
+    assert sqnr_db(model(x).detach(), compiled(x).detach()) >= 25
+
+
+def test_full_batch_then_empty_batch_with_dynamic_shapes() -> None:
+    model = nn.Linear(32, 48)
+    compiled = compile_interpreted(model, dynamic=True)
+    compiled(torch.randn(16, 32)).sum().backward()
+    fp8compile.update_scales(model)
+    before = fp8compile.state_dict(model)["weight.scale"]
+    compiled(torch.randn(0, 32)).sum().backward()
+    fp8compile.update_scales(model)
+    after = fp8compile.state_dict(model)["weight.scale"]
+    assert torch.equal(before, after) and after.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:no GEMM of this graph")
+def test_one_dimensional_input() -> None:
+    model, x = nn.Linear(32, 48), normal(32)
+    out = compile_interpreted(model)(x)
+    assert out.shape == (48,) and sqnr_db(model(x).detach(), out.detach()) >= 25
+    assert all(row.is_fp8 or row.reason for row in fp8compile.explain(model, x).rows)
+
+
+def test_mixed_dtypes_in_one_model() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.low = nn.Linear(32, 48).bfloat16()
+            self.high = nn.Linear(48, 32)
+            self.double = nn.Linear(32, 32).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.double(self.high(self.low(x.bfloat16()).float()).double())
+
+    explanation = assert_as_eager(Mixed(), normal(16, 32), fp8_gemms=6)
+    left = [row for row in explanation.rows if not row.is_fp8]
+    assert {row.fqn for row in left} == {"double"}
+    assert all("float64" in row.reason for row in left)
+
+
+# --- values that are not finite -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "current"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_bad_input_stays_visible(bad: float, recipe: str) -> None:
+    model = nn.Linear(32, 48)
+    compiled = compile_interpreted(model, {"recipe": recipe})
+    x = torch.randn(16, 32)
+    compiled(x)
+    x[3, 5] = bad
+    expected, out = model(x), compiled(x)
+    assert torch.equal(~out.isfinite(), ~expected.isfinite())
+    clean = torch.arange(16) != 3
+    assert sqnr_db(expected[clean].detach(), out[clean].detach()) >= 25
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "current"])
+def test_bad_value_does_not_drown_small_neighbours(recipe: str) -> None:
+    model = nn.Linear(32, 48, bias=False)
+    compiled = compile_interpreted(model, {"recipe": recipe})
+    x = torch.randn(16, 32) * 1e-4
+    x[3, 5] = float("nan")
+    expected, out = model(x), compiled(x)
+    clean = torch.arange(16) != 3
+    assert sqnr_db(expected[clean].detach(), out[clean].detach()) >= 25
+
+
+# --- same exceptions as eager -------------------------------------------------------------------
+
+WRONG: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Tensor, ...]]]] = {
+    "inner_size": lambda: (nn.Linear(32, 48), (torch.randn(16, 33),)),
+    "dtype": lambda: (nn.Linear(32, 48), (torch.randn(16, 32, dtype=torch.float64),)),
+    "integer_input": lambda: (nn.Linear(32, 48), (torch.ones(16, 32, dtype=torch.int64),)),
+    "mm_of_3d": lambda: (torch.mm, (torch.randn(2, 16, 32), torch.randn(32, 48))),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_call_raises_as_it_does_in_eager(case: str) -> None:
+    function, args = WRONG[case]()
+    with pytest.raises(RuntimeError) as eager:
+        function(*args)
+    with pytest.raises(RuntimeError) as compiled:
+        compile_interpreted(function)(*args)
+    assert issubclass(type(compiled.value), type(eager.value))
+    assert not isinstance(compiled.value, fp8compile.Fp8CompileError)
+    assert str(eager.value).splitlines()[0][:30] in str(compiled.value)
+
+
+# --- with Inductor's own code generation --------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_inductor_code_computes_what_the_graph_says() -> None:
+    model = MLP(32, 64, bias=True)
+    twin = copy.deepcopy(model)
+    inputs = (normal(16, 32),)
+    interpreted = run(compile_interpreted(twin), twin, inputs)
+    torch._dynamo.reset()
+    generated = run(torch.compile(model, backend="fp8"), model, inputs)
+    for name, reference in interpreted.items():
+        assert sqnr_db(reference, generated[name]) >= 35, name  # rounding of fused pointwise ops
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_inductor_training_reduces_the_loss() -> None:
+    model = MLP(32, 64)
+    compiled = torch.compile(model, backend="fp8")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x, target = torch.randn(32, 32), torch.randn(32, 32)
+    losses = []
+    for _ in range(20):
+        loss = F.mse_loss(compiled(x), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.6 * losses[0]
