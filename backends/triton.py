@@ -16,12 +16,25 @@ import torch
 import triton
 from torch import fx
 
-from ..internals import emit_kernel_launch
-from ..ir import QUANTIZE, SCALED_MM, TRACK_AMAX, aten, emit, evaluate, quantize_output
+from .. import ops
+from ..internals import emit_kernel_launch, emit_materialized
+from ..ir import (
+    QUANTIZE,
+    SCALED_MM,
+    TRACK_AMAX,
+    aten,
+    emit,
+    evaluate,
+    quantize_output,
+    value_key,
+)
 from .kernels.launch import Launch
 from .kernels.quantize import quantize_launches
-from .kernels.scaled_mm import TileConfig, scaled_mm_launch
+from .kernels.scaled_mm import scaled_mm_launch
+from .kernels.update_scales import update_scales
 from .tuning import CUBLASLT, GemmShape, choose_gemm
+
+ops.update_scales.register_kernel("cuda", update_scales)  # one launch instead of a dozen
 
 _SIZE_HINT = 8192  # for a symbolic dimension that no example gave a value
 
@@ -53,6 +66,7 @@ class _Lowering:
         self.sources: dict[str, str] = {}
         self._tracked = self._take_tracking()  # amax getitem -> the state's amax tensor
         self._casts = 0
+        self._materialized: set[fx.Node] = set()
         casts = [node for node in gm.graph.nodes if node.target is QUANTIZE]
         if casts:
             with self.graph.inserting_before(casts[0]):
@@ -65,12 +79,13 @@ class _Lowering:
         for node in list(self.graph.nodes):
             if node.target is TRACK_AMAX:
                 amax, values, _ = node.args
-                tracked |= {value: amax for value in values}
+                tracked |= dict.fromkeys(values, amax)
                 self.graph.erase_node(node)
         return tracked
 
     def quantize(self, node: fx.Node) -> None:
         """``fp8::quantize`` -> buffers and two launches that write them."""
+        self._materialize(value_key(node.args[0])[0])
         x, scale, slot, fmt = node.args[:4]
         outputs = {name: quantize_output(node, name) for name in ("fp8", "fp8_t", "scale_inv")}
         amax_item = quantize_output(node, "amax")
@@ -137,6 +152,20 @@ class _Lowering:
         right = emit(self.graph, aten.permute.default, (b, [1, 0]), f"{b}_right")
         args = (a, right, a_scale_inv, b_scale_inv, bias, None, out_dtype, fast_accum)
         return emit(self.graph, aten._scaled_mm.default, args, f"{node.name}_lt", like=node)
+
+    def _materialize(self, value: fx.Node) -> None:
+        """Have a value that Inductor computes written once, for both launches that read it."""
+        if value.op == "placeholder" or value in self._materialized:
+            return
+        with self.graph.inserting_after(value):
+            strides = [self._stride(value, dim) for dim in range(value.meta["val"].dim())]
+        after = next((s for s in reversed(strides) if isinstance(s, fx.Node)), value)
+        with self.graph.inserting_after(after):
+            written = emit_materialized(self.graph, value, strides)
+        value.replace_all_uses_with(
+            written, delete_user_cb=lambda user: user is not written and user not in strides
+        )
+        self._materialized |= {value, written}
 
     def _launch(self, launch: Launch) -> None:
         sizes = {name: _unwrap(size) for name, size in launch.sizes.items()}

@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 
 from ..formats import Format
+from ..internals import cache_folder, outside_tracing
 from .kernels.scaled_mm import TileConfig, candidates, scaled_mm
 
 log = logging.getLogger("fp8compile")
@@ -49,9 +50,7 @@ class GemmShape:
 
         formats = f"{Format.of(self.left)}x{Format.of(self.right)}"
         accum = "fast" if self.fast_accum else "precise"
-        return (
-            f"{self.m}x{self.n}x{self.k} {formats} {short(self.out)} bias={short(self.bias)} {accum}"
-        )
+        return f"{self.m}x{self.n}x{self.k} {formats} {short(self.out)} bias={short(self.bias)} {accum}"
 
 
 def cublaslt_supports(shape: GemmShape) -> bool:
@@ -64,7 +63,8 @@ def choose_gemm(shape: GemmShape, device_index: int) -> TileConfig | None:
     """The fastest tile configuration for a shape, or None for cuBLASLt."""
     remembered = _remembered(device_index)
     if str(shape) not in remembered:
-        times = time_choices(shape, torch.device("cuda", device_index))
+        with outside_tracing(), torch.no_grad():
+            times = time_choices(shape, torch.device("cuda", device_index))
         best = min(times, key=lambda choice: times[choice])
         log.debug("%s: %s", shape, {str(c or CUBLASLT): f"{t:.1f} us" for c, t in times.items()})
         remembered = _remember(device_index, str(shape), asdict(best) if best else None)
@@ -127,11 +127,9 @@ def _microseconds(run: Callable[[], Tensor]) -> float:
 
 
 def _cache_file(device_index: int) -> Path:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir  # all versions; no public name
-
     name = torch.cuda.get_device_name(device_index).replace(" ", "_")
     versions = f"torch{torch.__version__}_triton{triton.__version__}"
-    return Path(cache_dir()) / "fp8compile" / f"gemm_{name}_{versions}.json"
+    return cache_folder() / f"gemm_{name}_{versions}.json"
 
 
 def _remembered(device_index: int) -> dict[str, Any]:

@@ -61,13 +61,17 @@ def compile_graph(
     *,
     inner_compile: Callable[..., Any] | None = None,
     on_joint: Callable[[list[Row]], None] | None = None,
+    root: nn.Module | None = None,
 ) -> Callable[..., Any]:
-    """``fp8`` with parsed options. ``inner_compile`` replaces Inductor's code generation;
-    ``on_joint`` is given the rows of each graph, as ``explain`` needs them."""
+    """``fp8`` with parsed options, and what ``explain`` and the tests need besides.
+
+    ``inner_compile`` replaces Inductor's code generation; ``on_joint`` is given the rows of each
+    graph; ``root`` is the model that names come from, if it is not to be looked for.
+    """
     gm = internals.clone_dynamo_graph(gm)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     tensors = dict(zip(inputs, example_inputs, strict=True))
-    root = _root(example_inputs)
+    root = root or _root(example_inputs)
     tag_sites(gm, name_of=SiteNames(root, tensors))
     sites: list[Site] = gm.meta["fp8_sites"]
     _check_skip(options, sites, root, gm)
@@ -87,6 +91,8 @@ def compile_graph(
         lowered=compiler.lowered,
         key=compiler.cache_key(),
         patches=options.inductor,
+        # A dump needs the passes to run; code that is not Inductor's must not be cached as such.
+        use_caches=options.dump is None and inner_compile is None,
         inner_compile=inner_compile,
     )
     compiler.finish(time.perf_counter() - start)
@@ -159,6 +165,9 @@ class GraphCompiler:
 
     def finish(self, seconds: float) -> None:
         """Say in one line what was compiled."""
+        if not self.rows:  # Inductor had it all in its cache
+            log.info("%d sites, compiled before, %.1f s", len(self.sites), seconds)
+            return
         log.info(
             "compiled %d sites: %d of %d GEMMs in FP8 (%s kernels), %.1f s",
             len(self.sites),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
 
+from . import internals
 from .compile import compile_graph
 from .options import parse_options
 from .recipe import Gemm, Recipe
 from .report import Row
 
+_calls = itertools.count()
 _COLUMNS = ("site", "GEMM", "M", "N", "K", "formats", "runs in", "kernel or reason")
 
 
@@ -34,7 +38,9 @@ class Explanation:
         gflops = [row.gflops for row in self.rows if row.gflops != ""]
         if not gflops or not all(isinstance(value, float) for value in gflops):
             return None
-        return sum(float(r.gflops) for r in self.rows if r.is_fp8) / (sum(map(float, gflops)) or 1.0)
+        return sum(float(r.gflops) for r in self.rows if r.is_fp8) / (
+            sum(map(float, gflops)) or 1.0
+        )
 
     def summary(self) -> str:
         """One line: how many GEMMs, and what share of their FLOPs, are in FP8."""
@@ -50,7 +56,9 @@ class Explanation:
         """The rows as a rich table; the name of a site stands in the first of its rows."""
         table = Table(caption=self.summary(), caption_justify="left")
         for name in _COLUMNS:
-            table.add_column(name, justify="right" if name in "MNK" else "left", no_wrap=name == "site")
+            table.add_column(
+                name, justify="right" if name in "MNK" else "left", no_wrap=name == "site"
+            )
         shown = None
         for row in self.rows:
             site = "" if row.fqn == shown else row.fqn
@@ -91,12 +99,19 @@ def explain(
     rows: list[Row] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        compile_graph(gm, example_inputs, parsed, inner_compile=_no_code, on_joint=rows.extend)
+        compile_graph(
+            gm,
+            example_inputs,
+            parsed,
+            inner_compile=_no_code,
+            on_joint=rows.extend,
+            root=target if isinstance(target, nn.Module) else None,
+        )
         return gm.forward
 
-    target = getattr(model, "_orig_mod", model)
+    target = internals.uncompiled(model)
     with _left_as_it_was(target):
-        torch.compile(target, backend=backend)(*inputs, **kwargs)
+        torch.compile(_fresh(target), backend=backend, dynamic=False)(*inputs, **kwargs)
     return Explanation(tuple(_by_site(rows)), parsed.recipe)
 
 
@@ -105,6 +120,19 @@ def _by_site(rows: Sequence[Row]) -> list[Row]:
     sites = {row.fqn: i for i, row in reversed(list(enumerate(rows)))}
     roles = {str(gemm): i for i, gemm in enumerate(Gemm)}
     return sorted(rows, key=lambda row: (sites[row.fqn], roles.get(row.gemm, len(roles))))
+
+
+def _fresh(target: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy with a code object of its own: what Dynamo remembers of the target stays untouched."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    function = target if isinstance(target, types.FunctionType) else call
+    code = function.__code__.replace(co_name=f"explain_{next(_calls)}")
+    fresh = types.FunctionType(code, function.__globals__, closure=function.__closure__)
+    fresh.__defaults__, fresh.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return fresh
 
 
 def _no_code(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ The rest of the package sees graphs, callables and plain functions only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,17 @@ from torch._higher_order_ops.triton_kernel_wrap import (
     kernel_side_table,
     triton_kernel_wrapper_mutation,
 )
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor import inductor_prims
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import (
     CustomGraphPass,
     CustomPartitionerFn,
     get_hash_for_files,
 )
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-HOOKS = ("joint_custom_pre_pass", "custom_partitioner_fn", "post_grad_custom_post_pass")
+_FORCE_STRIDE_ORDER = inductor_prims.force_stride_order
 
 
 def clone_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
@@ -67,6 +71,12 @@ def add_input(gm: fx.GraphModule, name: str, example: Tensor) -> fx.Node:
     return node
 
 
+def uncompiled(target: Any) -> Any:
+    """The module or function that ``torch.compile`` was given, if this is what it returned."""
+    original = getattr(target, "_orig_mod", target)
+    return getattr(original, "_torchdynamo_orig_callable", original)
+
+
 def source_name(node: fx.Node) -> str:
     """Where Dynamo got a graph input from, such as ``L['self']._modules['fc']``, or ""."""
     source = getattr(node, "_dynamo_source", None)
@@ -98,26 +108,27 @@ def compile_with_inductor(
     lowered: Callable[[fx.GraphModule], None],
     key: str,
     patches: Mapping[str, Any],
+    use_caches: bool = True,
     inner_compile: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile with ``joint`` run on the joint (or inference) graph, ``lowered`` on the final ones.
 
-    ``key`` must name everything the two depend on: it goes into Inductor's cache keys.
-    ``inner_compile`` replaces Inductor's code generation.
+    ``key`` must name everything the two depend on: it goes into Inductor's cache keys. With
+    ``use_caches=False`` they run for certain, and nothing is kept. ``inner_compile`` replaces
+    Inductor's code generation.
     """
-    hooks = {
+    hooks: dict[str, Any] = {
         "joint_custom_pre_pass": _GraphPass(joint, key),
         "custom_partitioner_fn": _Partitioner(key),
         "post_grad_custom_post_pass": _GraphPass(lowered, key),
     }
-    if inner_compile is None:
-        return compile_fx(gm, list(inputs), config_patches={**patches, **hooks})
-    # Code that does not come from Inductor must not end up in its caches.
-    hooks |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}  # type: ignore[dict-item]
+    config = {**patches, **hooks}
+    inner = inner_compile or compile_fx_inner
+    if use_caches:
+        return compile_fx(gm, list(inputs), inner_compile=inner, config_patches=config)
+    config |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
     with torch._functorch.config.patch(enable_autograd_cache=False):
-        return compile_fx(
-            gm, list(inputs), inner_compile=inner_compile, config_patches={**patches, **hooks}
-        )
+        return compile_fx(gm, list(inputs), inner_compile=inner, config_patches=config)
 
 
 def source_hash() -> str:
@@ -159,6 +170,27 @@ class _Partitioner(CustomPartitionerFn):
         return self._key
 
 
+def cache_folder() -> Path:
+    """Where Inductor keeps its caches; ours stand beside them. 2.11 to 2.15."""
+    return Path(cache_dir()) / "fp8compile"
+
+
+def outside_tracing() -> AbstractContextManager[Any]:
+    """Run on real tensors in the middle of a compile, as timing a kernel has to."""
+    return unset_fake_temporarily()
+
+
+def emit_materialized(graph: fx.Graph, value: fx.Node, strides: Sequence[Any]) -> fx.Node:
+    """The value, written to memory once, with its strides; at the graph's insertion point.
+
+    All versions: Inductor fuses a pointwise value into each of its readers, and would write one
+    copy per kernel launch that reads it.
+    """
+    node = graph.call_function(_FORCE_STRIDE_ORDER, (value, list(strides)))
+    node.meta["val"] = value.meta["val"]
+    return node
+
+
 def emit_kernel_launch(
     graph: fx.Graph,
     kernel: Any,
@@ -174,7 +206,9 @@ def emit_kernel_launch(
     shapes of those ``tensors`` that the kernel takes as TMA descriptors.
     2.11 to 2.15: the operator and its side table are private.
     """
-    metadata = {name: create_tma_stable_metadata(list(block)) for name, block in descriptors.items()}
+    metadata = {
+        name: create_tma_stable_metadata(list(block)) for name, block in descriptors.items()
+    }
     static = {k: v for k, v in constants.items() if not isinstance(v, fx.Node)}
     dynamic = {k: v for k, v in constants.items() if isinstance(v, fx.Node)}
     node = graph.call_function(

@@ -6,6 +6,7 @@ though: its call is on the Python stack, both when a graph is compiled and when 
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from types import FrameType
@@ -33,13 +34,18 @@ def calling_module(parameter: Tensor) -> nn.Module | None:
 
 
 def owner_of(parameter: Tensor) -> nn.Module | None:
-    """The module on the call stack's model that has the parameter as its own attribute."""
+    """The module that has the parameter as its own attribute, or None."""
     root = calling_module(parameter)
-    if root is None:
-        return None
-    for module in root.modules():
+    for module in () if root is None else root.modules():
         if any(p is parameter for p in module._parameters.values()):
             return module
+    # A function was compiled: no module is called, but one still refers to its parameter.
+    for holder in gc.get_referrers(parameter):
+        for owner in gc.get_referrers(holder) if isinstance(holder, dict) else ():
+            candidates = gc.get_referrers(owner) if isinstance(owner, dict) else [owner]
+            for module in candidates:
+                if isinstance(module, nn.Module) and module._parameters is holder:
+                    return module
     return None
 
 

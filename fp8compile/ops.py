@@ -54,10 +54,9 @@ def quantize(
         used = torch.where(scale[slot] > 0, scale[slot], used)
     y = (f * used).clamp(-fp8_max, fp8_max)
     q = torch.where(f.isfinite(), y, torch.nan).to(format)
-    empty = q.new_empty(0)
     return (
-        q if row_major else empty,
-        q.t().contiguous() if transposed else empty.clone(),
+        q.contiguous() if row_major else q.new_empty(0),
+        q.t().clone(memory_format=torch.contiguous_format) if transposed else q.new_empty(0),
         used.reciprocal().reshape(1),
         amax.reshape(1).clone(),
     )
@@ -83,7 +82,10 @@ def _(
 
 def current_scale(amax: Tensor, fp8_max: float | Tensor) -> Tensor:
     """``FP8_MAX / amax``, at most the largest float32; 1 where amax is zero or not finite."""
-    scale = (fp8_max / amax).clamp(max=_F32_MAX)
+    # Divide tensors: for a Python number torch multiplies by the reciprocal, and rounds twice.
+    scale = (torch.as_tensor(fp8_max, dtype=amax.dtype, device=amax.device) / amax).clamp(
+        max=_F32_MAX
+    )
     return torch.where(amax.isfinite() & (amax > 0), scale, 1.0)
 
 

@@ -16,6 +16,9 @@ from .recipe import RECIPES, Recipe, get_recipe
 
 KERNELS = ("auto", "triton", "reference")
 DUMP_VARIABLE = "FP8COMPILE_DUMP"
+# Inductor's settings that the backend works through.
+HOOKS = ("joint_custom_pre_pass", "custom_partitioner_fn", "post_grad_custom_post_pass")
+_NEEDED = ("use_joint_graph_passes", "use_post_grad_passes")
 
 
 @dataclass(frozen=True)
@@ -117,15 +120,26 @@ def _inductor(value: Any, mode: str | None) -> dict[str, Any]:
     patches = dict(_typed("inductor", value, dict))
     known = torch._inductor.list_options()
     for key in patches:
-        if key.replace("-", "_") not in known:
+        if not isinstance(key, str) or key.replace("-", "_") not in known:
+            key = str(key)
             close = difflib.get_close_matches(key, known, n=3)
             raise OptionError(
                 f"option 'inductor' has the unknown key {key!r}; close matches: {close}; all are "
                 "listed by torch._inductor.list_options()"
             )
-    if mode is None or mode == "default":
-        return patches
     modes = torch._inductor.list_mode_options()
-    if mode not in modes:
+    if mode is not None and mode not in modes:
         raise OptionError(f"unknown mode {mode!r}; choose one of {sorted(modes)}")
-    return {**modes[mode], **patches}
+    patches = {**modes[mode or "default"], **patches}
+    for key in _NEEDED:
+        if patches.get(key, True) is not True:
+            given = (
+                f"mode={mode!r}" if mode and key in modes[mode] else f"inductor={{{key!r}: ...}}"
+            )
+            raise OptionError(f"{given} turns off {key}, which the FP8 passes need")
+    for key in HOOKS:
+        if key in patches:
+            raise OptionError(
+                f"inductor={{{key!r}: ...}} is taken: the FP8 passes run in that hook"
+            )
+    return patches

@@ -121,6 +121,8 @@ class ScalingState:
         with torch.autograd._unsafe_preserve_version_counter(self.scale):
             self.scale[slots] = entry[_SCALE].to(self.device)
         self.history[:, slots] = entry[_HISTORY].to(self.device).roll(self.position, 0)
+        self.amax_fwd[slots] = 0.0
+        self.amax_bwd[slots] = 0.0
 
     def uses(self) -> list[int]:
         """For each site, how many earlier sites of this state use the same weight."""
@@ -187,6 +189,11 @@ def _inherit(state: ScalingState) -> None:
             "from a model that was compiled with the same options"
         )
     for index, entry in parked:
+        if entry[_HISTORY].shape[0] != state.recipe.history_len:
+            raise ScalingStateError(
+                f"the loaded amax history has {entry[_HISTORY].shape[0]} steps; the recipe "
+                f"{state.recipe.name!r} keeps {state.recipe.history_len}"
+            )
         state.set_site_entry(index, entry)
 
 
@@ -290,6 +297,8 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         )
     for fqn, uses in loaded.items():
         _apply(parameters[fqn], uses)
+    for state in states_of(model):
+        state.observed = False
 
 
 def _apply(parameter: Tensor, uses: Mapping[int, Mapping[str, Tensor]]) -> None:
@@ -316,8 +325,12 @@ def _parse(
         suffix = dot + name
         if suffix not in (_SCALE, _HISTORY) or fqn not in parameters or not (use or "0").isdigit():
             problems.append(f"foreign: {key}")
+        elif not isinstance(tensor, Tensor):
+            problems.append(f"not a tensor but {type(tensor).__name__}: {key}")
         elif tensor.shape[-1:] != (SLOTS_PER_SITE,) or tensor.dim() != 1 + (suffix == _HISTORY):
             problems.append(f"shape {tuple(tensor.shape)}: {key}")
+        elif not (tensor.isfinite() & (tensor >= 0)).all():
+            problems.append(f"negative or not finite: {key}")
         else:
             loaded.setdefault(fqn, {}).setdefault(int(use or 0), {})[suffix] = tensor
     for fqn, uses in loaded.items():
@@ -328,9 +341,7 @@ def _parse(
     return loaded, problems
 
 
-def _history_problems(
-    key: str, parameter: Tensor, entry: Mapping[str, Tensor]
-) -> Iterable[str]:
+def _history_problems(key: str, parameter: Tensor, entry: Mapping[str, Tensor]) -> Iterable[str]:
     for state in _by_weight.get(parameter, ()):
         steps = entry[_HISTORY].shape[0] if _HISTORY in entry else state.recipe.history_len
         if steps != state.recipe.history_len:

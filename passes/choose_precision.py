@@ -46,9 +46,13 @@ def choose_precision(gm: fx.GraphModule, *, skips: Callable[[str], bool] | None 
 def _reason(node: fx.Node, info: GemmInfo, skips: Callable[[str], bool] | None) -> str | None:
     if skips is not None and skips(info.site.fqn):
         return SKIPPED
-    if info.dtype not in _DTYPES:
-        return f"dtype {str(info.dtype).removeprefix('torch.')} has no FP8 form"
     left, right = operands(node)
+    dtypes = [value.meta["val"].dtype for value in (left, right)]
+    for dtype in dtypes:
+        if dtype not in _DTYPES:
+            return f"dtype {str(dtype).removeprefix('torch.')} has no FP8 form"
+    if dtypes[0] != dtypes[1]:
+        return "the operands' dtypes differ"
     m, k = left.meta["val"].shape
     n = right.meta["val"].shape[1]
     for name, size in (("M", m), ("N", n), ("K", k)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import fx
 
 from ..ir import (
@@ -22,6 +21,7 @@ from ..ir import (
 from ..recipe import Gemm, Operand
 
 _GEMM_OPS = (aten.mm.default, aten.addmm.default)
+_UNTAGGED = "a 1-D operand, or no call of linear, matmul, mm or addmm"
 
 
 def find_gemms(gm: fx.GraphModule, *, sites: Sequence[Site] | None = None) -> int:
@@ -125,8 +125,8 @@ def unsited_matmuls(gm: fx.GraphModule) -> list[tuple[fx.Node, str]]:
         aten.convolution.default: "convolution",
         aten.mv.default: "matrix-vector product",
         aten.addmv.default: "matrix-vector product",
-        torch.ops.aten.mm.default: "not a call of linear, matmul, mm or addmm",
-        torch.ops.aten.addmm.default: "not a call of linear, matmul, mm or addmm",
+        aten.mm.default: _UNTAGGED,
+        aten.addmm.default: _UNTAGGED,
     }
     return [
         (node, reasons[node.target])

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import fx
 
@@ -73,6 +74,7 @@ def run_passes(
     not ours becomes a PassError that names the pass.
     """
     counts = {}
+    known: dict[fx.Node, Any] = {}
     for run in passes:
         name = pass_name(run)
         start = time.perf_counter()
@@ -81,13 +83,25 @@ def run_passes(
         except Fp8CompileError:
             raise
         except Exception as error:
-            raise PassError(name, f"{type(error).__name__}: {error}") from error
-        verify(gm, name)
+            message = f"{type(error).__name__}: {error}"
+            raise PassError(name, message, _node_at_fault(error)) from error
+        verify(gm, name, known)
         log.debug("%s: %d rewrites, %.3f s", name, counts[name], time.perf_counter() - start)
         if after_each is not None:
             after_each(name, gm)
     gm.recompile()
     return counts
+
+
+def _node_at_fault(error: Exception) -> fx.Node | None:
+    """The node that the innermost function with one was working on when it raised."""
+    found = None
+    trace = error.__traceback__
+    while trace is not None:
+        nodes = [v for v in trace.tb_frame.f_locals.values() if isinstance(v, fx.Node)]
+        found = nodes[-1] if nodes else found
+        trace = trace.tb_next
+    return found
 
 
 def pass_name(run: Pass) -> str:

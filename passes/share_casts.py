@@ -32,7 +32,12 @@ def share_casts(gm: fx.GraphModule) -> int:
         if node.target is not QUANTIZE:
             continue
         value, scale, _, fmt = node.args[:4]
-        key = (value_key(value), scale, fmt, node.meta.get("partitioner_tag") == "must_be_in_backward")
+        key = (
+            value_key(value),
+            scale,
+            fmt,
+            node.meta.get("partitioner_tag") == "must_be_in_backward",
+        )
         if key in first:
             node.replace_all_uses_with(first[key])
             gm.graph.erase_node(node)

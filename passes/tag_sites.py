@@ -79,7 +79,9 @@ def _tag(
             inner_reason = reason or (None if inlined else f"inside {node.target.name()}")
             for body, args in _bodies(gm, node):
                 inner = [n for n in body.graph.nodes if n.op == "placeholder"]
-                bound = {n: _origin(a, outer) for n, a in zip(inner, args, strict=False)}
+                # The operands come last, behind a predicate if there is one.
+                operands = args[len(args) - len(inner) :]
+                bound = {n: _origin(a, outer) for n, a in zip(inner, operands, strict=True)}
                 _tag(body, bound, placeholders, sites, name_of, inner_reason)
 
 

@@ -61,7 +61,7 @@ def lines_of(gm: fx.GraphModule, *names: str) -> str:
 
 
 def check_pass(gm: fx.GraphModule, run: Callable[[fx.GraphModule], int]) -> int:
-    """Run a pass; the graph stays valid, its outputs keep their types, a second run does nothing."""
+    """Run a pass: the graph stays valid, outputs keep their types, a second run does nothing."""
     types = _output_types(gm)
     rewrites = run(gm)
     verify(gm)

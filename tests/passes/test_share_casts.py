@@ -51,9 +51,7 @@ def test_two_formats_of_one_value_stay_apart() -> None:
     output = gm.graph.output_node()
     with gm.graph.inserting_before(output):
         nodes = [emit(gm.graph, QUANTIZE, (x, None, 0, f.dtype), "x_q") for f in Format]
-        items = [
-            emit(gm.graph, operator.getitem, (node, 0), "x_fp8") for node in nodes
-        ]
+        items = [emit(gm.graph, operator.getitem, (node, 0), "x_fp8") for node in nodes]
     output.args = ((output.args[0], *items),)
     assert share_casts(gm) == 0
     assert casts(gm) == ["x", "x"]

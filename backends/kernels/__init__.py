@@ -1,0 +1,1 @@
+"""Hand-written Triton kernels for Hopper, and how to launch them."""

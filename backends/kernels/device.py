@@ -1,0 +1,102 @@
+"""Device functions shared by all kernels: the one place for FP8 numerics.
+
+Kernels import these by name (`from .device import saturate`), because the compiler copies
+a kernel's source, and that of every function it names, into the code that it generates.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def finite_or_inf(amax):
+    """NaN -> +inf. A float atomic max compares bits, which is only safe for numbers >= 0."""
+    return tl.where(amax == amax, amax, float("inf"))
+
+
+@triton.jit
+def magnitude_bits(x):
+    """|x| as an integer. The order of these integers is that of |x|, with NaN above infinity."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def tile_amax(bits):
+    """The largest of the tile's `magnitude_bits`, as a float; infinite if any is not finite."""
+    return finite_or_inf(tl.max(bits).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def scale_from_amax(amax, FP8_MAX):
+    """`FP8_MAX / amax`, correctly rounded, at most the largest float32; `amax` must be > 0."""
+    scale = tl.div_rn(FP8_MAX, amax)
+    return tl.where(scale > FLOAT32_MAX, FLOAT32_MAX, scale)
+
+
+@triton.jit
+def resolve_scale(delayed_scale, amax, FP8_MAX):
+    """The delayed scale where it is known (> 0), else the current one, from `amax`.
+
+    An amax that is zero or not finite stands for no information: the scale is then 1.
+    """
+    usable = (amax > 0) & (amax < float("inf"))
+    current = scale_from_amax(tl.where(usable, amax, FP8_MAX), FP8_MAX)
+    return tl.where(delayed_scale > 0, delayed_scale, current)
+
+
+@triton.jit
+def saturate(x, scale, FP8_MAX: tl.constexpr):
+    """Float32 `x * scale`, ready to be cast: finite values saturate, NaN and infinity become NaN."""
+    # Comparisons instead of min/max: NaN-propagating min/max miscompile (triton issue 11111).
+    y = x * scale
+    y = tl.where(y > FP8_MAX, FP8_MAX, y)
+    y = tl.where(y < -FP8_MAX, -FP8_MAX, y)
+    return tl.where(tl.abs(x) < float("inf"), y, float("nan"))
+
+
+@triton.jit
+def pack_fp8(y0, y1, y2, y3, dtype: tl.constexpr, PTX: tl.constexpr):
+    """Cast four float32 values to FP8, into the bytes of an int32; `y0` is the lowest.
+
+    PTX, which the interpreter cannot run, converts once more instead of taking apart what `.to()`
+    has converted: ptxas 12.8 gives wrong bytes where one conversion is used whole and in parts.
+    """
+    if not PTX:
+        low = _byte(y0, 0, dtype) | _byte(y1, 1, dtype)
+        return low | _byte(y2, 2, dtype) | _byte(y3, 3, dtype)
+    if dtype == tl.float8e4nv:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high;
+            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high};
+            }""",
+            "=r,f,f,f,f",
+            [y0, y1, y2, y3],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e5m2x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e5m2x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+        }""",
+        "=r,f,f,f,f",
+        [y0, y1, y2, y3],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _byte(y, position: tl.constexpr, dtype: tl.constexpr):
+    return y.to(dtype).to(tl.uint8, bitcast=True).to(tl.int32) << (8 * position)

@@ -1,0 +1,114 @@
+"""The delayed-scaling step: roll the amax history of every slot and update its scale.
+
+One launch for all slots of a graph, once per optimizer step, without a host synchronisation.
+A slot that has never seen a usable amax keeps its scale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import scale_from_amax
+from .launch import Launch, run
+
+_BLOCK = 128
+
+
+@triton.jit(do_not_specialize=["position"])
+def _update_scales_kernel(
+    scale_ptr,
+    amax_fwd_ptr,
+    amax_bwd_ptr,
+    history_ptr,
+    events_ptr,
+    fp8_max_ptr,
+    position,
+    S,
+    H,
+    BLOCK: tl.constexpr,
+):
+    slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = slots < S
+    fwd = tl.load(amax_fwd_ptr + slots, mask=mask, other=0.0)
+    bwd = tl.load(amax_bwd_ptr + slots, mask=mask, other=0.0)
+    finite = (fwd < float("inf")) & (bwd < float("inf"))  # False for NaN, too.
+    amax = tl.where(finite, tl.maximum(fwd, bwd), 0.0)
+    events = tl.load(events_ptr + slots, mask=mask, other=0)
+    tl.store(events_ptr + slots, tl.where(finite, events, events + 1), mask=mask)
+
+    largest = amax
+    for row in range(H):
+        past = tl.load(history_ptr + row * S + slots, mask=mask, other=0.0)
+        largest = tl.maximum(largest, tl.where(row == position, 0.0, past))
+    tl.store(history_ptr + position * S + slots, amax, mask=mask)
+
+    kept = tl.load(scale_ptr + slots, mask=mask, other=1.0)
+    fp8_max = tl.load(fp8_max_ptr + slots, mask=mask, other=1.0)
+    scale = scale_from_amax(tl.where(largest > 0, largest, 1.0), fp8_max)
+    tl.store(scale_ptr + slots, tl.where(largest > 0, scale, kept), mask=mask)
+    tl.store(amax_fwd_ptr + slots, tl.zeros((BLOCK,), tl.float32), mask=mask)
+    tl.store(amax_bwd_ptr + slots, tl.zeros((BLOCK,), tl.float32), mask=mask)
+
+
+def update_scales_launch(
+    scale: Any,
+    amax_fwd: Any,
+    amax_bwd: Any,
+    history: Any,
+    events: Any,
+    fp8_max: Any,
+    position: Any,
+    *,
+    slots: Any,
+    history_len: Any,
+) -> Launch:
+    """The launch of one delayed-scaling step; everything but `fp8_max` is updated in place.
+
+    Args:
+        scale, amax_fwd, amax_bwd, fp8_max: `f32[slots]`; both amax are left zero.
+        history: `f32[history_len, slots]`, a ring; row `position` is overwritten.
+        events: `i32[slots]`, counts amax that were not finite; such an amax counts as zero.
+    """
+    return Launch(
+        kernel=_update_scales_kernel,
+        tensors={
+            "scale_ptr": scale,
+            "amax_fwd_ptr": amax_fwd,
+            "amax_bwd_ptr": amax_bwd,
+            "history_ptr": history,
+            "events_ptr": events,
+            "fp8_max_ptr": fp8_max,
+        },
+        sizes={"position": position, "S": slots, "H": history_len},
+        constants={"BLOCK": _BLOCK},
+        grid=((slots + _BLOCK - 1) // _BLOCK, 1, 1),
+    )
+
+
+def update_scales(
+    scale: Tensor,
+    amax_fwd: Tensor,
+    amax_bwd: Tensor,
+    history: Tensor,
+    events: Tensor,
+    fp8_max: Tensor,
+    position: int,
+) -> None:
+    """Do one delayed-scaling step now, in place."""
+    history_len, slots = history.shape
+    launch = update_scales_launch(
+        scale,
+        amax_fwd,
+        amax_bwd,
+        history,
+        events,
+        fp8_max,
+        position,
+        slots=slots,
+        history_len=history_len,
+    )
+    run(launch)

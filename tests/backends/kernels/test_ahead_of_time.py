@@ -1,0 +1,250 @@
+"""Compile every kernel for sm_90 and look at what the GPU will run. Needs no GPU.
+
+The launches are the real ones, of meta tensors. Triton's interpreter, which the other tests use,
+replaces `@triton.jit`; so one subprocess without it compiles all kernels and reports as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fp8compile.backends.kernels.launch import Launch
+from fp8compile.backends.kernels.quantize import quantize_launches, tile_candidates
+from fp8compile.backends.kernels.scaled_mm import TileConfig, candidates, scaled_mm_launch
+from fp8compile.backends.kernels.update_scales import update_scales_launch
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+M, N, K = 4096, 2048, 1024
+Report = dict[str, Any]
+
+
+def meta(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def gemm(
+    config: TileConfig,
+    fast_accum: bool = True,
+    formats: tuple[torch.dtype, torch.dtype] = (E4M3, E4M3),
+    out: torch.dtype = BF16,
+    bias: torch.dtype | None = None,
+) -> Launch:
+    return scaled_mm_launch(
+        meta(M, K, dtype=formats[0]),
+        meta(N, K, dtype=formats[1]),
+        meta(M, N, dtype=out),
+        meta(1),
+        meta(1),
+        None if bias is None else meta(N, dtype=bias),
+        m=M,
+        n=N,
+        k=K,
+        config=config,
+        fast_accum=fast_accum,
+        num_sms=132,
+    )
+
+
+def quantization(
+    x: torch.dtype, format: torch.dtype, *, copies: str, **options: Any
+) -> list[Launch]:
+    return quantize_launches(
+        meta(M, N, dtype=x),
+        meta(M, N, dtype=format) if "row" in copies else None,
+        meta(N, M, dtype=format) if "transposed" in copies else None,
+        meta(7) if options.pop("delayed", True) else None,
+        2,
+        meta(7),
+        3,
+        meta(1),
+        meta(7),
+        m=M,
+        n=N,
+        stride_m=N,
+        stride_n=1,
+        format=format,
+        **options,
+    )
+
+
+def launches() -> Iterator[tuple[str, Launch]]:
+    """Every kernel, by a name that the tests below pick it by."""
+    for fast_accum in (True, False):
+        for config in candidates(M, N, K, fast_accum=fast_accum):
+            name = f"gemm e4m3.e4m3 {config} {'fast' if fast_accum else 'precise'}"
+            yield name, gemm(config, fast_accum)
+    largest = candidates(M, N, K)[0]
+    yield "gemm e5m2.e4m3", gemm(largest, formats=(E5M2, E4M3))
+    yield "gemm e4m3.e5m2", gemm(largest, formats=(E4M3, E5M2))
+    yield "gemm e4m3.e4m3 f32 with bias", gemm(largest, out=F32, bias=BF16)
+    yield "gemm e4m3.e4m3 f16", gemm(largest, out=F16)
+
+    for copies in ("row", "transposed", "row transposed"):
+        for tile in tile_candidates("row" in copies, "transposed" in copies):
+            yield f"quantize {copies} {tile}", quantization(BF16, E4M3, copies=copies, tile=tile)[1]
+    for x in (BF16, F16, F32):
+        amax, both = quantization(x, E5M2, copies="row transposed", delayed=False)
+        yield f"amax {x}", amax
+        yield f"quantize e5m2 {x}", both
+    state = [meta(7), meta(7), meta(7), meta(16, 7), meta(7, dtype=torch.int32), meta(7)]
+    yield "update_scales", update_scales_launch(*state, 3, slots=7, history_len=16)
+
+
+def compile_launch(launch: Launch) -> Report:
+    """Compile for sm_90, specializing arguments as a launch would."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types, constants, attributes = {}, dict(launch.constants), {}
+    for position, name in enumerate(launch.kernel.arg_names):
+        value = launch.tensors.get(name, launch.sizes.get(name))
+        if name in launch.descriptors:
+            block = ", ".join(map(str, launch.descriptors[name]))
+            types[name] = f"tensordesc<{_TYPES[value.dtype]}[{block}]>"
+        elif isinstance(value, torch.Tensor):
+            types[name] = f"*{_TYPES[value.dtype]}"
+        elif value is None or value == 1:
+            types[name] = "constexpr"
+            constants.setdefault(name, value)
+        else:
+            types[name] = "i32"
+        if types[name][0] == "*" or (types[name] == "i32" and value % 16 == 0):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, types, constants, attributes)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    tile = launch.constants.get("BLOCK_M", 0) * launch.constants.get("BLOCK_N", 0)
+    return {
+        "ptx": kernel.asm["ptx"],
+        "shared": kernel.metadata.shared,
+        "elements_per_thread": tile / (32 * launch.num_warps),
+        **_resources(kernel.asm["cubin"]),
+    }
+
+
+_TYPES = {BF16: "bf16", F16: "fp16", F32: "fp32", E4M3: "fp8e4nv", E5M2: "fp8e5"}
+_TYPES[torch.int32] = "i32"
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers, and bytes of stack and local memory, per thread; and reads of a wild register."""
+    usage = _disassembler("cuobjdump", cubin, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    # ptxas 12.8 has been seen to take R1, the stack pointer, for half of a converted pair.
+    assembly = _disassembler("nvdisasm", cubin, "-c")
+    wild = len(re.findall(r"(?:LOP3\.LUT|PRMT) R\d+, R1[,.]", assembly))
+    numbers = dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
+    return {**numbers, "wild_reads": wild}
+
+
+def _disassembler(tool: str, cubin: bytes, *arguments: str) -> str:
+    import triton
+
+    program = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(program), *arguments, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, Report]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, "-m", "tests.backends.kernels.test_ahead_of_time"]
+    root = Path(__file__).parents[3]
+    process = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def test_nothing_spills(reports: dict[str, Report]) -> None:
+    spilled = {name: r for name, r in reports.items() if r["stack"] or r["local"]}
+    assert not spilled
+
+
+def test_no_kernel_reads_the_stack_pointer_as_data(reports: dict[str, Report]) -> None:
+    assert {name: r["wild_reads"] for name, r in reports.items() if r["wild_reads"]} == {}
+
+
+def test_shared_memory_fits(reports: dict[str, Report]) -> None:
+    assert max(r["shared"] for r in reports.values()) <= 227 * 1024
+
+
+def test_gemms_use_the_tensor_cores_and_tma(reports: dict[str, Report]) -> None:
+    gemms = {name: r["ptx"] for name, r in reports.items() if name.startswith("gemm")}
+    assert len(gemms) >= 10
+    for name, ptx in gemms.items():
+        formats = name.split()[1]
+        assert re.search(rf"wgmma\.mma_async\.\S+\.f32\.{formats}", ptx), name
+        assert not re.search(r"\bmma\.sync", ptx), name
+        assert re.search(r"cp\.async\.bulk\.tensor\.2d\.shared::(cluster|cta)\.global", ptx), name
+        assert re.search(r"cp\.async\.bulk\.tensor\.2d\.global\.shared::cta", ptx), name
+        assert not re.search(r"\bst\.global", ptx), name
+
+
+def test_precise_gemms_promote_every_block(reports: dict[str, Report]) -> None:
+    for name, report in reports.items():
+        if "precise" in name:
+            additions = len(re.findall(r"add\.f32|fma\.rn\.f32", report["ptx"]))
+            assert additions >= report["elements_per_thread"], name
+
+
+def _accesses(ptx: str, instruction: str) -> list[int]:
+    """The bytes of every global load or store."""
+    found = re.findall(rf"\b{instruction}\.global\S*?(?:\.v(\d))?\.b(\d+)\b", ptx)
+    return [int(count or 1) * int(bits) // 8 for count, bits in found]
+
+
+def test_quantize_reads_x_once_in_wide_loads(reports: dict[str, Report]) -> None:
+    for name, report in reports.items():
+        if name.startswith("quantize"):
+            x_bytes = 4 if "float32" in name else 2
+            loads = _accesses(report["ptx"], "ld")
+            wide = [size for size in loads if size >= 8]
+            assert sum(wide) == report["elements_per_thread"] * x_bytes, name
+            assert len(loads) - len(wide) <= 2, f"{name}: more than the scale and the amax"
+
+
+def test_quantize_writes_in_wide_stores(reports: dict[str, Report]) -> None:
+    """The transposed copy always in 16-byte stores, the row-major one in at least 4-byte ones."""
+    for name, report in reports.items():
+        if name.startswith("quantize"):
+            stores = _accesses(report["ptx"], "st")
+            stores.remove(4)  # scale_inv
+            copies = 2 if "row transposed" in name or "e5m2" in name else 1
+            assert sum(stores) == copies * report["elements_per_thread"], name
+            assert min(stores) >= 4, name
+            if "transposed" in name or "e5m2" in name:
+                assert sum(s for s in stores if s == 16) >= report["elements_per_thread"], name
+
+
+def test_casts_are_hardware_casts(reports: dict[str, Report]) -> None:
+    assert "cvt.rn.satfinite.e4m3x2.f32" in reports["quantize row 256x64w4"]["ptx"]
+    assert "cvt.rn.satfinite.e5m2x2.f32" in reports["quantize e5m2 torch.bfloat16"]["ptx"]
+    for name, report in reports.items():
+        # Triton issue 11111: next to these, a transposed FP8 store can be miscompiled.
+        assert not re.search(r"(min|max)\.NaN", report["ptx"]), name
+        assert ".ftz" not in report["ptx"], name
+
+
+if __name__ == "__main__":
+    with ThreadPoolExecutor(2) as pool:
+        named = dict(launches())
+        results = pool.map(compile_launch, named.values())
+        print(json.dumps(dict(zip(named, results, strict=True))))

@@ -1,0 +1,62 @@
+"""The delayed-scaling step, bit for bit against torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp8compile.backends.kernels.update_scales import update_scales
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def reference_update(state: dict[str, Tensor], position: int) -> None:
+    amax = torch.maximum(state["amax_fwd"], state["amax_bwd"])
+    bad = ~amax.isfinite()
+    state["events"] += bad
+    state["history"][position] = torch.where(bad, 0.0, amax)
+    largest = state["history"].amax(0)
+    new = (state["fp8_max"] / largest).clamp(max=torch.finfo(torch.float32).max)
+    state["scale"].copy_(torch.where(largest > 0, new, state["scale"]))
+    state["amax_fwd"].zero_()
+    state["amax_bwd"].zero_()
+
+
+def test_matches_the_definition_over_many_steps() -> None:
+    slots, history_len = 200, 5
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        "scale": torch.rand(slots, generator=generator),
+        "amax_fwd": torch.zeros(slots),
+        "amax_bwd": torch.zeros(slots),
+        "history": torch.zeros(history_len, slots),
+        "events": torch.zeros(slots, dtype=torch.int32),
+        "fp8_max": torch.tensor([448.0, 57344.0]).repeat(slots // 2),
+    }
+    kernel_state = {name: tensor.clone().to(DEVICE) for name, tensor in state.items()}
+    for step in range(2 * history_len):
+        forward = torch.rand(slots, generator=generator) * 10.0 ** (step - 5)
+        forward[:8] = torch.tensor(
+            [0.0, torch.inf, torch.nan, 1e-45, 3e38, 1e-37, torch.inf * (step == 3), 0.0]
+        ).nan_to_num(nan=torch.nan, posinf=torch.inf)
+        backward = torch.rand(slots, generator=generator) * (step % 2)
+        backward[:7] = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 2.0])
+        backward[7] = torch.inf if step == 4 else 0.0
+        for amax, value in (("amax_fwd", forward), ("amax_bwd", backward)):
+            state[amax].copy_(value)
+            kernel_state[amax].copy_(value)
+        reference_update(state, step % history_len)
+        update_scales(**kernel_state, position=step % history_len)
+        for name, want in state.items():
+            assert torch.equal(kernel_state[name].cpu(), want), (step, name)
+
+
+def test_a_slot_without_information_keeps_its_scale() -> None:
+    scale, fwd, bwd, fp8_max = (
+        torch.tensor([value], device=DEVICE) for value in (3.0, torch.inf, 2.0, 448.0)
+    )
+    history = torch.zeros(4, 1, device=DEVICE)
+    events = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    update_scales(scale, fwd, bwd, history, events, fp8_max, 2)
+    assert (scale.item(), events.item(), fwd.item(), bwd.item()) == (3.0, 1, 0.0, 0.0)
+    assert not history.any()

@@ -1,0 +1,132 @@
+"""Finding the user's modules and naming the sites after them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import fp8compile
+from fp8compile.modules import SiteNames, calling_module, owner_of
+from tests.models import Llama
+
+pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+
+
+class Asks(nn.Module):
+    """A leaf that looks for the modules that are being called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.found: Any = None
+
+    def forward(self, parameter: Tensor) -> None:
+        self.found = calling_module(parameter), owner_of(parameter)
+
+
+def test_calling_module_is_the_outermost_that_holds_the_parameter() -> None:
+    leaf = Asks()
+
+    class Middle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.leaf = leaf
+
+        def forward(self, parameter: Tensor) -> None:
+            self.leaf(parameter)
+
+    class Stranger(nn.Module):
+        """Calls the others, but does not hold their parameters."""
+
+        def forward(self, parameter: Tensor) -> None:
+            root(parameter)
+
+    root = nn.Sequential(Middle())
+    Stranger()(leaf.weight)
+    assert leaf.found == (root, leaf)
+    Stranger()(nn.Parameter(torch.ones(1)))
+    assert leaf.found == (None, None)
+    assert calling_module(leaf.weight) is None  # nothing is being called here
+
+
+def test_calling_module_looks_behind_a_compiled_model() -> None:
+    leaf = Asks()
+    torch.compile(nn.Sequential(leaf), backend="eager", disable=True)(leaf.weight)
+    assert isinstance(leaf.found[0], nn.Sequential)
+
+
+def sites_of(model: Any, *inputs: Any) -> list[str]:
+    return list(dict.fromkeys(r.fqn for r in fp8compile.explain(model, *inputs).rows))
+
+
+def test_names_are_those_of_named_modules() -> None:
+    model = Llama(layers=1, width=32, heads=2, kv_heads=1, hidden=64, vocab=32)
+    names = [n for n in sites_of(model, torch.randint(0, 32, (1, 16))) if not n.startswith("(")]
+    modules = dict(model.named_modules())
+    assert len(names) == 8 and all(isinstance(modules[name], nn.Linear) for name in names)
+    assert names[0] == "layers.0.attention.wq" and names[-1] == "lm_head"
+
+
+def test_names_in_a_module_that_is_called_inside_another() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(32, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows.extend(fp8compile.explain(self.inner, x).rows)
+            return x
+
+    rows: list[Any] = []
+    Outer()(torch.randn(16, 32))
+    assert {row.fqn for row in rows} == {"0"}, "explain names sites as the model it is given does"
+
+
+def test_names_of_bare_parameters() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(32, 64))
+            self.experts = nn.ParameterList([torch.randn(64, 32) for _ in range(2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.up @ self.experts[0] + x @ self.up @ self.experts[1]
+
+    assert set(sites_of(Bare(), torch.randn(16, 32))) == {"up", "experts.0", "experts.1"}
+
+
+def test_names_in_a_function() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.Sequential(nn.Linear(64, 32)))
+
+    def function(x: Tensor) -> Tensor:
+        return model(x)
+
+    assert sites_of(function, torch.randn(16, 32)) == ["0", "1.0"]
+
+
+def test_names_of_arguments() -> None:
+    def function(x: Tensor, head: Tensor) -> Tensor:
+        return F.linear(x, head)
+
+    assert sites_of(function, torch.randn(16, 32), torch.randn(48, 32)) == ["head"]
+
+
+def test_site_names_without_any_source() -> None:
+    graph = fx.Graph()
+    weight = graph.placeholder("w")
+    call = graph.call_function(torch.matmul, (weight, weight))
+    names = SiteNames(None, {})
+    assert (names(call, weight), names(call, None)) == ("w", "matmul")
+    call.meta["nn_module_stack"] = {"k": ("L['self']._modules['layers']._modules['0']", nn.Linear)}
+    assert (names(call, weight), names(call, None)) == ("layers.0", "layers.0")

@@ -1,0 +1,88 @@
+"""The numerics gates: signal to quantization noise against the model in its own precision."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fp8compile
+from fp8compile import ops  # noqa: F401  (registers the fp8:: operators)
+from tests.helpers import compile_interpreted
+from tests.models import Llama, sqnr_db
+
+OUTPUT_DB, GRADIENT_DB, MEDIAN_DB, GEMM_DB = 26.0, 18.0, 20.0, 25.0
+pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
+
+
+def step(call: Callable[..., Tensor], model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """The output and every parameter's gradient of one training step."""
+    model.zero_grad()
+    logits = call(ids)
+    F.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten()).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {"output": logits.detach(), **gradients}
+
+
+def assert_gates(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> float:
+    quality = {name: sqnr_db(expected[name], actual[name]) for name in expected}
+    output = quality.pop("output")
+    assert output >= OUTPUT_DB
+    assert {name: db for name, db in quality.items() if db < GRADIENT_DB} == {}
+    assert statistics.median(quality.values()) >= MEDIAN_DB
+    return output
+
+
+def test_llama_gates_on_the_first_step_and_the_tenth() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, ids = Llama(), torch.randint(0, 256, (4, 64))
+    expected = step(model, model, ids)
+    compiled = compile_interpreted(model)
+    first = step(compiled, model, ids)
+    output = assert_gates(expected, first)
+    for _ in range(8):
+        fp8compile.update_scales(model)
+        with_delayed_scales = step(compiled, model, ids)
+    fp8compile.update_scales(model)
+    tenth = step(compiled, model, ids)
+    assert abs(assert_gates(expected, tenth) - output) <= 0.5
+    assert not torch.equal(first["output"], expected["output"])
+    # The data stays the same, and so must the scales: the history's maximum is the step's amax.
+    assert torch.equal(with_delayed_scales["output"], tenth["output"])
+
+
+def test_small_llama_with_the_current_recipe() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, ids = Llama(layers=1), torch.randint(0, 256, (4, 64))
+    compiled = compile_interpreted(model, {"recipe": "current"})
+    assert_gates(step(model, model, ids), step(compiled, model, ids))
+    assert fp8compile.state_dict(model) == {}
+
+
+@pytest.mark.parametrize("distribution", ["normal", "uniform", "outliers"])
+def test_one_e4m3_gemm(distribution: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(256, 512, generator=generator) for _ in range(2))
+    if distribution == "uniform":
+        x = torch.rand(256, 512, generator=generator)
+    elif distribution == "outliers":
+        x[:, 7] *= 50  # one hot channel, as language models have
+    operands = [torch.ops.fp8.quantize(t, None, 0, torch.float8_e4m3fn) for t in (x, w)]
+    (a, _, a_inv, _), (b, _, b_inv, _) = operands
+    out = torch.ops.fp8.scaled_mm(a, b, a_inv, b_inv, None, torch.float32, True)
+    assert sqnr_db(x @ w.t(), out) >= GEMM_DB
+
+
+@pytest.mark.parametrize("magnitude", [1e-12, 1e-4, 1.0, 1e4, 1e12])
+def test_quality_does_not_depend_on_the_magnitude(magnitude: float) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = nn.Linear(64, 64, bias=False)
+    x = torch.randn(32, 64) * magnitude
+    assert sqnr_db(model(x).detach(), compile_interpreted(model)(x).detach()) >= GEMM_DB

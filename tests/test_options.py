@@ -1,0 +1,287 @@
+"""Options: what is legal, what a wrong one says, and what each one does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import fp8compile
+from fp8compile import RECIPES, OptionError, Recipe, RecipeError, StrictError
+from fp8compile.options import DUMP_VARIABLE, Options, parse_options
+from tests.helpers import compile_interpreted
+from tests.models import MLP, sqnr_db
+
+pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+
+
+# --- parsing ------------------------------------------------------------------------------------
+
+
+def test_defaults() -> None:
+    assert parse_options(None) == parse_options({}) == Options()
+    assert parse_options({}).recipe is RECIPES["delayed"]
+
+
+def test_everything_at_once(tmp_path: Path) -> None:
+    own = Recipe("own", history_len=4)
+    options = parse_options(
+        {
+            "recipe": own,
+            "skip": ["lm_head", "layers.0.*"],
+            "strict": True,
+            "dump": tmp_path,
+            "kernels": "reference",
+            "inductor": {"max_autotune": True},
+        }
+    )
+    assert options == Options(
+        own, ("lm_head", "layers.0.*"), True, str(tmp_path), "reference", {"max_autotune": True}
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"recipy": "current"}, ["'recipy'", "did you mean 'recipe'", "'kernels'", "'inductor'"]),
+        ({"zzz": 1}, ["'zzz'", "Legal options", "'strict'"]),
+        ({7: 1}, ["7", "Legal options"]),
+        ({"max_autotune": True}, ["'max_autotune'", "'inductor': {...}"]),
+        ({"recipe": 8}, ["'recipe'", "8", "current", "delayed"]),
+        ({"recipe": None}, ["'recipe'", "None", "current", "delayed"]),
+        ({"skip": "lm_head"}, ["'skip'", "'lm_head'", "list of globs"]),
+        ({"skip": [1]}, ["'skip'", "[1]"]),
+        ({"strict": "yes"}, ["'strict'", "'yes'", "bool"]),
+        ({"strict": 1}, ["'strict'", "1", "bool"]),
+        ({"dump": 3}, ["'dump'", "3", "folder"]),
+        ({"kernels": "cuda"}, ["'kernels'", "'cuda'", "auto", "triton", "reference"]),
+        ({"kernels": ["auto"]}, ["'kernels'", "auto", "triton", "reference"]),
+        ({"inductor": ["max_autotune"]}, ["'inductor'", "dict"]),
+        ({"inductor": {"max_autotun": True}}, ["'max_autotun'", "max_autotune"]),
+        ({"inductor": {3: True}}, ["'inductor'", "3"]),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named_and_what_is_legal_listed(
+    given: Mapping[Any, Any], parts: list[str]
+) -> None:
+    with pytest.raises(OptionError) as error:
+        parse_options(given)
+    assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+def test_unknown_recipe() -> None:
+    with pytest.raises(RecipeError, match=r"'mxfp8'.*\['current', 'delayed'\]"):
+        parse_options({"recipe": "mxfp8"})
+
+
+def test_unknown_mode() -> None:
+    with pytest.raises(OptionError, match=r"'fast'.*reduce-overhead"):
+        parse_options({}, mode="fast")
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_mode_means_what_it_means_with_inductor(mode: str) -> None:
+    assert parse_options(None, mode).inductor == torch._inductor.list_mode_options(mode)
+    assert parse_options(None, "default").inductor == {}
+
+
+def test_inductor_options_win_over_the_mode() -> None:
+    given = {"inductor": {"triton.cudagraphs": False}}
+    assert parse_options(given, "reduce-overhead").inductor["triton.cudagraphs"] is False
+
+
+def test_dump_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DUMP_VARIABLE, "from_environment")
+    assert parse_options({}).dump == "from_environment"
+    assert parse_options({"dump": "given"}).dump == "given"
+    monkeypatch.setenv(DUMP_VARIABLE, "")
+    assert parse_options({}).dump is None
+
+
+def test_options_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Options().strict = True  # type: ignore[misc]
+
+
+def test_cache_key_tells_apart_what_compiles_differently() -> None:
+    different = [{}, {"recipe": "current"}, {"kernels": "reference"}, {"inductor": {"dce": True}}]
+    keys = {parse_options(given).cache_key() for given in different}
+    assert len(keys) == len(different)
+    order = [{"dce": True, "max_autotune": True}, {"max_autotune": True, "dce": True}]
+    assert len({parse_options({"inductor": given}).cache_key() for given in order}) == 1
+
+
+def test_globs() -> None:
+    options = Options(skip=("lm_head", "layers.*.down"))
+    names = ["lm_head", "lm_head2", "layers.0.down", "layers.0.up", "x.lm_head"]
+    assert [options.skips(name) for name in names] == [True, False, True, False, False]
+
+
+# --- what a user meets through torch.compile ----------------------------------------------------
+
+
+@contextlib.contextmanager
+def raises(kind: type[Exception], match: str) -> Iterator[list[str]]:
+    """The error reaches the user: as it is, or inside of Dynamo's BackendCompilerFailed."""
+    message: list[str] = []
+    with pytest.raises((kind, BackendCompilerFailed), match=match) as error:
+        yield message
+    message.append(str(error.value))
+    assert isinstance(getattr(error.value, "inner_exception", error.value), kind)
+
+
+def test_torch_compile_reports_a_wrong_option() -> None:
+    with raises(OptionError, match="unknown option 'stricd'; did you mean 'strict'"):
+        torch.compile(nn.Linear(16, 16), backend="fp8", options={"stricd": 1})(torch.randn(16, 16))
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0),
+    reason="this device runs the Triton kernels",
+)
+def test_triton_kernels_where_they_cannot_run() -> None:
+    with raises(OptionError, match="kernels='triton' needs .*'auto' or 'reference'"):
+        compile_interpreted(nn.Linear(16, 16), {"kernels": "triton"})(torch.randn(16, 16))
+
+
+def decisions(model: Callable[..., Any], *inputs: Any, **options: Any) -> dict[str, set[str]]:
+    """For each site, how its GEMMs were decided: "fp8" or the reason."""
+    found: dict[str, set[str]] = {}
+    for row in fp8compile.explain(model, *inputs, options=options).rows:
+        found.setdefault(row.fqn, set()).add("fp8" if row.is_fp8 else row.reason)
+    return found
+
+
+@pytest.mark.parametrize(
+    "skip",
+    [["d*"], ("down",), {"down"}, lambda name: name == "down"],
+    ids=["list", "tuple", "set", "callable"],
+)
+def test_skip(skip: Any) -> None:
+    found = decisions(MLP(), torch.randn(16, 64), skip=skip)
+    assert found == {"gate": {"fp8"}, "up": {"fp8"}, "down": {"skipped by the user"}}
+
+
+def test_skip_everything_is_eager_bit_for_bit() -> None:
+    model, x = MLP(), torch.randn(16, 64)
+    with pytest.warns(UserWarning, match="no GEMM of this graph runs in FP8"):
+        out = compile_interpreted(model, {"skip": ["*"]})(x)
+    torch.testing.assert_close(out, model(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_glob_that_matches_nothing_names_the_sites() -> None:
+    with raises(OptionError, match=r"skip='dwn' matches nothing.*'down', 'gate', 'up'"):
+        compile_interpreted(MLP(), {"skip": ["gate", "dwn"]})(torch.randn(16, 64))
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(32, 32)
+        self.second = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+@pytest.mark.parametrize("wrapped_by", ["module", "function"])
+@pytest.mark.parametrize("skipped", ["first", "second"])
+def test_a_glob_that_matches_in_one_of_two_graphs(skipped: str, wrapped_by: str) -> None:
+    model = Broken()
+    call = model if wrapped_by == "module" else lambda x: model(x)
+    found = decisions(call, torch.randn(16, 32), skip=[skipped])
+    other = {"first": "second", "second": "first"}[skipped]
+    assert found == {skipped: {"skipped by the user"}, other: {"fp8"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = compile_interpreted(call, {"skip": [skipped]})(torch.randn(16, 32))
+    assert out.isfinite().all()
+
+
+def test_skip_for_blocks_that_are_compiled_one_by_one() -> None:
+    model = nn.Sequential(MLP(), MLP())
+    options = {"skip": ["1.down"]}
+    for block in model:
+        block.forward = compile_interpreted(block.forward, options)
+    assert model(torch.randn(16, 64)).isfinite().all()
+
+
+# --- strict, and nothing to do ------------------------------------------------------------------
+
+
+def test_nothing_to_rewrite_warns_once_and_changes_nothing() -> None:
+    model, x = nn.Sequential(nn.LayerNorm(32), nn.GELU()), torch.randn(16, 32)
+    compiled = compile_interpreted(model)
+    with pytest.warns(UserWarning, match="it has no matmul") as warned:
+        out = compiled(x)
+        compiled(x)
+    assert len(warned) == 1
+    torch.testing.assert_close(out, model(x))
+
+
+def test_nothing_to_rewrite_is_an_error_under_strict() -> None:
+    with raises(StrictError, match="it has no matmul"):
+        compile_interpreted(nn.GELU(), {"strict": True})(torch.randn(16))
+
+
+def test_strict_names_site_and_reason() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10))
+    with raises(StrictError, match=r"1 fprop: N = 10 is not divisible by 16") as message:
+        compile_interpreted(model, {"strict": True})(torch.randn(16, 32))
+    assert "  0 fprop" not in message[0]
+
+
+def test_strict_accepts_what_was_skipped_on_purpose() -> None:
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10)), torch.randn(16, 32)
+    out = compile_interpreted(model, {"strict": True, "skip": ["1"]})(x)
+    assert 20 <= sqnr_db(model(x).detach(), out.detach()) < 60
+
+
+def test_strict_accepts_a_model_that_is_all_fp8() -> None:
+    model, x = MLP(), torch.randn(16, 64)
+    out = compile_interpreted(model, {"strict": True})(x)
+    assert sqnr_db(model(x).detach(), out.detach()) >= 25
+
+
+# --- modes, with Inductor's own code ------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_reduce_overhead() -> None:
+    model, x = nn.Linear(32, 48), torch.randn(16, 32)
+    with torch.no_grad():
+        out = torch.compile(model, backend="fp8", mode="reduce-overhead")(x)
+    assert 25 <= sqnr_db(model(x).detach(), out) < 60
+
+
+@pytest.mark.parametrize(
+    "inductor", [{"use_joint_graph_passes": False}, {"use_dce": False}], ids=str
+)
+def test_inductor_options_cannot_turn_fp8_off_in_silence(inductor: dict[str, bool]) -> None:
+    """mode="lite" sets both of these."""
+    assert torch._inductor.list_mode_options("lite").items() >= inductor.items()
+    model, x = nn.Linear(32, 48), torch.randn(16, 32)
+    try:
+        out = compile_interpreted(model, {"inductor": inductor})(x)
+    except (OptionError, BackendCompilerFailed) as error:
+        assert next(iter(inductor)) in str(error)
+    else:
+        assert 25 <= sqnr_db(model(x).detach(), out.detach()) < 60
