@@ -22,6 +22,7 @@ from ..ir import (
     QUANTIZE,
     SCALED_MM,
     TRACK_AMAX,
+    args_of,
     aten,
     emit,
     evaluate,
@@ -55,7 +56,7 @@ def lower_to_triton(gm: fx.GraphModule) -> dict[str, str]:
 
 
 def _is_getitem_of_cast(node: fx.Node) -> bool:
-    return node.target is operator.getitem and node.args[0].target is QUANTIZE  # type: ignore[union-attr]
+    return node.target is operator.getitem and args_of(node)[0].target is QUANTIZE
 
 
 class _Lowering:
@@ -71,22 +72,22 @@ class _Lowering:
         if casts:
             with self.graph.inserting_before(casts[0]):
                 # One zero per cast, where current scaling collects its amax.
-                x = casts[0].args[0]
+                x = args_of(casts[0])[0]
                 self._current_amax = self._empty((len(casts),), torch.float32, x, 0.0)
 
     def _take_tracking(self) -> dict[fx.Node, fx.Node]:
-        tracked = {}
+        tracked: dict[fx.Node, fx.Node] = {}
         for node in list(self.graph.nodes):
             if node.target is TRACK_AMAX:
-                amax, values, _ = node.args
+                amax, values, _ = args_of(node)
                 tracked |= dict.fromkeys(values, amax)
                 self.graph.erase_node(node)
         return tracked
 
     def quantize(self, node: fx.Node) -> None:
         """``fp8::quantize`` -> buffers and two launches that write them."""
-        self._materialize(value_key(node.args[0])[0])
-        x, scale, slot, fmt = node.args[:4]
+        self._materialize(value_key(args_of(node)[0])[0])
+        x, scale, slot, fmt = args_of(node)[:4]
         outputs = {name: quantize_output(node, name) for name in ("fp8", "fp8_t", "scale_inv")}
         amax_item = quantize_output(node, "amax")
         with self.graph.inserting_before(node):
@@ -115,12 +116,12 @@ class _Lowering:
                 self._launch(launch)
         self._casts += 1
         for item, buffer in zip(outputs.values(), (q, q_t, scale_inv), strict=True):
-            if item is not None:
+            if item is not None and buffer is not None:
                 item.replace_all_uses_with(buffer)
 
     def scaled_mm(self, node: fx.Node) -> None:
         """``fp8::scaled_mm`` -> our kernel or ``aten._scaled_mm``, whichever is faster here."""
-        a, b, a_scale_inv, b_scale_inv, bias, out_dtype, fast_accum = node.args
+        a, b, a_scale_inv, b_scale_inv, bias, out_dtype, fast_accum = args_of(node)
         shape = _gemm_shape(node)
         with self.graph.inserting_before(node):
             config = choose_gemm(shape, a.meta["val"].device.index or 0)
@@ -148,7 +149,7 @@ class _Lowering:
         node.replace_all_uses_with(out)
 
     def _cublaslt(self, node: fx.Node) -> fx.Node:
-        a, b, a_scale_inv, b_scale_inv, bias, out_dtype, fast_accum = node.args
+        a, b, a_scale_inv, b_scale_inv, bias, out_dtype, fast_accum = args_of(node)
         right = emit(self.graph, aten.permute.default, (b, [1, 0]), f"{b}_right")
         args = (a, right, a_scale_inv, b_scale_inv, bias, None, out_dtype, fast_accum)
         return emit(self.graph, aten._scaled_mm.default, args, f"{node.name}_lt", like=node)
@@ -223,22 +224,22 @@ class _Lowering:
 
 def gemm_kernel_name(node: fx.Node) -> str:
     """What was, or will be, chosen for a scaled_mm node."""
-    device = node.args[0].meta["val"].device  # type: ignore[union-attr]
+    device = args_of(node)[0].meta["val"].device
     config = choose_gemm(_gemm_shape(node), device.index or 0)
     return CUBLASLT if config is None else f"triton {config}"
 
 
 def _gemm_shape(node: fx.Node) -> GemmShape:
-    a, b, _, _, bias, out_dtype, fast_accum = node.args
-    (m, k), n = a.meta["val"].shape, b.meta["val"].shape[0]  # type: ignore[union-attr]
+    a, b, _, _, bias, out_dtype, fast_accum = args_of(node)
+    (m, k), n = a.meta["val"].shape, b.meta["val"].shape[0]
     return GemmShape(
         m=_hint(m),
         n=_hint(n),
         k=_hint(k),
-        left=a.meta["val"].dtype,  # type: ignore[union-attr]
-        right=b.meta["val"].dtype,  # type: ignore[union-attr]
-        out=out_dtype,  # type: ignore[arg-type]
-        bias=None if bias is None else bias.meta["val"].dtype,  # type: ignore[union-attr]
+        left=a.meta["val"].dtype,
+        right=b.meta["val"].dtype,
+        out=out_dtype,
+        bias=None if bias is None else bias.meta["val"].dtype,
         fast_accum=bool(fast_accum),
     )
 

@@ -50,7 +50,8 @@ class GemmShape:
 
         formats = f"{Format.of(self.left)}x{Format.of(self.right)}"
         accum = "fast" if self.fast_accum else "precise"
-        return f"{self.m}x{self.n}x{self.k} {formats} {short(self.out)} bias={short(self.bias)} {accum}"
+        types = f"{formats} {short(self.out)} bias={short(self.bias)}"
+        return f"{self.m}x{self.n}x{self.k} {types} {accum}"
 
 
 def cublaslt_supports(shape: GemmShape) -> bool:

@@ -135,7 +135,7 @@ class GraphCompiler:
         )
         if self.dump is not None:
             self.dump.graph("joint", gm)
-        run_passes(gm, passes, after_each=self.dump and self.dump.graph)
+        run_passes(gm, passes, after_each=self.dump.graph if self.dump else None)
         self._report(gm)
 
     def lowered(self, gm: fx.GraphModule) -> None:

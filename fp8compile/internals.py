@@ -5,6 +5,7 @@ The rest of the package sees graphs, callables and plain functions only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -67,7 +68,7 @@ def add_input(gm: fx.GraphModule, name: str, example: Tensor) -> fx.Node:
     fake = mode.from_tensor(example, static_shapes=True) if mode else example
     node.meta.update(val=fake, example_value=fake)
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    node._dynamo_source = ConstantSource(name)  # type: ignore[attr-defined]
+    node._dynamo_source = ConstantSource(name)
     return node
 
 
@@ -131,12 +132,11 @@ def compile_with_inductor(
         return compile_fx(gm, list(inputs), inner_compile=inner, config_patches=config)
 
 
+@functools.cache
 def source_hash() -> str:
     """A hash over this package's own source: an edited pass must not meet cached code."""
     root = Path(__file__).resolve().parent
-    folders = (root, root.parent / "passes", root.parent / "backends")
-    if not folders[1].is_dir():  # installed as a wheel: the links became real folders
-        folders = (root,)
+    folders = [(root / name).resolve() for name in ("", "passes", "backends")]
     files = sorted({str(file) for folder in folders for file in folder.rglob("*.py")})
     return get_hash_for_files(tuple(files)).hex()
 
@@ -149,7 +149,9 @@ class _GraphPass(CustomGraphPass):
         self._key = key
 
     def __call__(self, graph: fx.Graph) -> None:
-        self._run(graph.owning_module)
+        gm = graph.owning_module
+        assert gm is not None
+        self._run(gm)
 
     def uuid(self) -> str:
         return self._key

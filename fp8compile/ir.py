@@ -111,10 +111,14 @@ def gemms(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, GemmInfo]]:
             yield node, info
 
 
+def args_of(node: fx.Node) -> tuple[Any, ...]:
+    """A node's arguments, without the union of everything that an argument could be."""
+    return node.args
+
+
 def operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The left and right operand of an ``mm`` or ``addmm``."""
-    left, right = node.args[-2:]
-    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    left, right = args_of(node)[-2:]
     return left, right
 
 
@@ -122,9 +126,9 @@ def base_of(node: fx.Node) -> tuple[fx.Node, bool]:
     """The value behind 2-D transposes, and whether their number is odd."""
     transposed = False
     while node.target is aten.t.default or (
-        node.target is aten.permute.default and list(node.args[1]) == [1, 0]  # type: ignore[call-overload, arg-type]
+        node.target is aten.permute.default and list(args_of(node)[1]) == [1, 0]
     ):
-        node, transposed = node.args[0], not transposed  # type: ignore[assignment]
+        node, transposed = args_of(node)[0], not transposed
     return node, transposed
 
 
@@ -135,7 +139,7 @@ def value_key(node: fx.Node) -> tuple[fx.Node, str]:
     """Equal for two reshapes of one value to one shape: they hold the same matrix."""
     shape = str(tuple(node.meta["val"].shape))
     while node.target in _RESHAPES:
-        node = node.args[0]  # type: ignore[assignment]
+        node = args_of(node)[0]
     return node, shape
 
 
@@ -323,21 +327,21 @@ def _is_quantized(node: Any) -> bool:
     return (
         isinstance(node, fx.Node)
         and node.target is operator.getitem
-        and node.args[0].target is QUANTIZE  # type: ignore[union-attr]
+        and args_of(node)[0].target is QUANTIZE
     )
 
 
 def _verify_scaled_mm(node: fx.Node, pass_name: str) -> None:
-    a, b, a_scale_inv, b_scale_inv = node.args[:4]
+    a, b, a_scale_inv, b_scale_inv = args_of(node)[:4]
     for value, scale_inv in ((a, a_scale_inv), (b, b_scale_inv)):
         if not _is_quantized(value):
             # A backward graph receives the FP8 tensor and its scale_inv from the forward.
             if isinstance(value, fx.Node) and value.op == "placeholder":
                 continue
             raise PassError(pass_name, f"operand {value} is not an output of fp8.quantize", node)
-        if not _is_quantized(scale_inv) or value.args[0] is not scale_inv.args[0]:  # type: ignore[union-attr]
+        if not _is_quantized(scale_inv) or value.args[0] is not scale_inv.args[0]:
             raise PassError(pass_name, f"{value} is used with {scale_inv}, not its own", node)
-    formats = {v.meta["val"].dtype for v in (a, b)}  # type: ignore[union-attr]
+    formats = {value.meta["val"].dtype for value in (a, b)}
     if formats == {Format.E5M2.dtype}:
         raise PassError(pass_name, "e5m2 x e5m2: no tensor core multiplies these", node)
 

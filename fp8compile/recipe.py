@@ -82,8 +82,8 @@ class Recipe:
         for gemm, (left, right) in OPERANDS.items():
             if self.format_of(left) is self.format_of(right) is Format.E5M2:
                 raise RecipeError(
-                    f"recipe {self.name!r}: {gemm} would multiply {left} and {right}, both in e5m2, "
-                    "which no tensor core supports; give one of them e4m3"
+                    f"recipe {self.name!r}: {gemm} would multiply {left} and {right}, both in "
+                    "e5m2, which no tensor core supports; give one of them e4m3"
                 )
 
     def format_of(self, operand: Operand) -> Format:

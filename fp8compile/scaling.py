@@ -268,11 +268,9 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
         for state in _by_weight.get(parameter, ()):
             uses = zip(state.weights(), state.uses(), strict=True)
             for use in (use for weight, use in uses if weight is parameter):
-                entry = _latest(parameter, use, state.recipe)
-                assert entry is not None
-                known[use] = entry
-        for use, entry in sorted(known.items()):
-            for suffix, tensor in entry.items():
+                known[use] = _latest(parameter, use, state.recipe) or {}
+        for use, saved in sorted(known.items()):
+            for suffix, tensor in saved.items():
                 entries[_key(fqn, use) + suffix] = tensor
     return entries
 
@@ -321,9 +319,9 @@ def _parse(
     problems = []
     for key, tensor in state_dict.items():
         site, dot, name = key.rpartition(".")
-        fqn, _, use = site.partition("#")
-        suffix = dot + name
-        if suffix not in (_SCALE, _HISTORY) or fqn not in parameters or not (use or "0").isdigit():
+        fqn, _, number = site.partition("#")
+        suffix, number = dot + name, number or "0"
+        if suffix not in (_SCALE, _HISTORY) or fqn not in parameters or not number.isdigit():
             problems.append(f"foreign: {key}")
         elif not isinstance(tensor, Tensor):
             problems.append(f"not a tensor but {type(tensor).__name__}: {key}")
@@ -332,7 +330,7 @@ def _parse(
         elif not (tensor.isfinite() & (tensor >= 0)).all():
             problems.append(f"negative or not finite: {key}")
         else:
-            loaded.setdefault(fqn, {}).setdefault(int(use or 0), {})[suffix] = tensor
+            loaded.setdefault(fqn, {}).setdefault(int(number), {})[suffix] = tensor
     for fqn, uses in loaded.items():
         for use, entry in uses.items():
             absent = {_SCALE, _HISTORY} - entry.keys()

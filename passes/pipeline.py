@@ -50,7 +50,7 @@ def joint_passes(
         partial(find_gemms, sites=sites),
         partial(choose_precision, skips=skips),  # needs the GEMMs' sizes
         partial(choose_formats, recipe=recipe),  # only GEMMs that stay FP8 have edges
-        partial(insert_casts, recipe=recipe, scale=state and state.scale),
+        partial(insert_casts, recipe=recipe, scale=state.scale if state else None),
         share_casts,  # needs all casts of a value in place
         drop_unused_outputs,  # knows what is used only now
     ]

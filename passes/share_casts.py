@@ -21,7 +21,8 @@ def share_casts(gm: fx.GraphModule) -> int:
         x_fp8_t : e4m3[32, 16] = x_q[1]
 
     Requires: insert_casts.
-    Ensures: two reshapes of a value to one shape count as one value; the merged cast uses the first one's slot; each output has one getitem node.
+    Ensures: two reshapes of a value to one shape count as one value; the merged cast uses the
+        first one's slot; each output has one getitem node.
     Leaves alone: the casts of a weight in forward and backward, which stay apart so that no fp8
         weight is kept for backward.
     Numerics: exact (casts of one value in one format and granularity share one amax).
@@ -32,12 +33,8 @@ def share_casts(gm: fx.GraphModule) -> int:
         if node.target is not QUANTIZE:
             continue
         value, scale, _, fmt = node.args[:4]
-        key = (
-            value_key(value),
-            scale,
-            fmt,
-            node.meta.get("partitioner_tag") == "must_be_in_backward",
-        )
+        repeated = node.meta.get("partitioner_tag") == "must_be_in_backward"
+        key = (value_key(value), scale, fmt, repeated)
         if key in first:
             node.replace_all_uses_with(first[key])
             gm.graph.erase_node(node)

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from ..ir import SITE_TAG, Site
+from ..ir import SITE_TAG, Site, args_of
 
 _LINEAR = (F.linear, torch._C._nn.linear)
 _MATMUL = (torch.matmul, torch.mm, operator.matmul, torch.Tensor.matmul, torch.Tensor.mm)
@@ -61,7 +61,6 @@ def _tag(
     for node in gm.graph.nodes:
         found = _matmul_operands(node)
         if found is not None:
-            left, right = found
             left_origin, right_origin = (_origin(side, outer) for side in found)
             weight_first = _is_parameter(left_origin) and not _is_parameter(right_origin)
             weight = left_origin if weight_first else right_origin
@@ -85,9 +84,8 @@ def _tag(
                 _tag(body, bound, placeholders, sites, name_of, inner_reason)
 
 
-def _matmul_operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def _matmul_operands(node: fx.Node) -> tuple[Any, ...] | None:
     """The two matrices of a matmul call whose right operand is 2-D, or None."""
-    args: tuple[Any, ...] = node.args
     if node.op == "call_function" and node.target in _LINEAR:
         args = (_arg(node, 0, "input"), _arg(node, 1, "weight"))
     elif node.op == "call_function" and node.target in _MATMUL:
@@ -96,15 +94,19 @@ def _matmul_operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     elif node.op == "call_function" and node.target in _ADDMM:
         args = (_arg(node, 1, "mat1"), _arg(node, 2, "mat2"))
     elif node.op == "call_method" and node.target in _METHODS:
-        args = node.args[_METHODS[node.target] :][:2]  # type: ignore[index]
+        args = args_of(node)[_METHODS[str(node.target)] :][:2]
     else:
         return None
-    if len(args) != 2 or not all(isinstance(a, fx.Node) for a in args):
+    values = [_tensor(arg) for arg in args]
+    if len(values) != 2 or values[0] is None or values[1] is None:
         return None
-    left, right = (a.meta.get("example_value", a.meta.get("val")) for a in args)
-    if not all(isinstance(v, torch.Tensor) for v in (left, right)):
-        return None
-    return args if left.dim() >= 2 and right.dim() == 2 else None  # type: ignore[return-value]
+    return args if values[0].dim() >= 2 and values[1].dim() == 2 else None
+
+
+def _tensor(arg: Any) -> torch.Tensor | None:
+    """The example value of an argument that is a tensor."""
+    value = isinstance(arg, fx.Node) and arg.meta.get("example_value", arg.meta.get("val"))
+    return value if isinstance(value, torch.Tensor) else None
 
 
 def _arg(node: fx.Node, position: int, name: str) -> Any:
@@ -123,9 +125,7 @@ def _origin(node: Any, outer: Mapping[fx.Node, fx.Node | None]) -> fx.Node | Non
 
 
 def _is_parameter(node: fx.Node | None) -> bool:
-    if node is None:
-        return False
-    value = node.meta.get("example_value", node.meta.get("val"))
+    value = _tensor(node)
     return isinstance(value, torch.nn.Parameter) or getattr(value, "_is_param", False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..ir import QUANTIZE, TRACK_AMAX, emit, is_backward
+from ..ir import QUANTIZE, TRACK_AMAX, args_of, emit, is_backward
 from .insert_casts import quantize_getitem
 
 
@@ -33,10 +33,10 @@ def track_amax(gm: fx.GraphModule, *, amax_fwd: fx.Node, amax_bwd: fx.Node) -> i
     for amax, backward in ((amax_fwd, False), (amax_bwd, True)):
         values: dict[int, fx.Node] = {}
         for cast in casts:
-            slot = cast.args[2]
+            slot = args_of(cast)[2]
             if is_backward(cast) is backward and slot not in recorded:
                 with gm.graph.inserting_after(cast):
-                    values[slot] = quantize_getitem(gm.graph, cast, "amax")  # type: ignore[index]
+                    values[slot] = quantize_getitem(gm.graph, cast, "amax")
         if values:
             recorded |= values.keys()
             direction = "backward" if backward else "forward"

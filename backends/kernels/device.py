@@ -50,7 +50,7 @@ def resolve_scale(delayed_scale, amax, FP8_MAX):
 
 @triton.jit
 def saturate(x, scale, FP8_MAX: tl.constexpr):
-    """Float32 `x * scale`, ready to be cast: finite values saturate, NaN and infinity become NaN."""
+    """Float32 `x * scale`, ready to cast: finite values saturate, NaN and infinity become NaN."""
     # Comparisons instead of min/max: NaN-propagating min/max miscompile (triton issue 11111).
     y = x * scale
     y = tl.where(y > FP8_MAX, FP8_MAX, y)
