@@ -11,7 +11,7 @@ import logging
 import os
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,10 @@ log = logging.getLogger("fp8compile")
 
 CUBLASLT = "cublaslt"
 _TIMED_CONFIGS = 3  # of our own, best guesses first
-_WARMUP, _REPEATS = 3, 15
+_WARMUP, _ROUNDS, _BATCH_US = 5, 7, 2000
+_NOISE = 0.01
+
+Choice = TileConfig | None  # None stands for cuBLASLt
 
 
 @dataclass(frozen=True)
@@ -66,62 +69,55 @@ def choose_gemm(shape: GemmShape, device_index: int) -> TileConfig | None:
     if str(shape) not in remembered:
         with outside_tracing(), torch.no_grad():
             times = time_choices(shape, torch.device("cuda", device_index))
-        best = min(times, key=lambda choice: times[choice])
+        # Within the noise cuBLASLt is preferred: its launch is cheaper.
+        best = min(times, key=lambda c: times[c] * (1.0 if c is None else 1 + _NOISE))
         log.debug("%s: %s", shape, {str(c or CUBLASLT): f"{t:.1f} us" for c, t in times.items()})
         remembered = _remember(device_index, str(shape), asdict(best) if best else None)
     entry = remembered[str(shape)]
     return None if entry is None else TileConfig(**entry)
 
 
-def time_choices(shape: GemmShape, device: torch.device) -> dict[TileConfig | None, float]:
+def time_choices(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
     """Microseconds of every choice on fresh random data; None stands for cuBLASLt."""
     a = torch.randn(shape.m, shape.k, device=device).to(shape.left)
     b = torch.randn(shape.n, shape.k, device=device).to(shape.right)
     one = torch.ones(1, device=device)
     bias = None if shape.bias is None else torch.randn(shape.n, device=device).to(shape.bias)
-    times: dict[TileConfig | None, float] = {}
+    runs: dict[Choice, Callable[[], Tensor]] = {}
+    out, fast = shape.out, shape.fast_accum
     if cublaslt_supports(shape):
-        times[None] = _microseconds(
-            lambda: torch._scaled_mm(
-                a,
-                b.t(),
-                scale_a=one,
-                scale_b=one,
-                bias=bias,
-                out_dtype=shape.out,
-                use_fast_accum=shape.fast_accum,
-            )
+        runs[None] = lambda: torch._scaled_mm(
+            a, b.t(), one, one, bias, out_dtype=out, use_fast_accum=fast
         )
-    configs = candidates(shape.m, shape.n, shape.k, fast_accum=shape.fast_accum)
-    for config in configs[:_TIMED_CONFIGS]:
-        run = functools.partial(
-            scaled_mm,
-            a,
-            b,
-            one,
-            one,
-            bias,
-            out_dtype=shape.out,
-            config=config,
-            fast_accum=shape.fast_accum,
+    for config in candidates(shape.m, shape.n, shape.k, fast_accum=fast)[:_TIMED_CONFIGS]:
+        runs[config] = functools.partial(
+            scaled_mm, a, b, one, one, bias, out_dtype=out, config=config, fast_accum=fast
         )
-        try:
-            times[config] = _microseconds(run)
-        except triton.runtime.errors.OutOfResources as error:
-            log.debug("%s: %s does not fit: %s", shape, config, error)
-    return times
+    return _fastest(runs)
 
 
-def _microseconds(run: Callable[[], Tensor]) -> float:
-    for _ in range(_WARMUP):
+def _fastest(runs: Mapping[Choice, Callable[[], Tensor]]) -> dict[Choice, float]:
+    """Microseconds per launch of every choice, measured in turns so that clocks drift for all."""
+    batches = {}
+    for choice, run in runs.items():
+        run()  # compiles it
+        estimate = _microseconds(run, _WARMUP)
+        batches[choice] = max(1, int(_BATCH_US / estimate))
+    times: dict[Choice, list[float]] = {choice: [] for choice in runs}
+    for _ in range(_ROUNDS):
+        for choice, run in runs.items():
+            times[choice].append(_microseconds(run, batches[choice]))
+    return {choice: statistics.median(values) for choice, values in times.items()}
+
+
+def _microseconds(run: Callable[[], Tensor], launches: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(launches):
         run()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_REPEATS)]
-    for start, end in events:
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3 / launches
 
 
 # --- the file -----------------------------------------------------------------------------------

@@ -41,7 +41,10 @@ class ScalingState:
         self.recipe = recipe
         self._weights = [None if w is None else weakref.ref(w) for w in weights]
         slots = SLOTS_PER_SITE * len(weights)
-        self.scale, self.amax_fwd, self.amax_bwd = torch.zeros(3, slots, device=device).unbind()
+        # Tensors of their own: CUDA graphs take an input for static only if it is aligned.
+        self.scale, self.amax_fwd, self.amax_bwd = (
+            torch.zeros(slots, device=device) for _ in range(3)
+        )
         self.history = torch.zeros(recipe.history_len, slots, device=device)
         self.events = torch.zeros(slots, dtype=torch.int32, device=device)
         fp8_max = [recipe.format_of(operand).max for operand in Operand]

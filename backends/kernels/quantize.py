@@ -289,8 +289,9 @@ def _tiles(m: Any, n: Any, tile: QuantizeTile) -> Any:
 
 
 def _amax_programs(m: Any, n: Any) -> int:
-    tiles = _tiles(m, n, _AMAX_TILE)
-    return min(_AMAX_PROGRAMS, tiles) if isinstance(tiles, int) else _AMAX_PROGRAMS
+    if isinstance(m, int) and isinstance(n, int):
+        return min(_AMAX_PROGRAMS, _tiles(m, n, _AMAX_TILE))
+    return _AMAX_PROGRAMS
 
 
 def _is_one(stride: Any) -> bool:

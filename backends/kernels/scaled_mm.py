@@ -167,9 +167,6 @@ def scaled_mm_launch(
         bias: `[n]`, any float type, added in float32; or None.
     """
     store_n = config.block_n // 2 if config.epilogue_subtile else config.block_n
-    tiles = ((m + config.block_m - 1) // config.block_m) * (
-        (n + config.block_n - 1) // config.block_n
-    )
     return Launch(
         kernel=_scaled_mm_kernel,
         tensors={
@@ -191,7 +188,7 @@ def scaled_mm_launch(
             "HAS_BIAS": bias is not None,
             "FAST_ACCUM": fast_accum,
         },
-        grid=(min(num_sms, tiles) if isinstance(tiles, int) else num_sms, 1, 1),
+        grid=(_programs(m, n, config, num_sms), 1, 1),
         descriptors={
             "a_desc": [config.block_m, config.block_k],
             "b_desc": [config.block_n, config.block_k],
@@ -200,6 +197,12 @@ def scaled_mm_launch(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def _programs(m: Any, n: Any, config: TileConfig, num_sms: int) -> int:
+    if isinstance(m, int) and isinstance(n, int):
+        return min(num_sms, triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n))
+    return num_sms
 
 
 def scaled_mm(
