@@ -1,0 +1,191 @@
+"""Time the GEMMs of Llama layers alone: this repository's FP8 kernel against cuBLASLt.
+
+    python examples/bench/gemms.py      # the GEMMs of a Llama-3-8B layer, 2 x 8192 tokens
+
+`training_step.py` prints the same table for the layers that it measures. Every GEMM computes
+`a[m, k] @ b[n, k].T` in FP8 with one scale per operand, fast accumulation and a bf16 output.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import triton
+from llama_layers import LlamaShape
+from timing import median_gap_ms
+from torch import Tensor
+
+from fp8compile.backends.kernels.scaled_mm import TileConfig, candidates, scaled_mm
+from fp8compile.backends.tuning import GemmShape, choose_gemm
+
+Choice: TypeAlias = TileConfig | None  # None is cuBLASLt, as for the compiler
+SETS = 3  # of operands, which take turns: no call finds its own in the L2 cache
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class GemmCase:
+    """One GEMM of a layer; `names` lists the projections that share its shape."""
+
+    names: str
+    role: str
+    m: int
+    n: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.names} {self.role} {self.m}x{self.n}x{self.k}"
+
+    @property
+    def formats(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of a and b: gradients are E5M2, inputs and weights E4M3."""
+        a = torch.float8_e4m3fn if self.role == "fprop" else torch.float8_e5m2
+        return a, torch.float8_e4m3fn
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.n * self.k
+
+
+def gemm_cases(shape: LlamaShape, tokens: int) -> list[GemmCase]:
+    """The distinct GEMMs of a layer's forward and backward, for `tokens` rows of input."""
+    linears = {  # names: (in, out)
+        "q, o": (shape.hidden, shape.hidden),
+        "k, v": (shape.hidden, shape.kv_heads * shape.head_dim),
+        "gate, up": (shape.hidden, shape.ff),
+        "down": (shape.ff, shape.hidden),
+    }
+    cases = []
+    for names, (n_in, n_out) in linears.items():
+        cases += [
+            GemmCase(names, "fprop", tokens, n_out, n_in),  # x @ w.T
+            GemmCase(names, "dgrad", tokens, n_in, n_out),  # g @ w
+            GemmCase(names, "wgrad", n_out, n_in, tokens),  # g.T @ x
+        ]
+    return cases
+
+
+@dataclass(frozen=True)
+class GemmResult:
+    """TFLOP/s of every choice that was timed to the end, and which of them the compiler takes."""
+
+    case: GemmCase
+    speed: dict[Choice, float]
+    chosen: Choice
+
+    @property
+    def best_kernel(self) -> TileConfig:
+        kernels = [choice for choice in self.speed if choice is not None]
+        return max(kernels, key=lambda kernel: self.speed[kernel])
+
+    @property
+    def tflops(self) -> dict[str, float]:
+        return {
+            "cublaslt": self.speed[None],
+            "kernel": self.speed[self.best_kernel],
+            "chosen": self.speed[self.chosen],
+        }
+
+
+def measure_gemms(cases: list[GemmCase]) -> list[GemmResult]:
+    return [measure_gemm(case) for case in cases]
+
+
+def measure_gemm(case: GemmCase) -> GemmResult:
+    """Find our fastest kernel, then time it, cuBLASLt and the compiler's choice in turns."""
+    operands = [random_operands(case) for _ in range(SETS)]
+
+    def milliseconds(choice: Choice, repeats: int) -> float:
+        return median_ms([call(choice, *pair) for pair in operands], repeats)
+
+    quick = {config: milliseconds(config, 9) for config in fitting(case, operands[0])}
+    finalists: set[Choice] = {None, compilers_choice(case), min(quick, key=lambda c: quick[c])}
+    times: dict[Choice, list[float]] = {choice: [] for choice in finalists}
+    for _ in range(ROUNDS):  # in turns: clocks drop as the chip warms up
+        for choice in finalists:
+            times[choice].append(milliseconds(choice, 21))
+    speed = {choice: case.flops / statistics.median(ms) / 1e9 for choice, ms in times.items()}
+    return GemmResult(case, speed, compilers_choice(case))
+
+
+def random_operands(case: GemmCase) -> tuple[Tensor, Tensor]:
+    """Random, because the power that a GEMM draws, and with it the clock, depends on the data."""
+    a_format, b_format = case.formats
+    a = torch.randn(case.m, case.k, device="cuda").to(a_format)
+    b = torch.randn(case.n, case.k, device="cuda").to(b_format)
+    return a, b
+
+
+def call(choice: Choice, a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+    """The multiplication as a function without arguments."""
+    one = torch.ones(1, device=a.device)
+    if choice is None:
+        return lambda: torch._scaled_mm(
+            a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    return lambda: scaled_mm(a, b, one, one, out_dtype=torch.bfloat16, config=choice)
+
+
+def fitting(case: GemmCase, operands: tuple[Tensor, Tensor]) -> list[TileConfig]:
+    """The kernel's configurations that this GPU has the shared memory for."""
+    configs = []
+    for config in candidates(case.m, case.n, case.k):
+        try:
+            call(config, *operands)()
+        except triton.runtime.errors.OutOfResources:
+            continue
+        configs.append(config)
+    return configs
+
+
+def compilers_choice(case: GemmCase) -> Choice:
+    """What `torch.compile(backend="fp8")` launches for this GEMM."""
+    a_format, b_format = case.formats
+    shape = GemmShape(
+        case.m, case.n, case.k, a_format, b_format, torch.bfloat16, bias=None, fast_accum=True
+    )
+    return choose_gemm(shape, torch.cuda.current_device())
+
+
+def median_ms(calls: Sequence[Callable[[], object]], repeats: int) -> float:
+    """Median time of a call, between CUDA events; the calls take turns.
+
+    All launches queue up behind a pause, so that the time it takes the host to launch a short
+    kernel does not count.
+    """
+    for each in calls:
+        each()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda._sleep(20_000_000)  # clock cycles: about 10 ms
+    events[0].record()
+    for index, event in enumerate(events[1:]):
+        calls[index % len(calls)]()
+        event.record()
+    return median_gap_ms(events)
+
+
+def print_gemms(results: list[GemmResult]) -> None:
+    print("\nTFLOP/s per GEMM (chosen: what the compiler launches)")
+    print(
+        f"{'':<10}{'role':<7}{'m':>7}{'n':>7}{'k':>7}{'cuBLASLt':>10}{'our kernel':>12}"
+        f"{'chosen':>8}{'ratio':>7}  our kernel's tiles"
+    )
+    for r in results:
+        case, speed = r.case, r.tflops
+        print(
+            f"{case.names:<10}{case.role:<7}{case.m:>7}{case.n:>7}{case.k:>7}"
+            f"{speed['cublaslt']:>10.0f}{speed['kernel']:>12.0f}{speed['chosen']:>8.0f}"
+            f"{speed['chosen'] / speed['cublaslt']:>6.2f}x  {r.best_kernel}"
+        )
+
+
+def main() -> None:
+    print_gemms(measure_gemms(gemm_cases(LlamaShape.of_width(4096), tokens=2 * 8192)))
+
+
+if __name__ == "__main__":
+    main()
