@@ -15,7 +15,8 @@ from .ir import SCALED_MM, GemmInfo, gemms, op_name
 @dataclass(frozen=True)
 class Row:
     """One GEMM of one site. Sizes are ``out[M, N] = left[M, K] @ right[K, N]``, as text where they
-    are symbolic. ``decision`` is "fp8" or the high-precision dtype; ``reason`` says why the latter.
+    are symbolic; ``megabytes`` counts each operand read once, in its format, and the output written
+    once. ``decision`` is "fp8" or the high-precision dtype; ``reason`` says why the latter.
     """
 
     fqn: str
@@ -24,6 +25,7 @@ class Row:
     n: int | str
     k: int | str
     gflops: float | str
+    megabytes: float | str
     formats: str
     decision: str
     kernel: str
@@ -48,7 +50,8 @@ def _row(node: fx.Node, info: GemmInfo, kernel_of: Callable[[fx.Node], str]) -> 
         m=_number(info.m),
         n=_number(info.n),
         k=_number(info.k),
-        gflops=float(info.flops) / 1e9 if info.flops.is_number else str(info.flops),
+        gflops=_scaled(info.flops, 1e9),
+        megabytes=_scaled(info.bytes(1 if fp8 else info.dtype.itemsize), 1e6),
         formats=f"{left.format} x {right.format}" if fp8 else "",
         decision="fp8" if fp8 else _dtype_text(info),
         kernel=kernel_of(node) if fp8 else "",
@@ -60,6 +63,10 @@ def _dtype_text(info: GemmInfo) -> str:
     return str(info.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f")
 
 
+def _scaled(cost: Any, unit: float) -> float | str:
+    return float(cost) / unit if cost.is_number else str(cost)
+
+
 def _number(size: Any) -> int | str:
     return int(size) if size.is_number else str(size)
 
@@ -68,6 +75,6 @@ def other_rows(others: Sequence[tuple[fx.Node, str]]) -> list[Row]:
     """A row for each kind of matmul that belongs to no site, with how many there are."""
     counts = Counter((op_name(node.target), reason) for node, reason in others)
     return [
-        Row(f"(other: {count} x {op})", "", "", "", "", "", "", "", "", reason)
+        Row(f"(other: {count} x {op})", *[""] * 9, reason=reason)
         for (op, reason), count in counts.items()
     ]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# CPU threads that wait for each other sleep: spinning is several times slower on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
