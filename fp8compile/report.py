@@ -75,6 +75,6 @@ def other_rows(others: Sequence[tuple[fx.Node, str]]) -> list[Row]:
     """A row for each kind of matmul that belongs to no site, with how many there are."""
     counts = Counter((op_name(node.target), reason) for node, reason in others)
     return [
-        Row(f"(other: {count} x {op})", *[""] * 9, reason=reason)
+        Row(f"(other: {count} x {op})", "", "", "", "", "", "", "", "", "", reason)
         for (op, reason), count in counts.items()
     ]
