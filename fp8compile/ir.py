@@ -7,8 +7,9 @@ A *site* is one matmul call in the user's model. ``find_gemms`` puts a ``GemmInf
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import networkx as nx
@@ -26,6 +27,8 @@ aten = torch.ops.aten
 QUANTIZE = torch.ops.fp8.quantize.default
 SCALED_MM = torch.ops.fp8.scaled_mm.default
 TRACK_AMAX = torch.ops.fp8.track_amax.default
+QUANTIZE_GROUPS = torch.ops.fp8.quantize_groups.default
+DEQUANTIZE_GROUPS = torch.ops.fp8.dequantize_groups.default
 
 SITE_TAG = "fp8_site"  # key in meta["custom"], which AOTAutograd carries to the backward nodes
 SLOTS_PER_SITE = len(Operand)
@@ -39,6 +42,8 @@ class Site:
     ``fqn``: the module it is called in, or the name of its weight. ``weight``: the position of
     its weight among the graph's inputs, or None. ``weight_first``: whether the weight is the
     left operand. ``reason``: why it stays in high precision whatever its shapes, or None.
+    ``leader``: the first site that takes the same input, by its index. They share its scaling
+    state, so that it fits graphs that merge their GEMMs and graphs that do not.
     """
 
     index: int
@@ -46,10 +51,12 @@ class Site:
     weight: int | None = None
     weight_first: bool = False
     reason: str | None = None
+    leader: int | None = None
 
     def slot(self, operand: Operand) -> int:
         """Where this site's scaling state for an operand lies in the graph's flat tensors."""
-        return SLOTS_PER_SITE * self.index + operand.value
+        leader = self.index if self.leader is None else self.leader
+        return SLOTS_PER_SITE * leader + operand.value
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,10 @@ class Edge:
 
 @dataclass(frozen=True)
 class GemmInfo:
-    """What is known of a GEMM ``[m, k] @ [k, n]``. ``reason``: why it is not FP8, or None."""
+    """What is known of a GEMM ``[m, k] @ [k, n]``.
+
+    ``reason``: why it is not FP8, or None. ``merged``: the other sites it computes.
+    """
 
     site: Site
     gemm: Gemm
@@ -74,6 +84,17 @@ class GemmInfo:
     k: sympy.Expr
     dtype: torch.dtype
     reason: str | None = None
+    merged: tuple[Site, ...] = ()
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every site it computes, in order."""
+        return (self.site, *self.merged)
+
+    @property
+    def name(self) -> str:
+        """The name of its site, or of several as one: ``layers.0.attention.{q,k,v}``."""
+        return _in_braces([site.fqn for site in self.sites])
 
     @property
     def is_fp8(self) -> bool:
@@ -96,6 +117,23 @@ class GemmInfo:
             left=replace(self.left, format=left),
             right=replace(self.right, format=right),
         )
+
+
+def _in_braces(names: Sequence[str]) -> str:
+    """Dotted names as one, with braces around what differs."""
+    paths = [name.split(".") for name in dict.fromkeys(names)]
+    if len(paths) == 1:
+        return names[0]
+    head = _shared([path[:-1] for path in paths])
+    tail = _shared([path[:head:-1] for path in paths])
+    middle = ",".join(".".join(path[head : len(path) - tail]) for path in paths)
+    return ".".join([*paths[0][:head], f"{{{middle}}}", *paths[0][len(paths[0]) - tail :]])
+
+
+def _shared(paths: Sequence[Sequence[str]]) -> int:
+    """How many parts all paths have in common at their start."""
+    columns = zip(*paths, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def gemm_info(node: fx.Node) -> GemmInfo | None:
@@ -132,13 +170,13 @@ def base_of(node: fx.Node) -> tuple[fx.Node, bool]:
     return node, transposed
 
 
-_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
 def value_key(node: fx.Node) -> tuple[fx.Node, str]:
     """Equal for two reshapes of one value to one shape: they hold the same matrix."""
     shape = str(tuple(node.meta["val"].shape))
-    while node.target in _RESHAPES:
+    while node.target in RESHAPES:
         node = args_of(node)[0]
     return node, shape
 
@@ -162,6 +200,13 @@ def is_backward(node: fx.Node) -> bool:
 def size_expr(size: int | torch.SymInt) -> sympy.Expr:
     """A tensor dimension as a sympy expression."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """A tensor dimension as a number: its value in the traced call where it is symbolic."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else None
+    return size
 
 
 def fake_mode_of(graph: fx.Graph) -> Any:
@@ -242,13 +287,13 @@ def _remark(node: fx.Node) -> str:
     if info is None:
         return "saved" if node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE else ""
     if info.reason is not None:
-        return f"{info.site.fqn} {info.gemm}, not in FP8: {info.reason}"
+        return f"{info.name} {info.gemm}, not in FP8: {info.reason}"
     left, right = (
         f"{edge.operand}{'^T' if edge.transposed else ''}"
         + (f" {edge.format}" if edge.format else "")
         for edge in (info.left, info.right)
     )
-    return f"{info.site.fqn} {info.gemm} = {left} x {right}"
+    return f"{info.name} {info.gemm} = {left} x {right}"
 
 
 def _format_call(node: fx.Node) -> str:

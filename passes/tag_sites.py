@@ -38,14 +38,17 @@ def tag_sites(
     placeholder its weight comes from (None if it comes from none).
 
     Requires: a graph of torch-level calls, as Dynamo gives it to a backend.
-    Ensures: sites are numbered in graph order; inside activation-checkpointed regions too.
+    Ensures: sites are numbered in graph order; inside activation-checkpointed regions too. Those
+        with the same input have the same leader.
     Leaves alone: matmuls of two batched operands (attention), 1-D operands, einsum; calls inside
         control flow (cond, while_loop, scan) become sites with a reason.
     Numerics: exact.
     """
     sites: list[Site] = []
+    leaders: dict[Any, int] = {}
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    _tag(gm, {node: node for node in placeholders}, placeholders, sites, name_of or _name, None)
+    outer = {node: node for node in placeholders}
+    _tag(gm, outer, placeholders, sites, leaders, name_of or _name, None)
     gm.meta["fp8_sites"] = sites
     return len(sites)
 
@@ -55,6 +58,7 @@ def _tag(
     outer: Mapping[fx.Node, fx.Node | None],
     placeholders: list[fx.Node],
     sites: list[Site],
+    leaders: dict[Any, int],
     name_of: Callable[[fx.Node, fx.Node | None], str],
     reason: str | None,
 ) -> None:
@@ -70,6 +74,7 @@ def _tag(
                 weight=placeholders.index(weight) if weight in placeholders else None,
                 weight_first=weight_first,
                 reason=reason,
+                leader=leaders.setdefault(found[weight_first], len(sites)),
             )
             node.meta["custom"] = {**node.meta.get("custom", {}), SITE_TAG: site.index}
             sites.append(site)
@@ -81,7 +86,7 @@ def _tag(
                 # The operands come last, behind a predicate if there is one.
                 operands = args[len(args) - len(inner) :]
                 bound = {n: _origin(a, outer) for n, a in zip(inner, operands, strict=True)}
-                _tag(body, bound, placeholders, sites, name_of, inner_reason)
+                _tag(body, bound, placeholders, sites, leaders, name_of, inner_reason)
 
 
 def _matmul_operands(node: fx.Node) -> tuple[Any, ...] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..ir import QUANTIZE, TRACK_AMAX, args_of, emit, is_backward
+from ..ir import QUANTIZE, TRACK_AMAX, args_of, aten, emit, is_backward
 from .insert_casts import quantize_getitem
 
 
@@ -21,27 +21,37 @@ def track_amax(gm: fx.GraphModule, *, amax_fwd: fx.Node, amax_bwd: fx.Node) -> i
     Forward and backward write to tensors of their own, so that no graph input is mutated in both.
 
     Requires: share_casts.
-    Ensures: at most one fp8.track_amax per direction; every slot is recorded once per step.
+    Ensures: at most one fp8.track_amax per direction; every value is recorded once per step.
     Leaves alone: casts that backward repeats of what forward has recorded.
     Numerics: exact.
     """
     if any(node.target is TRACK_AMAX for node in gm.graph.nodes):
         return 0
     casts = [node for node in gm.graph.nodes if node.target is QUANTIZE]
-    recorded: set[int] = set()
+    recorded: set[tuple[int, fx.Node]] = set()
+    tracked = 0
     output = gm.graph.output_node()
     for amax, backward in ((amax_fwd, False), (amax_bwd, True)):
-        values: dict[int, fx.Node] = {}
+        values, slots = [], []
         for cast in casts:
-            slot = args_of(cast)[2]
-            if is_backward(cast) is backward and slot not in recorded:
+            held = _held(cast)
+            if is_backward(cast) is backward and not held <= recorded:
+                recorded |= held
                 with gm.graph.inserting_after(cast):
-                    values[slot] = quantize_getitem(gm.graph, cast, "amax")
+                    values.append(quantize_getitem(gm.graph, cast, "amax"))
+                slots.append(args_of(cast)[2])
         if values:
-            recorded |= values.keys()
+            tracked += len(values)
             direction = "backward" if backward else "forward"
             with gm.graph.inserting_before(output):
-                args = (amax, list(values.values()), list(values))
+                args = (amax, values, slots)
                 node = emit(gm.graph, TRACK_AMAX, args, f"track_amax_{direction[0]}wd")
             node.meta["partitioner_tag"] = f"must_be_in_{direction}"
-    return len(recorded)
+    return tracked
+
+
+def _held(cast: fx.Node) -> set[tuple[int, fx.Node]]:
+    """The values whose amax is in that of a cast, each with the slot. A slot may hold several."""
+    value, _, slot = args_of(cast)[:3]
+    parts = args_of(value)[0] if value.target is aten.cat.default else [value]
+    return {(slot, part) for part in parts}

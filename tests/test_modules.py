@@ -67,7 +67,8 @@ def test_calling_module_looks_behind_a_compiled_model() -> None:
 
 
 def sites_of(model: Any, *inputs: Any) -> list[str]:
-    return list(dict.fromkeys(r.fqn for r in fp8compile.explain(model, *inputs).rows))
+    rows = fp8compile.explain(model, *inputs).rows
+    return list(dict.fromkeys(site for row in rows for site in row.sites or (row.fqn,)))
 
 
 def test_names_are_those_of_named_modules() -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fp8compile import RECIPES
 from fp8compile.ir import format_graph, verify
-from fp8compile.passes import joint_passes
+from fp8compile.passes import StateNodes, joint_passes, run_passes
 from fp8compile.passes.pipeline import Pass, pass_name
 from tests.helpers import Joint, trace, trace_joint
 
@@ -28,6 +28,27 @@ class Linear(nn.Module):
         return F.linear(x, self.w)
 
 
+class Pair(nn.Module):
+    """Two linear layers on one input, called ``w1`` and ``w2``; what is done with their outputs."""
+
+    def __init__(self, combine: Callable[[Tensor, Tensor], object] | None = None) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(64, 32, dtype=torch.bfloat16))
+        self.w2 = nn.Parameter(torch.randn(48, 32, dtype=torch.bfloat16))
+        self.combine = combine or (lambda a, b: (a.tanh(), b.sigmoid()))
+
+    def forward(self, x: Tensor) -> object:
+        return self.combine(F.linear(x, self.w1), F.linear(x, self.w2))
+
+
+def pair_joint(
+    model: nn.Module | None = None, tokens: int = 16, requires_grad: bool = True
+) -> Joint:
+    """The joint graph of a Pair."""
+    x = torch.randn(tokens, 32, dtype=torch.bfloat16, requires_grad=requires_grad)
+    return trace_joint(model or Pair(), x)
+
+
 def linear_joint(tokens: int = 16, recipe: str = "delayed") -> Joint:
     """The joint graph of one linear layer: fprop, wgrad and dgrad."""
     x = torch.randn(tokens, 32, dtype=torch.bfloat16, requires_grad=True)
@@ -41,6 +62,22 @@ def fprop(n: int = 64, k: int = 32, dtype: torch.dtype = torch.bfloat16) -> fx.G
         return aten.mm(x, aten.permute(w, [1, 0]))
 
     return trace(fn, x=torch.randn(16, k).to(dtype), w=torch.randn(n, k).to(dtype))
+
+
+def negated_linear() -> fx.GraphModule:
+    """The final graph of ``-x @ w.T`` with a scaling state."""
+
+    def fn(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
+        return aten.mm(aten.neg(x), aten.permute(w, [1, 0]))
+
+    bf16 = torch.bfloat16
+    gm = trace(
+        fn, x=torch.randn(16, 32).to(bf16), w=torch.randn(64, 32).to(bf16), scale=torch.ones(3)
+    )
+    scale = gm.graph.find_nodes(op="placeholder")[2]
+    state = StateNodes(scale, scale, scale)
+    run_passes(gm, joint_passes(recipe=RECIPES["delayed"], state=state, training=False))
+    return gm
 
 
 def before(name: str, joint: Joint | None = None) -> tuple[fx.GraphModule, Pass]:
