@@ -11,6 +11,7 @@ import warnings
 import torch
 from torch import fx
 
+from ..cost import Device
 from ..errors import OptionError
 
 REFERENCE, TRITON = "reference", "triton"
@@ -46,6 +47,13 @@ def _why_not_triton(device: torch.device) -> str | None:
     if capability < MIN_CAPABILITY:
         return f"compute capability 9.0; {torch.cuda.get_device_name(device)} has {capability}"
     return None
+
+
+def device_constants(device: torch.device) -> Device:
+    """What FP8's gain is predicted from; without an FP8 GPU, the constants of an H200."""
+    from .device import ASSUMED, constants_of
+
+    return ASSUMED if _why_not_triton(device) else constants_of(device)
 
 
 def lower(gm: fx.GraphModule, kernels: str) -> dict[str, str]:

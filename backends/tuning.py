@@ -6,15 +6,11 @@ Each shape is timed once per device and remembered in a file beside Inductor's o
 from __future__ import annotations
 
 import functools
-import json
 import logging
-import os
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
@@ -22,12 +18,15 @@ from torch import Tensor
 
 from ..formats import Format
 from ..internals import cache_folder, outside_tracing
+from .json_file import add_entry, read_entries
 from .kernels.scaled_mm import TileConfig, candidates, scaled_mm
 
 log = logging.getLogger("fp8compile")
 
 CUBLASLT = "cublaslt"
-_TIMED_CONFIGS = 3  # of our own, best guesses first
+# Of our own, best guesses first; each costs seconds to compile. Where cuBLASLt can do the job, too,
+# the best guess alone is worth them.
+_TIMED_CONFIGS, _TIMED_CONFIGS_ALONE = 1, 3
 _WARMUP, _ROUNDS, _BATCH_US = 5, 7, 2000
 _NOISE = 0.01
 
@@ -65,14 +64,15 @@ def cublaslt_supports(shape: GemmShape) -> bool:
 @functools.cache
 def choose_gemm(shape: GemmShape, device_index: int) -> TileConfig | None:
     """The fastest tile configuration for a shape, or None for cuBLASLt."""
-    remembered = _remembered(device_index)
+    remembered = read_entries(_cache_file(device_index))
     if str(shape) not in remembered:
         with outside_tracing(), torch.no_grad():
             times = time_choices(shape, torch.device("cuda", device_index))
         # Within the noise cuBLASLt is preferred: its launch is cheaper.
         best = min(times, key=lambda c: times[c] * (1.0 if c is None else 1 + _NOISE))
         log.debug("%s: %s", shape, {str(c or CUBLASLT): f"{t:.1f} us" for c, t in times.items()})
-        remembered = _remember(device_index, str(shape), asdict(best) if best else None)
+        entry = asdict(best) if best else None
+        remembered = add_entry(_cache_file(device_index), str(shape), entry)
     entry = remembered[str(shape)]
     return None if entry is None else TileConfig(**entry)
 
@@ -89,7 +89,8 @@ def time_choices(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
         runs[None] = lambda: torch._scaled_mm(
             a, b.t(), one, one, bias, out_dtype=out, use_fast_accum=fast
         )
-    for config in candidates(shape.m, shape.n, shape.k, fast_accum=fast)[:_TIMED_CONFIGS]:
+    timed = _TIMED_CONFIGS if runs else _TIMED_CONFIGS_ALONE
+    for config in candidates(shape.m, shape.n, shape.k, fast_accum=fast)[:timed]:
         runs[config] = functools.partial(
             scaled_mm, a, b, one, one, bias, out_dtype=out, config=config, fast_accum=fast
         )
@@ -127,25 +128,3 @@ def _cache_file(device_index: int) -> Path:
     name = torch.cuda.get_device_name(device_index).replace(" ", "_")
     versions = f"torch{torch.__version__}_triton{triton.__version__}"
     return cache_folder() / f"gemm_{name}_{versions}.json"
-
-
-def _remembered(device_index: int) -> dict[str, Any]:
-    try:
-        entries = json.loads(_cache_file(device_index).read_text())
-        return entries if isinstance(entries, dict) else {}
-    except (OSError, ValueError):
-        return {}
-
-
-def _remember(device_index: int, key: str, entry: dict[str, Any] | None) -> dict[str, Any]:
-    """Add an entry; the file is replaced in one step, so that no reader sees half of it."""
-    entries = {**_remembered(device_index), key: entry}
-    file = _cache_file(device_index)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
-            json.dump(entries, new, indent=1)
-        os.replace(new.name, file)
-    except OSError as error:
-        log.debug("timings are not kept: %s", error)
-    return entries

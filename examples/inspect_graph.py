@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 import fp8compile
 
+EVERYTHING = {"decline_slower": False}  # on a GPU a block this small would stay in float32
+
 
 class MLPBlock(nn.Module):
     """Normalize, widen, SwiGLU, narrow, add: the second half of a Llama layer."""
@@ -37,7 +39,7 @@ class MLPBlock(nn.Module):
 
 def compile_and_dump(model: nn.Module, x: Tensor, folder: Path) -> list[Path]:
     """Compile forward and backward by running them once; return what was written, in order."""
-    compiled = torch.compile(model, backend="fp8", options={"dump": str(folder)})
+    compiled = torch.compile(model, backend="fp8", options={"dump": str(folder), **EVERYTHING})
     compiled(x).sum().backward()
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
@@ -51,7 +53,7 @@ def main() -> None:
     model, x = MLPBlock().to(device), torch.randn(32, 64, device=device, requires_grad=True)
 
     print("What happens to each matmul:\n")
-    print(fp8compile.explain(model, x))
+    print(fp8compile.explain(model, x, options=EVERYTHING))
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -21,14 +21,22 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import internals
-from .backends import kernel_name, lower, resolve_kernels
+from .backends import TRITON, device_constants, kernel_name, lower, resolve_kernels
+from .cost import DEVICES, Device
 from .dump import Dump
 from .errors import OptionError, StrictError
 from .ir import SLOTS_PER_SITE, Site
 from .modules import SiteNames, calling_module, owner_of
 from .options import Options, parse_options
-from .passes import StateNodes, drop_unused_outputs, joint_passes, run_passes, tag_sites
-from .passes.choose_precision import SKIPPED
+from .passes import (
+    StateNodes,
+    drop_unused_outputs,
+    grow_regions,
+    joint_passes,
+    run_passes,
+    tag_sites,
+)
+from .passes.choose_precision import SKIPPED, SLOWER
 from .passes.find_gemms import unsited_matmuls
 from .recipe import Scaling
 from .report import Row, gemm_rows, other_rows
@@ -76,7 +84,9 @@ def compile_graph(
     sites: list[Site] = gm.meta["fp8_sites"]
     _check_skip(options, sites, root, gm)
     device = _device(sites, example_inputs)
-    compiler = GraphCompiler(options, sites, resolve_kernels(options.kernels, device), on_joint)
+    kernels = resolve_kernels(options.kernels, device)
+    predict_for = _predict_for(options, kernels, device, report=on_joint is not None)
+    compiler = GraphCompiler(options, sites, kernels, on_joint, predict_for)
     stateful = bool(sites) and options.recipe.scaling is Scaling.DELAYED
     state_examples: list[Tensor] = []
     if stateful:
@@ -107,6 +117,7 @@ class GraphCompiler:
     sites: list[Site]
     kernels: str
     on_joint: Callable[[list[Row]], None] | None = None
+    predict_for: Device | None = None
     rows: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -115,7 +126,7 @@ class GraphCompiler:
     def cache_key(self) -> str:
         """Everything the compiled code depends on, besides the graph itself."""
         skipped = tuple(self.options.skips(site.fqn) for site in self.sites)
-        parts = (self.options.cache_key(), self.sites, skipped, self.kernels)
+        parts = (self.options.cache_key(), self.sites, skipped, self.kernels, self.predict_for)
         return f"{internals.source_hash()}{parts}"
 
     def joint(self, gm: fx.GraphModule) -> None:
@@ -132,6 +143,9 @@ class GraphCompiler:
             skips=self.options.skips,
             state=state,
             training=training,
+            device=self.predict_for,
+            decline_slower=_declines(self.options, self.kernels),
+            store_in_fp8=self.options.save_activations == "fp8",
         )
         if self.dump is not None:
             self.dump.graph("joint", gm)
@@ -140,8 +154,10 @@ class GraphCompiler:
 
     def lowered(self, gm: fx.GraphModule) -> None:
         """Put the kernels into a forward, backward or inference graph."""
-        drop_unused_outputs(gm)
         direction = "backward" if _is_backward_graph(gm) else "forward"
+        drop_unused_outputs(gm)
+        if self.kernels == TRITON:
+            grow_regions(gm)
         if self.dump is not None:
             self.dump.graph(direction, gm)
         sources = lower(gm, self.kernels)
@@ -154,7 +170,7 @@ class GraphCompiler:
     def _report(self, gm: fx.GraphModule) -> None:
         rows = gemm_rows(gm, partial(kernel_name, kernels=self.kernels))
         self.rows = rows
-        left_out = [row for row in rows if row.reason and row.reason != SKIPPED]
+        left_out = [row for row in rows if row.reason and not _by_choice(row)]
         if self.options.strict and left_out:
             lines = "\n  ".join(f"{r.fqn} {r.gemm}: {r.reason}" for r in left_out)
             raise StrictError(f"strict=True, but these stay in high precision:\n  {lines}")
@@ -256,9 +272,33 @@ def _check_skip(
             )
 
 
+def _predict_for(
+    options: Options, kernels: str, device: torch.device, report: bool
+) -> Device | None:
+    """The device that costs are predicted for, or None if nobody asks for them."""
+    if isinstance(options.decline_slower, str):
+        return DEVICES[options.decline_slower]
+    return device_constants(device) if report or _declines(options, kernels) else None
+
+
+def _declines(options: Options, kernels: str) -> bool:
+    """Emulation is for looking at FP8's numerics: there, only a named device declines."""
+    if isinstance(options.decline_slower, str):
+        return True
+    return options.decline_slower and kernels == TRITON
+
+
+def _by_choice(row: Row) -> bool:
+    """Whether a GEMM that could be FP8 is not: strict is about those that cannot."""
+    return row.reason == SKIPPED or row.reason.startswith(SLOWER)
+
+
 def _nothing_to_do(options: Options, rows: Sequence[Row]) -> None:
     why = "; ".join(sorted({f"{row.fqn}: {row.reason}" for row in rows})) or "it has no matmul"
     message = f"no GEMM of this graph runs in FP8 ({why})"
+    if any(row.reason.startswith(SLOWER) for row in rows) and all(map(_by_choice, rows)):
+        log.info("%s", message)  # as it should be
+        return
     if options.strict:
         raise StrictError(message)
     warnings.warn(message, stacklevel=2)

@@ -18,11 +18,14 @@ from torch import fx, nn
 from . import internals
 from .compile import compile_graph
 from .options import parse_options
+from .passes.choose_precision import SLOWER
 from .recipe import Gemm, Recipe
 from .report import Row
 
 _calls = itertools.count()
-_COLUMNS = ("site", "GEMM", "M", "N", "K", "formats", "runs in", "kernel or reason")
+_SIZES = ("M", "N", "K")
+_PREDICTED = ("high -> fp8 us", "pays from")
+_COLUMNS = ("site", "GEMM", *_SIZES, "runs in", *_PREDICTED, "kernel or reason")
 
 
 @dataclass(frozen=True)
@@ -42,31 +45,41 @@ class Explanation:
             sum(map(float, gflops)) or 1.0
         )
 
+    @property
+    def predicted_ratio(self) -> float | None:
+        """The predicted time of the GEMMs, with their casts, over that in high precision."""
+        high = [row.high_us for row in self.rows if row.high_us is not None]
+        chosen = [
+            row.fp8_us if row.is_fp8 and row.fp8_us is not None else row.high_us
+            for row in self.rows
+            if row.high_us is not None
+        ]
+        return sum(us for us in chosen if us is not None) / sum(high) if high else None
+
     def summary(self) -> str:
-        """One line: how many GEMMs, and what share of their FLOPs, are in FP8."""
+        """One line: how many GEMMs, what share of their FLOPs, and how fast they should be."""
         gemms = [row for row in self.rows if row.k != ""]
         fp8 = [row for row in gemms if row.is_fp8]
-        sites = len({row.fqn for row in gemms})
+        sites = len({site for row in gemms for site in row.sites})
         line = f"{sites} sites, {len(fp8)} of {len(gemms)} GEMMs in FP8"
         if self.fp8_share is not None:
             line += f", {self.fp8_share:.1%} of their FLOPs"
+        if self.predicted_ratio is not None:
+            device = next(row.predicted_for for row in self.rows if row.predicted_for)
+            line += f"; GEMM time {self.predicted_ratio:.2f}x, predicted for {device}"
         return f"{line}; recipe {self.recipe}"
 
     def table(self) -> Table:
         """The rows as a rich table; the name of a site stands in the first of its rows."""
         table = Table(caption=self.summary(), caption_justify="left")
         for name in _COLUMNS:
-            table.add_column(
-                name, justify="right" if name in "MNK" else "left", no_wrap=name == "site"
-            )
+            right = name in (*_SIZES, *_PREDICTED)
+            table.add_column(name, justify="right" if right else "left", no_wrap=name == "site")
         shown = None
         for row in self.rows:
             site = "" if row.fqn == shown else row.fqn
             shown = row.fqn
-            sizes = (str(size) for size in (row.m, row.n, row.k))
-            style = None if row.is_fp8 else "yellow"
-            why = row.kernel if row.is_fp8 else row.reason
-            table.add_row(site, row.gemm, *sizes, row.formats, row.decision, why, style=style)
+            table.add_row(site, *_cells(row), style=None if row.is_fp8 else "yellow")
         return table
 
     def __str__(self) -> str:
@@ -113,6 +126,32 @@ def explain(
     with _left_as_it_was(target):
         torch.compile(_fresh(target), backend=backend, dynamic=False)(*inputs, **kwargs)
     return Explanation(tuple(_by_site(rows)), parsed.recipe)
+
+
+def _cells(row: Row) -> list[str]:
+    """A row of the table, without its site."""
+    sizes = (str(size) for size in (row.m, row.n, row.k))
+    # The times of what was declined stand beside it.
+    reason = SLOWER if row.reason.startswith(SLOWER) else row.reason
+    return [
+        row.gemm,
+        *sizes,
+        row.formats or row.decision,
+        _times(row),
+        _pays_from(row),
+        row.kernel if row.is_fp8 else reason,
+    ]
+
+
+def _times(row: Row) -> str:
+    times = (us for us in (row.high_us, row.fp8_us) if us is not None)
+    return " -> ".join(f"{us:.1f}" if us < 1000 else f"{us:.0f}" for us in times)
+
+
+def _pays_from(row: Row) -> str:
+    if row.fp8_us is None:
+        return ""
+    return "never" if row.pays_from is None else str(row.pays_from)
 
 
 def _by_site(rows: Sequence[Row]) -> list[Row]:

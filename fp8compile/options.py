@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from .cost import DEVICES
 from .errors import OptionError
 from .recipe import RECIPES, Recipe, get_recipe
 
 KERNELS = ("auto", "triton", "reference")
+SAVE_ACTIVATIONS = ("default", "fp8")
 DUMP_VARIABLE = "FP8COMPILE_DUMP"
 # Inductor's settings that the backend works through.
 HOOKS = ("joint_custom_pre_pass", "custom_partitioner_fn", "post_grad_custom_post_pass")
@@ -27,10 +29,14 @@ class Options:
 
     ``recipe``: a name from ``RECIPES`` or a Recipe. ``skip``: globs over fully qualified names
     of sites, or a callable ``fqn -> bool``; what matches stays in high precision. ``strict``:
-    anything left in high precision that was not skipped on purpose is an error. ``dump``: a
-    folder for graph text and kernel source. ``kernels``: "triton" (needs compute capability
-    9.0), "reference" (emulation, any device) or "auto" (by device). ``inductor``: Inductor
-    config patches, passed through.
+    anything left in high precision that was not skipped on purpose, or declined as slower, is an
+    error. ``dump``: a folder for graph text and kernel source. ``kernels``: "triton" (needs
+    compute capability 9.0), "reference" (emulation, any device) or "auto" (by device).
+    ``inductor``: Inductor config patches, passed through. ``decline_slower``: leave in high
+    precision what FP8 is predicted not to make faster, where Triton kernels run; the name of a
+    device from ``DEVICES``: decide as on that one, whatever runs. ``save_activations``: "fp8"
+    keeps for backward in FP8, with a scale per 1x128 group, what norms and activations need there;
+    "default" keeps it in the model's dtype.
     """
 
     recipe: Recipe = RECIPES["delayed"]
@@ -39,6 +45,8 @@ class Options:
     dump: str | None = None
     kernels: str = "auto"
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    decline_slower: bool | str = True
+    save_activations: str = "default"
 
     def skips(self, fqn: str) -> bool:
         """Whether the site of that name was asked to stay in high precision."""
@@ -48,7 +56,9 @@ class Options:
 
     def cache_key(self) -> str:
         """Everything here that changes the compiled code (not ``skip``: its result does)."""
-        return repr((self.recipe, self.strict, self.kernels, sorted(self.inductor.items())))
+        inductor = sorted(self.inductor.items())
+        choices = (self.decline_slower, self.save_activations)
+        return repr((self.recipe, self.strict, self.kernels, inductor, choices))
 
 
 def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -74,6 +84,10 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
         dump=_dump(given.get("dump")),
         kernels=_one_of("kernels", given.get("kernels", "auto"), KERNELS),
         inductor=_inductor(given.get("inductor", {}), mode),
+        decline_slower=_decline_slower(given.get("decline_slower", True)),
+        save_activations=_one_of(
+            "save_activations", given.get("save_activations", "default"), SAVE_ACTIVATIONS
+        ),
     )
 
 
@@ -106,6 +120,15 @@ def _one_of(name: str, value: Any, legal: tuple[str, ...]) -> str:
     if value not in legal:
         raise OptionError(f"option {name!r} is {value!r}; choose one of {list(legal)}")
     return value
+
+
+def _decline_slower(value: Any) -> bool | str:
+    if isinstance(value, bool) or (isinstance(value, str) and value in DEVICES):
+        return value
+    raise OptionError(
+        f"option 'decline_slower' is {value!r}; give True, False, or one of {sorted(DEVICES)} to "
+        "decide as on that device"
+    )
 
 
 def _dump(value: Any) -> str | None:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 
+from .cost import COSTS, GemmCost
 from .ir import SCALED_MM, GemmInfo, gemms, op_name
+from .recipe import Gemm
 
 
 @dataclass(frozen=True)
 class Row:
-    """One GEMM of one site. Sizes are ``out[M, N] = left[M, K] @ right[K, N]``, as text where they
-    are symbolic; ``megabytes`` counts each operand read once, in its format, and the output written
-    once. ``decision`` is "fp8" or the high-precision dtype; ``reason`` says why the latter.
+    """One GEMM of one site, or of several that were merged.
+
+    Sizes are ``out[M, N] = left[M, K] @ right[K, N]``, as text where they are symbolic;
+    ``megabytes`` counts each operand read once, in its format, and the output written once.
+    ``decision`` is "fp8" or the high-precision dtype; ``reason`` says why the latter.
+    ``sites`` are the names of all sites it computes. ``high_us`` and ``fp8_us`` are the predicted
+    microseconds in high precision and, with its casts, in FP8, on the device ``predicted_for``;
+    for a symbolic size, with its value in the traced call. ``pays_from`` is the predicted number
+    of tokens from which on FP8 is faster. They are None where nothing is predicted.
     """
 
     fqn: str
@@ -30,6 +38,11 @@ class Row:
     decision: str
     kernel: str
     reason: str
+    sites: tuple[str, ...] = ()
+    high_us: float | None = None
+    fp8_us: float | None = None
+    pays_from: int | None = None
+    predicted_for: str = ""
 
     @property
     def is_fp8(self) -> bool:
@@ -38,14 +51,31 @@ class Row:
 
 def gemm_rows(gm: fx.GraphModule, kernel_of: Callable[[fx.Node], str]) -> list[Row]:
     """A row for every GEMM of a graph after the passes; ``kernel_of`` names what runs a node."""
-    return [_row(node, info, kernel_of) for node, info in gemms(gm)]
+    costs = gm.meta.get(COSTS, {})
+    return [_row(node, info, kernel_of, _cost(info, costs)) for node, info in gemms(gm)]
 
 
-def _row(node: fx.Node, info: GemmInfo, kernel_of: Callable[[fx.Node], str]) -> Row:
+def _cost(info: GemmInfo, costs: Mapping[tuple[int, Gemm], GemmCost]) -> GemmCost | None:
+    """What its sites' GEMMs of this role were predicted to cost before they were merged."""
+    found = [costs.get((site.index, info.gemm)) for site in info.sites]
+    parts = [cost for cost in found if cost is not None]
+    if not parts or len(parts) < len(found):
+        return None
+    fp8 = [cost.fp8_us for cost in parts if cost.fp8_us is not None]
+    return replace(
+        parts[0],
+        high_us=sum(cost.high_us for cost in parts),
+        fp8_us=sum(fp8) if len(fp8) == len(parts) else None,
+    )
+
+
+def _row(
+    node: fx.Node, info: GemmInfo, kernel_of: Callable[[fx.Node], str], cost: GemmCost | None
+) -> Row:
     fp8 = node.target is SCALED_MM
     left, right = info.left, info.right
     return Row(
-        fqn=info.site.fqn,
+        fqn=info.name,
         gemm=str(info.gemm),
         m=_number(info.m),
         n=_number(info.n),
@@ -56,6 +86,11 @@ def _row(node: fx.Node, info: GemmInfo, kernel_of: Callable[[fx.Node], str]) -> 
         decision="fp8" if fp8 else _dtype_text(info),
         kernel=kernel_of(node) if fp8 else "",
         reason=info.reason or "",
+        sites=tuple(site.fqn for site in info.sites),
+        high_us=cost.high_us if cost else None,
+        fp8_us=cost.fp8_us if cost else None,
+        pays_from=cost.pays_from if cost else None,
+        predicted_for=cost.device if cost else "",
     )
 
 

@@ -4,10 +4,13 @@ from .choose_formats import choose_formats
 from .choose_precision import choose_precision
 from .drop_unused_outputs import drop_unused_outputs
 from .find_gemms import find_gemms
+from .grow_regions import grow_regions
 from .insert_casts import insert_casts
+from .merge_gemms import merge_gemms
 from .pipeline import StateNodes, joint_passes, run_passes
 from .plan_saved import plan_saved
 from .share_casts import share_casts
+from .store_activations import store_activations
 from .tag_sites import tag_sites
 from .track_amax import track_amax
 
@@ -17,11 +20,14 @@ __all__ = [
     "choose_precision",
     "drop_unused_outputs",
     "find_gemms",
+    "grow_regions",
     "insert_casts",
     "joint_passes",
+    "merge_gemms",
     "plan_saved",
     "run_passes",
     "share_casts",
+    "store_activations",
     "tag_sites",
     "track_amax",
 ]

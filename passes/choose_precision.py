@@ -10,13 +10,23 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..ir import SCALED_MM, GemmInfo, gemms, operands
+from ..cost import Device, Prediction
+from ..ir import SCALED_MM, GemmInfo, gemm_info, gemms, operands
+from ..recipe import Recipe, Scaling
+from .site_costs import predict_groups
 
 ALIGNMENT = 16  # elements; one 16-byte row of an FP8 operand, the unit of a TMA load
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def choose_precision(gm: fx.GraphModule, *, skips: Callable[[str], bool] | None = None) -> int:
+def choose_precision(
+    gm: fx.GraphModule,
+    *,
+    skips: Callable[[str], bool] | None = None,
+    device: Device | None = None,
+    decline_slower: bool = True,
+    recipe: Recipe | None = None,
+) -> int:
     """Give every GEMM that cannot or shall not run in FP8 its reason.
 
     Before:
@@ -24,7 +34,10 @@ def choose_precision(gm: fx.GraphModule, *, skips: Callable[[str], bool] | None 
     After:
         mm : bf16[16, 17] = aten.mm(x, permute)  # mm fprop, not in FP8: N = 17 is not divisible by 16
 
-    ``skips(fqn)`` says which sites the user asked to keep in high precision.
+    ``skips(fqn)`` says which sites the user asked to keep in high precision. With ``device``, what
+    each GEMM costs there is predicted (for the scaling of ``recipe``), and those that FP8 would
+    not make faster are declined, unless ``decline_slower`` is False. GEMMs of one site, and of
+    sites that take the same input, are decided as a whole, for the sizes of the traced call.
 
     Requires: find_gemms.
     Ensures: a GEMM without a reason has K and N divisible by 16, no empty dimension, and operands
@@ -40,7 +53,32 @@ def choose_precision(gm: fx.GraphModule, *, skips: Callable[[str], bool] | None 
         if reason is not None:
             node.meta["fp8"] = replace(info, reason=reason)
             rewrites += 1
+    if device is not None:
+        rereads = recipe is not None and recipe.scaling is Scaling.CURRENT
+        rewrites += _weigh(gm, device, rereads, decline_slower)
     return rewrites
+
+
+def _weigh(gm: fx.GraphModule, device: Device, rereads: bool, decline: bool) -> int:
+    """Predict, and decline, until those left pay without what they shared with the declined."""
+    declined = 0
+    while True:
+        predictions = predict_groups(gm, device, rereads=rereads)
+        slower = [(group, found) for group, found in predictions.items() if not found.pays]
+        if not decline or not slower:
+            return declined
+        for group, found in slower:
+            for node in group:
+                info = gemm_info(node)
+                assert info is not None
+                node.meta["fp8"] = replace(info, reason=_why_slower(found))
+            declined += len(group)
+
+
+def _why_slower(found: Prediction) -> str:
+    fp8_us, high_us = sum(found.fp8_us), sum(found.high_us)
+    crossover = f"from {found.pays_from} tokens" if found.pays_from else "with no number of tokens"
+    return f"{SLOWER}: {fp8_us:.3g} us against {high_us:.3g} us; it pays {crossover}"
 
 
 def _reason(node: fx.Node, info: GemmInfo, skips: Callable[[str], bool] | None) -> str | None:
@@ -66,3 +104,4 @@ def _reason(node: fx.Node, info: GemmInfo, skips: Callable[[str], bool] | None) 
 
 
 SKIPPED = "skipped by the user"
+SLOWER = "FP8 would not be faster"

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx
 
+from ..cost import Device
 from ..errors import Fp8CompileError, PassError
 from ..ir import Site, verify
 from ..recipe import Recipe
@@ -19,8 +20,10 @@ from .choose_precision import choose_precision
 from .drop_unused_outputs import drop_unused_outputs
 from .find_gemms import find_gemms
 from .insert_casts import insert_casts
+from .merge_gemms import merge_gemms
 from .plan_saved import plan_saved
 from .share_casts import share_casts
+from .store_activations import store_activations
 from .track_amax import track_amax
 
 log = logging.getLogger("fp8compile")
@@ -44,11 +47,21 @@ def joint_passes(
     skips: Callable[[str], bool] | None = None,
     state: StateNodes | None = None,
     training: bool = True,
+    device: Device | None = None,
+    decline_slower: bool = True,
+    store_in_fp8: bool = False,
 ) -> list[Pass]:
     """The passes for a joint graph (``training``) or an inference graph, in order."""
     passes: list[Pass] = [
         partial(find_gemms, sites=sites),
-        partial(choose_precision, skips=skips),  # needs the GEMMs' sizes
+        partial(  # needs the GEMMs' sizes
+            choose_precision,
+            skips=skips,
+            device=device,
+            decline_slower=decline_slower,
+            recipe=recipe,
+        ),
+        merge_gemms,  # only GEMMs that stay FP8; before anything is said about their operands
         partial(choose_formats, recipe=recipe),  # only GEMMs that stay FP8 have edges
         partial(insert_casts, recipe=recipe, scale=state.scale if state else None),
         share_casts,  # needs all casts of a value in place
@@ -58,7 +71,9 @@ def joint_passes(
         # After share_casts: one amax per value. Inference observes nothing.
         passes.append(partial(track_amax, amax_fwd=state.amax_fwd, amax_bwd=state.amax_bwd))
     if training:
-        passes.append(plan_saved)  # last: reads which outputs backward uses
+        passes.append(plan_saved)  # reads which outputs backward uses
+        if store_in_fp8:
+            passes.append(store_activations)  # what backward still keeps in high precision
     return passes
 
 

@@ -273,13 +273,13 @@ class CheckpointedTwiceOver(nn.Module):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activation_checkpointing(dtype: torch.dtype) -> None:
     model = Checkpointed().to(dtype)
-    rows = assert_as_eager(model, normal(16, 32, dtype=dtype), fp8_gemms=18)
-    names = {f"{block}.{fc}" for block in ("first", "second") for fc in ("gate", "up", "down")}
+    rows = assert_as_eager(model, normal(16, 32, dtype=dtype), fp8_gemms=12)
+    names = {f"{block}.{fc}" for block in ("first", "second") for fc in ("{gate,up}", "down")}
     assert {row.fqn for row in rows} == names
 
 
 def test_nested_activation_checkpointing() -> None:
-    assert_as_eager(CheckpointedTwiceOver(), normal(16, 32), fp8_gemms=18)
+    assert_as_eager(CheckpointedTwiceOver(), normal(16, 32), fp8_gemms=12)
 
 
 class Broken(nn.Module):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
 import fp8compile
@@ -30,19 +32,18 @@ def test_rows_of_an_mlp() -> None:
     rows = fp8compile.explain(MLP(), torch.randn(2, 16, 64)).rows
     found = [(r.fqn, r.gemm, r.m, r.n, r.k, r.formats) for r in rows]
     wide = [
-        ("fprop", 32, 128, 64, "e4m3 x e4m3"),
-        ("dgrad", 32, 64, 128, "e5m2 x e4m3"),
-        ("wgrad", 128, 64, 32, "e5m2 x e4m3"),
+        ("fprop", 32, 256, 64, "e4m3 x e4m3"),
+        ("dgrad", 32, 64, 256, "e5m2 x e4m3"),
+        ("wgrad", 256, 64, 32, "e5m2 x e4m3"),
     ]
     narrow = [
         ("fprop", 32, 64, 128, "e4m3 x e4m3"),
         ("dgrad", 32, 128, 64, "e5m2 x e4m3"),
         ("wgrad", 64, 128, 32, "e5m2 x e4m3"),
     ]
-    expected = [(site, *row) for site in ("gate", "up") for row in wide]
-    assert found == expected + [("down", *row) for row in narrow]
+    assert found == [("{gate,up}", *r) for r in wide] + [("down", *r) for r in narrow]
     assert all((r.decision, r.kernel, r.reason) == ("fp8", "reference", "") for r in rows)
-    assert all(r.gflops == pytest.approx(2 * 32 * 128 * 64 / 1e9) for r in rows)
+    assert all(r.gflops == pytest.approx(2 * r.m * r.n * r.k / 1e9) for r in rows)
 
 
 def test_rows_in_high_precision_have_a_reason_and_no_kernel() -> None:
@@ -83,6 +84,12 @@ def test_summary_and_share() -> None:
     assert "recipe delayed" in explanation.summary()
 
 
+def test_the_summary_counts_every_site_of_a_merged_gemm() -> None:
+    explanation = fp8compile.explain(MLP(), torch.randn(16, 64, requires_grad=True))
+    assert explanation.summary().startswith("3 sites, 6 of 6 GEMMs in FP8, 100.0%")
+    assert explanation.rows[0].sites == ("gate", "up")
+
+
 def test_text_shows_every_row() -> None:
     text = str(fp8compile.explain(nn.Sequential(nn.Linear(32, 10)), torch.randn(16, 32)))
     for part in (
@@ -99,7 +106,7 @@ def test_text_shows_every_row() -> None:
 def test_forward_only_under_no_grad() -> None:
     with torch.no_grad():
         rows = fp8compile.explain(MLP(), torch.randn(16, 64)).rows
-    assert [(r.fqn, r.gemm) for r in rows] == [(n, "fprop") for n in ("gate", "up", "down")]
+    assert [(r.fqn, r.gemm) for r in rows] == [("{gate,up}", "fprop"), ("down", "fprop")]
 
 
 def test_options_are_those_of_torch_compile() -> None:
@@ -157,6 +164,57 @@ def test_symbolic_sizes() -> None:
     assert "may be not divisible by 16" in wgrad.reason and fprop.m in wgrad.reason
     assert explanation.fp8_share is None
     assert "1 of 2 GEMMs in FP8;" in explanation.summary() and str(fprop.m) in str(explanation)
+
+
+# --- predictions --------------------------------------------------------------------------------
+
+
+def test_every_gemm_has_its_times_and_its_site_a_crossover() -> None:
+    rows = fp8compile.explain(MLP(), torch.randn(2, 16, 64)).rows
+    assert all(r.high_us and r.fp8_us for r in rows)
+    assert sum(r.fp8_us or 0.0 for r in rows) > sum(r.high_us or 0.0 for r in rows)
+    assert all(r.is_fp8 for r in rows), "emulation declines nothing"
+    assert {"H200" in r.predicted_for for r in rows} == {True}
+    crossovers = {(r.fqn, r.pays_from) for r in rows}
+    assert len(crossovers) == len({r.fqn for r in rows})
+
+
+def test_prediction_in_the_summary_says_for_which_device() -> None:
+    x = torch.randn(16, 64)
+    explanation = fp8compile.explain(MLP(), x)
+    assert explanation.predicted_ratio is not None and explanation.predicted_ratio > 1
+    assert "predicted for an NVIDIA H200, for want of an FP8 GPU here" in explanation.summary()
+    declined = fp8compile.explain(MLP(), x, options={"decline_slower": "H100"})
+    assert declined.predicted_ratio == 1
+    assert "GEMM time 1.00x, predicted for NVIDIA H100;" in declined.summary()
+
+
+def test_large_layers_are_predicted_to_gain() -> None:
+    model = nn.Linear(4096, 2048, bias=False, dtype=torch.bfloat16)
+    explanation = fp8compile.explain(model, torch.randn(4096, 4096, dtype=torch.bfloat16))
+    fprop = explanation.rows[0]
+    assert fprop.fp8_us is not None and fprop.high_us is not None and fprop.fp8_us < fprop.high_us
+    assert fprop.pays_from is not None and 16 <= fprop.pays_from < 4096
+    assert explanation.predicted_ratio is not None and explanation.predicted_ratio < 1
+
+
+def test_table_fits_120_columns() -> None:
+    options = {"decline_slower": "H200"}
+    names = nn.ModuleDict({"layers": nn.ModuleDict({"0": nn.ModuleDict({"mlp": MLP()})})})
+    explanation = fp8compile.explain(
+        lambda x: names["layers"]["0"]["mlp"](x), torch.randn(16, 64), options=options
+    )
+    text = io.StringIO()
+    Console(file=text, width=120, color_system=None).print(explanation)
+    table = text.getvalue()
+    assert "FP8 would not be faster │" in table and " -> " in table
+    assert "pays from" in table and max(map(len, table.splitlines())) <= 120
+
+
+def test_sizes_without_a_prediction_show_none() -> None:
+    explanation = fp8compile.explain(nn.Linear(16, 32).double(), torch.randn(16, 16).double())
+    assert {(r.high_us, r.fp8_us, r.pays_from) for r in explanation.rows} == {(None, None, None)}
+    assert explanation.predicted_ratio is None and "predicted" not in explanation.summary()
 
 
 # --- it leaves everything as it was -------------------------------------------------------------

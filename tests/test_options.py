@@ -16,7 +16,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import fp8compile
 from fp8compile import RECIPES, OptionError, Recipe, RecipeError, StrictError
+from fp8compile.compile import GraphCompiler, _declines, _predict_for
+from fp8compile.cost import H100, H200
 from fp8compile.options import DUMP_VARIABLE, Options, parse_options
+from fp8compile.passes.choose_precision import SLOWER
 from tests.helpers import compile_interpreted
 from tests.models import MLP, sqnr_db
 
@@ -48,11 +51,11 @@ def test_everything_at_once(tmp_path: Path) -> None:
             "dump": tmp_path,
             "kernels": "reference",
             "inductor": {"max_autotune": True},
+            "decline_slower": False,
         }
     )
-    assert options == Options(
-        own, ("lm_head", "layers.0.*"), True, str(tmp_path), "reference", {"max_autotune": True}
-    )
+    skip, inductor = ("lm_head", "layers.0.*"), {"max_autotune": True}
+    assert options == Options(own, skip, True, str(tmp_path), "reference", inductor, False)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +74,8 @@ def test_everything_at_once(tmp_path: Path) -> None:
         ({"dump": 3}, ["'dump'", "3", "folder"]),
         ({"kernels": "cuda"}, ["'kernels'", "'cuda'", "auto", "triton", "reference"]),
         ({"kernels": ["auto"]}, ["'kernels'", "auto", "triton", "reference"]),
+        ({"decline_slower": 1}, ["'decline_slower'", "1", "True, False", "H100", "H200"]),
+        ({"decline_slower": "B200"}, ["'decline_slower'", "'B200'", "H100", "H200"]),
         ({"inductor": ["max_autotune"]}, ["'inductor'", "dict"]),
         ({"inductor": {"max_autotun": True}}, ["'max_autotun'", "max_autotune"]),
         ({"inductor": {3: True}}, ["'inductor'", "3"]),
@@ -120,7 +125,14 @@ def test_options_are_frozen() -> None:
 
 
 def test_cache_key_tells_apart_what_compiles_differently() -> None:
-    different = [{}, {"recipe": "current"}, {"kernels": "reference"}, {"inductor": {"dce": True}}]
+    different: list[dict[str, Any]] = [
+        {},
+        {"recipe": "current"},
+        {"kernels": "reference"},
+        {"inductor": {"dce": True}},
+        {"decline_slower": False},
+        {"decline_slower": "H200"},
+    ]
     keys = {parse_options(given).cache_key() for given in different}
     assert len(keys) == len(different)
     order = [{"dce": True, "max_autotune": True}, {"max_autotune": True, "dce": True}]
@@ -175,7 +187,7 @@ def decisions(model: Callable[..., Any], *inputs: Any, **options: Any) -> dict[s
 )
 def test_skip(skip: Any) -> None:
     found = decisions(MLP(), torch.randn(16, 64), skip=skip)
-    assert found == {"gate": {"fp8"}, "up": {"fp8"}, "down": {"skipped by the user"}}
+    assert found == {"{gate,up}": {"fp8"}, "down": {"skipped by the user"}}
 
 
 def test_skip_everything_is_eager_bit_for_bit() -> None:
@@ -259,6 +271,71 @@ def test_strict_accepts_a_model_that_is_all_fp8() -> None:
     model, x = MLP(), torch.randn(16, 64)
     out = compile_interpreted(model, {"strict": True})(x)
     assert sqnr_db(model(x).detach(), out.detach()) >= 25
+
+
+# --- declining what would be slower -------------------------------------------------------------
+
+
+def test_emulation_declines_nothing() -> None:
+    assert set().union(*decisions(MLP(), torch.randn(16, 64)).values()) == {"fp8"}
+
+
+def test_a_named_device_declines_whatever_runs() -> None:
+    found = decisions(MLP(), torch.randn(16, 64), decline_slower="H200")
+    reasons = set().union(*found.values())
+    assert reasons and all(reason.startswith(SLOWER) for reason in reasons)
+    sizes = {"decline_slower": "H200", "kernels": "reference"}
+    large = MLP(2048, 4096, bias=False).bfloat16()
+    found = decisions(large, torch.randn(4096, 2048, dtype=torch.bfloat16), **sizes)
+    assert set().union(*found.values()) == {"fp8"}
+
+
+@pytest.mark.parametrize(
+    ("decline_slower", "kernels", "declines"),
+    [
+        (True, "triton", True),
+        (True, "reference", False),
+        (False, "triton", False),
+        (False, "reference", False),
+        ("H100", "triton", True),
+        ("H100", "reference", True),
+    ],
+)
+def test_where_slower_gemms_are_declined(
+    decline_slower: bool | str, kernels: str, declines: bool
+) -> None:
+    options, cpu = parse_options({"decline_slower": decline_slower}), torch.device("cpu")
+    assert _declines(options, kernels) is declines
+    predicted_for = _predict_for(options, kernels, cpu, report=False)
+    assert (predicted_for is not None) is declines, "nothing is predicted that nobody asks for"
+    assert _predict_for(options, kernels, cpu, report=True) is not None
+
+
+def test_other_constants_are_other_code() -> None:
+    keys = {GraphCompiler(Options(), [], "triton", None, d).cache_key() for d in (H100, H200, None)}
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_declined_is_neither_an_error_nor_a_warning(
+    strict: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = MLP(), torch.randn(16, 64)
+    caplog.set_level("INFO", logger="fp8compile")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "FP8 is emulated here")
+        out = compile_interpreted(model, {"decline_slower": "H200", "strict": strict})(x)
+    torch.testing.assert_close(out, model(x), rtol=1e-6, atol=1e-6)
+    assert f"no GEMM of this graph runs in FP8 (down: {SLOWER}" in caplog.text
+
+
+def test_strict_still_names_what_cannot_be_fp8() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10))
+    options = {"strict": True, "decline_slower": "H200"}
+    with raises(StrictError, match=r"1 fprop: N = 10 is not divisible by 16") as message:
+        compile_interpreted(model, options)(torch.randn(16, 32))
+    assert SLOWER not in message[0]
 
 
 # --- modes, with Inductor's own code ------------------------------------------------------------

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
+from fp8compile import RECIPES, Gemm
+from fp8compile.cost import COSTS, H200
 from fp8compile.ir import gemms
 from fp8compile.passes import choose_precision, find_gemms
-from fp8compile.passes.choose_precision import SKIPPED
-from tests.passes.common import before, check_pass, fprop
+from fp8compile.passes.choose_precision import SKIPPED, SLOWER
+from tests.helpers import trace_joint
+from tests.passes.common import before, check_pass, fprop, linear_joint
 
 
 def reasons(gm: fx.GraphModule) -> list[str | None]:
@@ -55,8 +61,6 @@ def test_what_the_user_skips() -> None:
 
 
 def test_tokens_not_divisible_by_16_only_matter_to_wgrad() -> None:
-    from tests.passes.common import linear_joint
-
     gm, run = before("choose_precision", linear_joint(tokens=24))
     run(gm)
     assert {str(i.gemm): i.reason for _, i in gemms(gm)} == {
@@ -64,3 +68,146 @@ def test_tokens_not_divisible_by_16_only_matter_to_wgrad() -> None:
         "dgrad": None,
         "wgrad": "K = 24 is not divisible by 16",
     }
+
+
+# --- cost ---------------------------------------------------------------------------------------
+
+# A device on which arithmetic is all that counts, and one on which nothing but launches does.
+FREE_CASTS = replace(H200, copy_bandwidth=1e21, launch_seconds=0.0)
+SLOW_LAUNCHES = replace(H200, launch_seconds=1.0)
+
+
+class Wide(nn.Module):
+    """Two sites that share a computed input; the output of one is the input of a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(64, 32))
+        self.b = nn.Parameter(torch.randn(16, 32))
+        self.c = nn.Parameter(torch.randn(48, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.sin(x)
+        return F.linear(F.linear(h, self.a), self.c).sum() + F.linear(h, self.b).sum()
+
+
+def found_gemms(module: nn.Module, tokens: int | None = 32) -> fx.GraphModule:
+    x = torch.randn(tokens or 32, 32, requires_grad=True)
+    if tokens is None:
+        torch._dynamo.mark_dynamic(x, 0)
+    joint = trace_joint(module, x)
+    find_gemms(joint.gm, sites=joint.sites)
+    return joint.gm
+
+
+def test_no_cost_decision_without_a_device() -> None:
+    gm = found_gemms(Wide())
+    assert choose_precision(gm) == 0
+    assert COSTS not in gm.meta
+
+
+def test_what_is_slower_is_declined_with_both_times() -> None:
+    gm, _ = before("choose_precision")
+    assert check_pass(gm, lambda gm: choose_precision(gm, device=SLOW_LAUNCHES)) == 3
+    (reason,) = set(reasons(gm))
+    assert reason is not None and reason.startswith(f"{SLOWER}: ")
+    assert " us against 3e+06 us; it pays with no number of tokens" in reason
+
+
+def test_what_is_faster_is_kept() -> None:
+    gm = found_gemms(Wide())
+    assert choose_precision(gm, device=FREE_CASTS) == 0
+    assert set(reasons(gm)) == {None}
+
+
+def test_only_predicted_when_nothing_shall_be_declined() -> None:
+    gm = found_gemms(Wide())
+    assert choose_precision(gm, device=SLOW_LAUNCHES, decline_slower=False) == 0
+    costs = gm.meta[COSTS]
+    assert set(costs) == {(site, gemm) for site in range(3) for gemm in Gemm}
+    assert all(cost.fp8_us > cost.high_us for cost in costs.values())
+
+
+def test_the_reason_names_the_crossover() -> None:
+    x = torch.randn(64, 512, requires_grad=True, dtype=torch.bfloat16)
+    joint = trace_joint(nn.Linear(512, 1024, bias=False).bfloat16(), x)
+    find_gemms(joint.gm, sites=joint.sites)
+    assert choose_precision(joint.gm, device=H200) == 3
+    (reason,) = set(reasons(joint.gm))
+    assert reason is not None
+    crossover = int(reason.split("it pays from ")[1].removesuffix(" tokens"))
+    assert crossover > 64 and crossover % 16 == 0
+
+
+def test_sites_that_share_an_input_are_decided_together() -> None:
+    device = replace(FREE_CASTS, launch_seconds=4.5e-9)
+    alone, together = found_gemms(Wide()), found_gemms(Wide())
+    choose_precision(alone, skips=lambda fqn: fqn != "b", device=device)
+    choose_precision(together, device=device)
+    for gm, kept in ((alone, False), (together, True)):
+        b = [info.is_fp8 for _, info in gemms(gm) if info.site.fqn == "b"]
+        assert b == [kept] * 3
+
+
+def test_symbolic_tokens_are_decided_by_their_hint() -> None:
+    gm = found_gemms(Wide(), tokens=None)
+    choose_precision(gm, device=SLOW_LAUNCHES)
+    why = {info.gemm: str(info.reason) for _, info in gemms(gm)}
+    assert why[Gemm.FPROP].startswith(SLOWER) and why[Gemm.DGRAD].startswith(SLOWER)
+    assert "may be not divisible by 16" in why[Gemm.WGRAD]
+
+
+def test_skipped_and_impossible_gemms_have_their_time_only() -> None:
+    gm, _ = before("choose_precision", linear_joint(tokens=24))
+    choose_precision(gm, device=FREE_CASTS)
+    fp8_us = {gemm: cost.fp8_us for (_, gemm), cost in gm.meta[COSTS].items()}
+    assert fp8_us[Gemm.WGRAD] is None
+    assert fp8_us[Gemm.FPROP] is not None and fp8_us[Gemm.DGRAD] is not None
+
+
+def test_odd_sizes_and_dtypes_are_not_predicted() -> None:
+    for gm in (fprop(n=0), fprop(dtype=torch.float64)):
+        find_gemms(gm)
+        choose_precision(gm, device=H200)
+        assert gm.meta[COSTS] == {}
+
+
+def test_current_scaling_reads_what_it_casts_twice() -> None:
+    times = []
+    for recipe in ("delayed", "current"):
+        gm = found_gemms(Wide())
+        choose_precision(gm, device=H200, decline_slower=False, recipe=RECIPES[recipe])
+        times.append(sum(cost.fp8_us for cost in gm.meta[COSTS].values()))
+    assert times[0] < times[1]
+
+
+class Casts(nn.Module):
+    """One linear layer, with something in front of it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(64, 32))
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "input":
+            return F.linear(x, self.w)
+        h = torch.sin(x)
+        out = F.linear(h, self.w)
+        return out if self.kind == "fused" else out.sum() + h.sum()
+
+
+def test_casts_are_fused_into_pointwise_producers() -> None:
+    """A graph input is read; a computed value is not; one that others read is written as well."""
+    from fp8compile.passes.site_costs import _add_casts, _sized
+
+    casts = {}
+    for kind in ("input", "fused", "also read"):
+        gm = found_gemms(Casts(kind))
+        sized = {node: each for node, info in gemms(gm) if (each := _sized(node, info))}
+        _add_casts(sized, rereads=False)
+        fprop_gemm = next(each for each in sized.values() if each.info.gemm is Gemm.FPROP)
+        casts[kind] = fprop_gemm.casts[0]
+    assert (casts["input"].read, casts["input"].written, casts["input"].launches) == (4, 2, 1)
+    assert (casts["fused"].read, casts["fused"].spared, casts["fused"].launches) == (0, 4, 0)
+    assert (casts["also read"].read, casts["also read"].spared) == (0, 0)

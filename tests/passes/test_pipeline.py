@@ -17,6 +17,7 @@ def test_the_order() -> None:
     assert [pass_name(run) for run in passes] == [
         "find_gemms",
         "choose_precision",
+        "merge_gemms",
         "choose_formats",
         "insert_casts",
         "share_casts",

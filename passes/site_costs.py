@@ -1,0 +1,208 @@
+"""What the GEMMs of each site, and the casts they need in FP8, cost on a device.
+
+Sites that take the same input are decided together: they share its cast, and may be merged.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import sympy
+import torch
+from torch import fx
+
+from ..cost import COSTS, TOKENS, Cast, Device, GemmCost, GemmWork, Prediction, Size, predict
+from ..ir import (
+    RESHAPES,
+    SCALED_MM,
+    GemmInfo,
+    args_of,
+    aten,
+    base_of,
+    gemms,
+    is_backward,
+    operands,
+    size_hint,
+    value_key,
+)
+from ..recipe import Gemm, Operand
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# These move a value, or copy it at most: what computes it stands before them.
+_MOVES = (
+    *RESHAPES,
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.clone.default,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+)
+
+Group = tuple[fx.Node, ...]  # the GEMMs of the sites that take one input
+
+
+def predict_groups(
+    gm: fx.GraphModule, device: Device, *, rereads: bool = False
+) -> dict[Group, Prediction]:
+    """Predict the GEMMs that may be FP8, by groups of sites that share an input.
+
+    ``rereads``: a scale comes from the tensor itself, so that the cast reads it a second time.
+    What is found for each GEMM, also for those that stay in high precision, goes into
+    ``gm.meta["fp8_costs"]``, under its site's index and its role.
+    """
+    costs: dict[tuple[int, Gemm], GemmCost] = gm.meta.setdefault(COSTS, {})
+    candidates: dict[fx.Node, _Sized] = {}
+    for node, info in gemms(gm):
+        sized = _sized(node, info)
+        if sized is not None and info.is_fp8:
+            candidates[node] = sized
+        elif sized is not None:
+            (high_us,) = predict((sized.work,), sized.tokens, device).high_us
+            costs.setdefault(sized.key, GemmCost(device.name, high_us))
+    _add_casts(candidates, rereads)
+    predictions: dict[Group, Prediction] = {}
+    for group in _groups(candidates):
+        works = tuple(candidates[node].work for node in group)
+        found = predictions[group] = predict(works, candidates[group[0]].tokens, device)
+        for node, high_us, fp8_us in zip(group, found.high_us, found.fp8_us, strict=True):
+            cost = GemmCost(device.name, high_us, fp8_us, found.pays_from)
+            costs[candidates[node].key] = cost
+    return predictions
+
+
+@dataclass
+class _Sized:
+    """A GEMM with the numbers that stand for its sizes, and which of them counts tokens."""
+
+    info: GemmInfo
+    sizes: dict[str, int]
+    casts: list[Cast] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[int, Gemm]:
+        return self.info.site.index, self.info.gemm
+
+    @property
+    def token_axis(self) -> str:
+        """Tokens are the rows of input and grad_output, which wgrad contracts over."""
+        if self.info.gemm is Gemm.WGRAD:
+            return "k"
+        return "n" if self.info.left.operand is Operand.WEIGHT else "m"
+
+    @property
+    def tokens(self) -> int:
+        return self.sizes[self.token_axis]
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.sizes["m"] * self.sizes["n"] * self.sizes["k"]
+
+    def size(self, axis: str) -> Size:
+        return TOKENS if axis == self.token_axis else sympy.Integer(self.sizes[axis])
+
+    @property
+    def work(self) -> GemmWork:
+        m, n, k = (self.size(axis) for axis in "mnk")
+        return GemmWork(m, n, k, self.info.dtype.itemsize, tuple(self.casts))
+
+
+def _sized(node: fx.Node, info: GemmInfo) -> _Sized | None:
+    """None where a prediction says nothing: no hint for a symbolic size, empty, an odd dtype."""
+    if node.target is SCALED_MM or info.dtype not in _DTYPES:
+        return None
+    left, right = (value.meta["val"] for value in operands(node))
+    hints = [size_hint(size) for size in (left.shape[0], right.shape[1], left.shape[1])]
+    known = [size for size in hints if size]
+    return _Sized(info, dict(zip("mnk", known, strict=True))) if len(known) == 3 else None
+
+
+def _groups(candidates: Mapping[fx.Node, _Sized]) -> Iterator[Group]:
+    inputs: dict[int, object] = {}
+    for node, each in candidates.items():
+        if each.info.gemm is Gemm.FPROP:
+            side = 0 if each.info.left.operand is Operand.INPUT else 1
+            inputs[each.info.site.index] = value_key(base_of(operands(node)[side])[0])
+    groups: dict[object, list[fx.Node]] = defaultdict(list)
+    for node, each in candidates.items():
+        index = each.info.site.index
+        groups[inputs.get(index, index)].append(node)
+    return map(tuple, groups.values())
+
+
+# --- casts --------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Quantized:
+    """A value that is cast once, for all GEMMs that take it; ``copies``: row-major, transposed."""
+
+    value: fx.Node
+    rows: Size
+    columns: Size
+    again: bool  # a weight, in backward
+    copies: set[bool] = field(default_factory=set)
+    takers: list[fx.Node] = field(default_factory=list)
+
+
+def _add_casts(candidates: Mapping[fx.Node, _Sized], rereads: bool) -> None:
+    """Give every GEMM its part, by FLOPs, of the casts that insert_casts and share_casts leave."""
+    for quantized in _quantized(candidates):
+        cast = _cast(quantized, rereads)
+        total = sum(candidates[node].flops for node in quantized.takers)
+        for node in quantized.takers:
+            share = sympy.Rational(candidates[node].flops, total)
+            candidates[node].casts.append(replace(cast, share=share))
+
+
+def _quantized(candidates: Mapping[fx.Node, _Sized]) -> list[_Quantized]:
+    found: dict[object, _Quantized] = {}
+    for node, each in candidates.items():
+        left, right = each.info.left, each.info.right
+        for value, edge, axes in zip(operands(node), (left, right), ("mk", "kn"), strict=True):
+            base, transposed = base_of(value)
+            again = edge.operand is Operand.WEIGHT and is_backward(node)
+            key = value_key(base), edge.operand, again
+            rows, columns = (each.size(axis) for axis in axes)
+            quantized = found.setdefault(key, _Quantized(base, rows, columns, again))
+            quantized.copies.add(transposed == (edge is right))
+            quantized.takers.append(node)
+    return list(found.values())
+
+
+def _cast(quantized: _Quantized, rereads: bool) -> Cast:
+    """The kernel of one cast, or what it adds to the kernel that computes its value.
+
+    Fused, it writes its copies instead of the value, if nothing else needs that.
+    """
+    itemsize, copies = quantized.value.meta["val"].dtype.itemsize, len(quantized.copies)
+    separate = Cast(quantized.rows, quantized.columns, itemsize, copies)
+    fused = not quantized.again and _is_pointwise(_origin(quantized.value))
+    if rereads:  # what finds the amax cannot cast yet
+        return separate if fused else replace(separate, read=2 * itemsize, launches=2)
+    if not fused:
+        return separate
+    spared = itemsize if _only_for(_origin(quantized.value), quantized.takers) else 0
+    return replace(separate, read=0, spared=spared, launches=0)
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    while node.target in _MOVES:
+        node = args_of(node)[0]
+    return node
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and (
+        torch.Tag.pointwise in node.target.tags
+    )
+
+
+def _only_for(value: fx.Node, takers: list[fx.Node]) -> bool:
+    """Whether these GEMMs are all that uses a value."""
+    return all(
+        user in takers or (user.target in _MOVES and _only_for(user, takers))
+        for user in value.users
+    )
