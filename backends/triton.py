@@ -17,63 +17,59 @@ import triton
 from torch import fx
 
 from .. import ops
+from ..errors import PassError
 from ..internals import emit_kernel_launch, emit_materialized
-from ..ir import (
-    QUANTIZE,
-    SCALED_MM,
-    TRACK_AMAX,
-    args_of,
-    aten,
-    emit,
-    evaluate,
-    quantize_output,
-    value_key,
-)
+from ..ir import SCALED_MM, TRACK_AMAX, args_of, aten, emit, evaluate, size_expr, value_key
+from ..regions import hint
+from .fused import emit_once, launches, tiles
 from .kernels.launch import Launch
-from .kernels.quantize import quantize_launches
 from .kernels.scaled_mm import scaled_mm_launch
 from .kernels.update_scales import update_scales
+from .region import Cast, Region
 from .tuning import CUBLASLT, GemmShape, choose_gemm
 
 ops.update_scales.register_kernel("cuda", update_scales)  # one launch instead of a dozen
 
-_SIZE_HINT = 8192  # for a symbolic dimension that no example gave a value
-
 
 def lower_to_triton(gm: fx.GraphModule) -> dict[str, str]:
-    """Lower every ``fp8::`` node, in place; returns the source of each kernel by its name."""
+    """Lower every region and ``fp8::scaled_mm``, in place; returns the kernels' source by name."""
     lowering = _Lowering(gm)
     for node in list(gm.graph.nodes):
-        if node.target is QUANTIZE:
-            lowering.quantize(node)
+        if node.op == "call_module":
+            lowering.region(node)
         elif node.target is SCALED_MM:
             lowering.scaled_mm(node)
     # Not eliminate_dead_code: to it a launch, whose result nothing uses, is dead.
     for node in reversed(gm.graph.nodes):
-        if not node.users and (node.target in (QUANTIZE, SCALED_MM) or _is_getitem_of_cast(node)):
+        replaced = node.op == "call_module" or node.target in (SCALED_MM, operator.getitem)
+        if replaced and not node.users:
             gm.graph.erase_node(node)
+    gm.delete_all_unused_submodules()
     return lowering.sources
-
-
-def _is_getitem_of_cast(node: fx.Node) -> bool:
-    return node.target is operator.getitem and args_of(node)[0].target is QUANTIZE
 
 
 class _Lowering:
     """The state of lowering one graph."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
         self.graph = gm.graph
         self.sources: dict[str, str] = {}
         self._tracked = self._take_tracking()  # amax getitem -> the state's amax tensor
         self._casts = 0
         self._materialized: set[fx.Node] = set()
-        casts = [node for node in gm.graph.nodes if node.target is QUANTIZE]
-        if casts:
-            with self.graph.inserting_before(casts[0]):
-                # One zero per cast, where current scaling collects its amax.
-                x = args_of(casts[0])[0]
-                self._current_amax = self._empty((len(casts),), torch.float32, x, 0.0)
+        regions = [
+            (node, Region.of(_submodule(gm, node)))
+            for node in gm.graph.nodes
+            if node.op == "call_module"
+        ]
+        self._regions = dict(regions)
+        if regions:
+            with self.graph.inserting_before(regions[0][0]):
+                like = regions[0][0].all_input_nodes[0]
+                casts = sum(len(region.casts) for _, region in regions)
+                # One zero per cast, where the amax of a cast without a scale is collected.
+                self._found = self._empty((casts,), torch.float32, like, 0.0)
 
     def _take_tracking(self) -> dict[fx.Node, fx.Node]:
         tracked: dict[fx.Node, fx.Node] = {}
@@ -84,40 +80,121 @@ class _Lowering:
                 self.graph.erase_node(node)
         return tracked
 
-    def quantize(self, node: fx.Node) -> None:
-        """``fp8::quantize`` -> buffers and two launches that write them."""
-        self._materialize(value_key(args_of(node)[0])[0])
-        x, scale, slot, fmt = args_of(node)[:4]
-        outputs = {name: quantize_output(node, name) for name in ("fp8", "fp8_t", "scale_inv")}
-        amax_item = quantize_output(node, "amax")
-        with self.graph.inserting_before(node):
-            m, n = (self._size(x, dim) for dim in (0, 1))
-            q = outputs["fp8"] and self._empty((m, n), fmt, x)
-            q_t = outputs["fp8_t"] and self._empty((n, m), fmt, x)
-            scale_inv = self._empty((1,), torch.float32, x)
-            amax = self._tracked.get(amax_item) if amax_item is not None else None
-            launches = quantize_launches(
-                x,
-                q,
-                q_t,
-                scale and self._element(scale, slot),
-                0,
-                self._element(self._current_amax, self._casts),
-                0,
-                scale_inv,
-                amax and self._element(amax, slot),
-                m=_proxy(m),
-                n=_proxy(n),
-                stride_m=_proxy(self._stride(x, 0)),
-                stride_n=_proxy(self._stride(x, 1)),
-                format=fmt,
-            )
-            for launch in launches:
+    # --- regions -----------------------------------------------------------------------------
+
+    def region(self, call: fx.Node) -> None:
+        """A call of a region -> buffers and the launches that write them."""
+        region = self._regions[call]
+        source = emit_once(region)
+        tile = tiles(region)[0]
+        outer = dict(zip(region.gm.graph.find_nodes(op="placeholder"), args_of(call), strict=True))
+        items = self._items(call, region)
+        for node in region.inputs:
+            self._materialize(value_key(outer[node])[0])
+        with self.graph.inserting_before(call):
+            m, n = (self._extent(size, call) for size in (region.space.m, region.space.n))
+            tensors: dict[str, Any] = {node.name: outer[node] for node in region.inputs}
+            for i, cast in enumerate(region.casts):
+                tensors |= self._cast_tensors(i, cast, call, outer, items)
+            for i, group in enumerate(region.groups):
+                tensors[f"q_{i}"] = self._buffer(group.outputs["q"], call)
+                tensors[f"group_scale_inv_{i}"] = self._buffer(group.outputs["scale_inv"], call)
+            for i, value in enumerate(region.values):
+                tensors[f"value_{i}"] = self._buffer(value, call)
+            for i in range(len(region.sums)):
+                rows = (_proxy(m) + tile.block_m - 1) // tile.block_m
+                like = outer[region.inputs[0]]
+                tensors[f"sum_{i}"] = self._empty((_unwrap(rows), n), torch.float32, like)
+            if region.sums_apart:
+                rows = _unwrap(_proxy(m) * source.totals)
+                tensors["totals"] = self._empty((rows,), torch.float32, outer[region.inputs[0]])
+            sizes = {str(symbol): self._extent(symbol, call) for symbol in source.symbols}
+            for launch in launches(
+                region, source, tensors, sizes, m=_proxy(m), n=_proxy(n), tile=tile
+            ):
                 self._launch(launch)
+            self._replace_outputs(region, items, tensors)
+        self._keep_source(source.name, source.text)
+
+    def _items(self, call: fx.Node, region: Region) -> dict[fx.Node, fx.Node]:
+        """The nodes of this graph that stand for what the region's graph returns."""
+        returned = args_of(region.gm.graph.output_node())[0]
+        return {returned[args_of(item)[1]]: item for item in call.users}
+
+    def _cast_tensors(
+        self,
+        i: int,
+        cast: Cast,
+        call: fx.Node,
+        outer: dict[fx.Node, fx.Node],
+        items: dict[fx.Node, fx.Node],
+    ) -> dict[str, Any]:
+        like = call.all_input_nodes[0]
+        tensors: dict[str, Any] = {f"found_{i}": self._element(self._found, self._casts)}
         self._casts += 1
-        for item, buffer in zip(outputs.values(), (q, q_t, scale_inv), strict=True):
-            if item is not None and buffer is not None:
-                item.replace_all_uses_with(buffer)
+        if cast.is_delayed:
+            tensors[f"scale_{i}"] = self._element(outer[args_of(cast.node)[1]], cast.slot)
+        for output, node in cast.outputs.items():
+            if output == "amax":
+                amax = self._tracked.get(items[node]) if node in items else None
+                tensors[f"amax_{i}"] = (
+                    self._element(amax, cast.slot)
+                    if amax is not None
+                    else self._empty((1,), torch.float32, like, 0.0)
+                )
+            else:
+                tensors[f"{output}_{i}"] = self._buffer(node, call)
+        return tensors
+
+    def _buffer(self, value: fx.Node, call: fx.Node) -> fx.Node:
+        """An empty tensor for one of a region's outputs."""
+        shape = [self._extent(size_expr(size), call) for size in value.meta["val"].shape]
+        return self._empty(shape, value.meta["val"].dtype, call.all_input_nodes[0])
+
+    def _replace_outputs(
+        self, region: Region, items: dict[fx.Node, fx.Node], tensors: dict[str, Any]
+    ) -> None:
+        for i, cast in enumerate(region.casts):
+            for output, node in cast.outputs.items():
+                if output != "amax" and node in items:
+                    items[node].replace_all_uses_with(tensors[f"{output}_{i}"])
+        for i, group in enumerate(region.groups):
+            for output, name in (("q", f"q_{i}"), ("scale_inv", f"group_scale_inv_{i}")):
+                if group.outputs[output] in items:
+                    items[group.outputs[output]].replace_all_uses_with(tensors[name])
+        for i, value in enumerate(region.values):
+            if value in items:
+                items[value].replace_all_uses_with(tensors[f"value_{i}"])
+        for i, node in enumerate(region.sums):
+            if node in items:
+                items[node].replace_all_uses_with(self._total(tensors[f"sum_{i}"], node))
+
+    def _total(self, partials: fx.Node, node: fx.Node) -> fx.Node:
+        """The sum over columns from its partial sums, a row for each row of tiles."""
+        value = node.meta["val"]
+        total = emit(self.graph, aten.sum.dim_IntList, (partials, [0]), f"{partials}_total")
+        shaped = emit(self.graph, aten.reshape.default, (total, list(value.shape)), "shaped")
+        convert = torch.ops.prims.convert_element_type.default
+        return emit(self.graph, convert, (shaped, value.dtype), "converted")
+
+    def _extent(self, expr: Any, before: fx.Node) -> Any:
+        """A size as a number, or as a node of the graph that can be used ``before`` another."""
+        if expr.is_number:
+            return int(expr)
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and node.op == "placeholder":
+                if size_expr(value) == expr:
+                    return node
+            elif isinstance(value, torch.Tensor) and value.dtype != torch.bool:
+                for dim, size in enumerate(value.shape):
+                    if size_expr(size) == expr and node < before:
+                        return self._size(node, dim)
+        if expr.is_Mul or expr.is_Add:
+            parts = [_proxy(self._extent(part, before)) for part in expr.args]
+            combine = operator.mul if expr.is_Mul else operator.add
+            return _unwrap(functools.reduce(combine, parts))
+        raise PassError("lower", f"no tensor of the graph has the size {expr}", before)
 
     def scaled_mm(self, node: fx.Node) -> None:
         """``fp8::scaled_mm`` -> our kernel or ``aten._scaled_mm``, whichever is faster here."""
@@ -130,22 +207,22 @@ class _Lowering:
             else:
                 m, n, k = self._size(a, 0), self._size(b, 0), self._size(a, 1)
                 out = self._empty((m, n), out_dtype, a)
-                self._launch(
-                    scaled_mm_launch(
-                        a,
-                        b,
-                        out,
-                        a_scale_inv,
-                        b_scale_inv,
-                        bias,
-                        m=_proxy(m),
-                        n=_proxy(n),
-                        k=_proxy(k),
-                        config=config,
-                        fast_accum=fast_accum,
-                        num_sms=_multiprocessors(a.meta["val"].device.index or 0),
-                    )
+                launch = scaled_mm_launch(
+                    a,
+                    b,
+                    out,
+                    a_scale_inv,
+                    b_scale_inv,
+                    bias,
+                    m=_proxy(m),
+                    n=_proxy(n),
+                    k=_proxy(k),
+                    config=config,
+                    fast_accum=fast_accum,
+                    num_sms=_multiprocessors(a.meta["val"].device.index or 0),
                 )
+                self._launch(launch)
+                self._keep_source("scaled_mm", _configured_source(launch))
         node.replace_all_uses_with(out)
 
     def _cublaslt(self, node: fx.Node) -> fx.Node:
@@ -182,14 +259,9 @@ class _Lowering:
         )
         for new in node.all_input_nodes:
             _evaluate_missing(new)
-        self._keep_source(launch)
 
-    def _keep_source(self, launch: Launch) -> None:
-        constants = " ".join(f"{k}={v}" for k, v in launch.constants.items())
-        source = f"# {constants} num_warps={launch.num_warps} num_stages={launch.num_stages}\n"
-        source += inspect.getsource(launch.kernel.fn)
+    def _keep_source(self, stem: str, source: str) -> None:
         if source not in self.sources.values():
-            stem = launch.kernel.fn.__name__.strip("_")
             count = sum(name.startswith(stem) for name in self.sources)
             self.sources[f"{stem}_{count}"] = source
 
@@ -197,6 +269,9 @@ class _Lowering:
         self, size: Sequence[Any], dtype: torch.dtype, like: fx.Node, fill: float | None = None
     ) -> fx.Node:
         device = like.meta["val"].device
+        for extent in size:
+            if isinstance(extent, fx.Node):
+                _evaluate_missing(extent)
         if fill is None:
             node = self.graph.call_function(aten.empty.memory_format, (list(size),))
         else:
@@ -222,6 +297,12 @@ class _Lowering:
         return emit(self.graph, aten.sym_stride.int, (tensor, dim), f"{tensor}_stride_{dim}")
 
 
+def _submodule(gm: fx.GraphModule, call: fx.Node) -> fx.GraphModule:
+    module = gm.get_submodule(str(call.target))
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
 def gemm_kernel_name(node: fx.Node) -> str:
     """What was, or will be, chosen for a scaled_mm node."""
     device = args_of(node)[0].meta["val"].device
@@ -233,9 +314,9 @@ def _gemm_shape(node: fx.Node) -> GemmShape:
     a, b, _, _, bias, out_dtype, fast_accum = args_of(node)
     (m, k), n = a.meta["val"].shape, b.meta["val"].shape[0]
     return GemmShape(
-        m=_hint(m),
-        n=_hint(n),
-        k=_hint(k),
+        m=hint(m),
+        n=hint(n),
+        k=hint(k),
         left=a.meta["val"].dtype,
         right=b.meta["val"].dtype,
         out=out_dtype,
@@ -244,10 +325,11 @@ def _gemm_shape(node: fx.Node) -> GemmShape:
     )
 
 
-def _hint(size: int | torch.SymInt) -> int:
-    if isinstance(size, torch.SymInt):
-        return int(size.node.hint) if size.node.has_hint() else _SIZE_HINT
-    return size
+def _configured_source(launch: Launch) -> str:
+    """A kernel's source, below a line with what it is compiled with."""
+    constants = " ".join(f"{k}={v}" for k, v in launch.constants.items())
+    head = f"# {constants} num_warps={launch.num_warps} num_stages={launch.num_stages}\n"
+    return head + inspect.getsource(launch.kernel.fn)
 
 
 @functools.cache

@@ -5,17 +5,20 @@ The rest of the package sees graphs, callables and plain functions only.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._higher_order_ops.triton_kernel_wrap import (
     create_tma_stable_metadata,
     kernel_side_table,
@@ -126,10 +129,47 @@ def compile_with_inductor(
     config = {**patches, **hooks}
     inner = inner_compile or compile_fx_inner
     if use_caches:
-        return compile_fx(gm, list(inputs), inner_compile=inner, config_patches=config)
+        with _kernels_analysed_once():
+            return compile_fx(gm, list(inputs), inner_compile=inner, config_patches=config)
     config |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
-    with torch._functorch.config.patch(enable_autograd_cache=False):
+    with torch._functorch.config.patch(enable_autograd_cache=False), _kernels_analysed_once():
         return compile_fx(gm, list(inputs), inner_compile=inner, config_patches=config)
+
+
+_analysed: dict[Any, Any] = {}
+
+
+@contextlib.contextmanager
+def _kernels_analysed_once() -> Iterator[None]:
+    """Let Inductor find out which arguments a kernel writes once per kernel, not per launch.
+
+    2.11 to 2.15: for every launch it lowers the kernel to Triton's IR, about 0.1 s, to name the
+    arguments that are written; these depend on the kernel, its constants and dtypes only.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in ("identify_mutated_tensors", "identify_accessed_tensors"):  # to 2.11, from 2.12
+            if hasattr(triton_kernel_wrap, name):
+                once = _analysing_once(getattr(triton_kernel_wrap, name))
+                stack.enter_context(mock.patch.object(triton_kernel_wrap, name, once))
+        yield
+
+
+def _analysing_once(analyse: Callable[..., Any]) -> Callable[..., Any]:
+    def once(kernel: Any, kwargs: Mapping[str, Any], descriptors: Any) -> Any:
+        described = tuple((name, _described(value)) for name, value in sorted(kwargs.items()))
+        function = getattr(kernel, "fn", None)  # of an Autotuner, which stands for its function
+        key = (function if hasattr(function, "fn") else kernel, described, repr(descriptors))
+        if key not in _analysed:
+            _analysed[key] = analyse(kernel, kwargs, descriptors)
+        return _analysed[key]
+
+    return once
+
+
+def _described(value: Any) -> Any:
+    """What the analysis can depend on: a tensor's dtype, the value of anything else."""
+    dtype = getattr(value, "dtype", None)
+    return str(dtype) if dtype is not None else repr(value)
 
 
 @functools.cache

@@ -89,6 +89,46 @@ def current_scale(amax: Tensor, fp8_max: float | Tensor) -> Tensor:
     return torch.where(amax.isfinite() & (amax > 0), scale, 1.0)
 
 
+GROUP = 128  # elements of a row that share a scale where activations are stored in FP8
+
+
+@torch.library.custom_op("fp8::quantize_groups", mutates_args=())
+def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast ``x`` to E4M3 with one scale per 128 elements of a row, found from them (1x128).
+
+    The form in which COAT (arXiv 2410.19313, section 5) stores activations for backward.
+
+    Args:
+        x: ``[..., N]``, float, N divisible by 128.
+
+    Returns ``q`` (``e4m3[..., N]``) and ``scale_inv`` (``f32[..., N / 128]``). A group whose amax
+    is zero or not finite has the scale 1; in it, what is not finite becomes NaN.
+    """
+    fp8_max = Format.E4M3.max
+    f = x.float().unflatten(-1, (-1, GROUP))
+    scale = current_scale(f.abs().amax(-1, keepdim=True), fp8_max)
+    y = (f * scale).clamp(-fp8_max, fp8_max)
+    q = torch.where(f.isfinite(), y, torch.nan).to(Format.E4M3.dtype)
+    return q.flatten(-2), scale.reciprocal().squeeze(-1)
+
+
+@quantize_groups.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    groups = (*x.shape[:-1], x.shape[-1] // GROUP)
+    return x.new_empty(x.shape, dtype=Format.E4M3.dtype), x.new_empty(groups, dtype=torch.float32)
+
+
+@torch.library.custom_op("fp8::dequantize_groups", mutates_args=())
+def dequantize_groups(q: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
+    """``q * scale_inv`` in ``dtype``: what ``quantize_groups`` has stored."""
+    return (q.float().unflatten(-1, (-1, GROUP)) * scale_inv.unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+@dequantize_groups.register_fake
+def _(q: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
+    return q.new_empty(q.shape, dtype=dtype)
+
+
 @torch.library.custom_op("fp8::scaled_mm", mutates_args=())
 def scaled_mm(
     a: Tensor,

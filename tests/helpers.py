@@ -11,13 +11,15 @@ from unittest import mock
 import torch
 from functorch.compile import make_boxed_func
 from torch import fx, nn
+from torch._inductor.decomposition import select_decomp_table
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fp8compile.compile import GraphCompiler, compile_graph
 from fp8compile.internals import last_inputs
 from fp8compile.ir import Site
 from fp8compile.options import parse_options
-from fp8compile.passes import StateNodes
+from fp8compile.passes import StateNodes, drop_unused_outputs
 
 
 def interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -43,6 +45,24 @@ def trace(fn: Callable[..., Any], **inputs: torch.Tensor) -> fx.GraphModule:
     for node, name in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
         node._rename(name)
     gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+def trace_final(fn: Callable[..., Any], **inputs: torch.Tensor | None) -> fx.GraphModule:
+    """A function's graph as Inductor would compile it, before ``grow_regions``."""
+    given = {name: value for name, value in inputs.items() if value is not None}
+
+    def call(*values: torch.Tensor) -> Any:
+        return fn(**{**inputs, **dict(zip(given, values, strict=True))})
+
+    decompositions = select_decomp_table()
+    gm = make_fx(call, tracing_mode="fake", decomposition_table=decompositions)(*given.values())
+    gm = make_fx(functionalize(gm), tracing_mode="fake")(*given.values())
+    for node, name in zip(gm.graph.find_nodes(op="placeholder"), given, strict=True):
+        node._rename(name)
+    gm.graph.eliminate_dead_code()
+    drop_unused_outputs(gm)
     gm.recompile()
     return gm
 
@@ -80,9 +100,11 @@ def trace_joint(
 
 def _name_parameters(gm: fx.GraphModule, model: nn.Module) -> None:
     """Call the graph inputs by what they are: parameters first, as AOTAutograd orders them."""
-    shapes = {tuple(p.shape): n.replace(".", "_") for n, p in model.named_parameters()}
+    shapes = {str(tuple(p.shape)): n.replace(".", "_") for n, p in model.named_parameters()}
     for node in gm.graph.find_nodes(op="placeholder"):
+        if not isinstance(node.meta["val"], torch.Tensor):
+            continue  # a symbolic size
         if node.name.startswith("primals_"):
-            node._rename(shapes.get(tuple(node.meta["val"].shape), "x"))
+            node._rename(shapes.get(str(tuple(node.meta["val"].shape)), "x"))
         elif node.name.startswith("tangents_"):
             node._rename(node.name)

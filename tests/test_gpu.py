@@ -16,6 +16,7 @@ from tests.models import MLP, Llama, sqnr_db
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
+FP8 = {"decline_slower": False}  # these models are too small to gain from FP8
 
 
 @pytest.fixture(autouse=True)
@@ -42,15 +43,20 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"recipe": "current"}, {"inductor": {"triton.cudagraphs": True}}],
-    ids=["delayed", "current", "cudagraphs"],
+    [
+        {},
+        {"recipe": "current"},
+        {"inductor": {"triton.cudagraphs": True}},
+        {"save_activations": "fp8"},
+    ],
+    ids=["delayed", "current", "cudagraphs", "stored"],
 )
 def test_llama_gates(dtype: torch.dtype, options: dict[str, Any]) -> None:
     model = Llama().to(DEVICE)
     ids, targets = torch.randint(0, 256, (2, 4, 64), device=DEVICE).unbind()
     reference, reference_grads = step(model, ids, targets), gradients(model)
     model.to(dtype)
-    compiled = torch.compile(model, backend="fp8", options=options)
+    compiled = torch.compile(model, backend="fp8", options=FP8 | options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for _ in range(10):
         output, grads = step(compiled, ids, targets), gradients(model)
@@ -66,7 +72,7 @@ def test_cuda_graphs_are_recorded() -> None:
 
     counters.clear()
     model = MLP(256, 512).to(DEVICE, torch.bfloat16)
-    options = {"inductor": {"triton.cudagraphs": True}}
+    options = FP8 | {"inductor": {"triton.cudagraphs": True}}
     compiled = torch.compile(model, backend="fp8", options=options)
     x = torch.randn(64, 256, device=DEVICE, dtype=torch.bfloat16)
     for _ in range(4):
@@ -85,7 +91,7 @@ def test_the_kernels_give_what_the_reference_gives() -> None:
         torch.manual_seed(1)
         torch._dynamo.reset()
         model = MLP(256, 512, bias=True).to(DEVICE, torch.bfloat16)
-        compiled = torch.compile(model, backend="fp8", options={"kernels": kernels})
+        compiled = torch.compile(model, backend="fp8", options=FP8 | {"kernels": kernels})
         for _ in range(2):
             output = compiled(x)
             output.float().square().sum().backward()
@@ -105,7 +111,7 @@ def test_the_kernels_give_what_the_reference_gives() -> None:
 
 def test_dynamic_tokens() -> None:
     model = MLP(256, 512).to(DEVICE, torch.bfloat16)
-    compiled = torch.compile(model, backend="fp8", dynamic=True)
+    compiled = torch.compile(model, backend="fp8", dynamic=True, options=FP8)
     for tokens in (64, 128, 96, 80, 33):
         x = torch.randn(tokens, 256, device=DEVICE, dtype=torch.bfloat16)
         output = compiled(x)
@@ -116,7 +122,7 @@ def test_dynamic_tokens() -> None:
 @pytest.mark.parametrize("m", [1, 16, 100])
 def test_odd_token_counts(m: int) -> None:
     linear = torch.nn.Linear(64, 96, device=DEVICE, dtype=torch.bfloat16)
-    compiled = torch.compile(linear, backend="fp8")
+    compiled = torch.compile(linear, backend="fp8", options=FP8)
     x = torch.randn(m, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     compiled(x).float().square().sum().backward()
     assert x.grad is not None and linear.weight.grad is not None
@@ -130,6 +136,23 @@ def test_odd_token_counts(m: int) -> None:
 def test_explain_names_the_kernels() -> None:
     model = MLP(256, 512).to(DEVICE, torch.bfloat16)
     x = torch.randn(256, 256, device=DEVICE, dtype=torch.bfloat16)
-    kernels = {row.kernel.split()[0] for row in fp8compile.explain(model, x).rows}
+    kernels = {row.kernel.split()[0] for row in fp8compile.explain(model, x, options=FP8).rows}
     assert kernels <= {"cublaslt", "triton"}
     assert kernels
+
+
+def test_small_models_stay_in_high_precision() -> None:
+    model = MLP(256, 512).to(DEVICE, torch.bfloat16)
+    x = torch.randn(256, 256, device=DEVICE, dtype=torch.bfloat16)
+    explanation = fp8compile.explain(model, x)
+    assert not any(row.is_fp8 for row in explanation.rows)
+    assert torch.cuda.get_device_name() in explanation.summary()
+
+
+def test_measured_constants_are_those_of_the_data_sheet() -> None:
+    from fp8compile.backends.device import _measure
+
+    found = _measure("this one")
+    assert 2e12 < found.copy_bandwidth < 9e12
+    assert 300e12 < found.bf16_flops < found.fp8_flops < 6e15
+    assert 5e-7 < found.launch_seconds < 2e-5

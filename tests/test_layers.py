@@ -15,10 +15,10 @@ PACKAGE = Path(fp8compile.__file__).parent
 # Each module may import from layers below its own; within a layer, see ALLOWED_SIBLINGS.
 LAYERS = (
     {"errors", "formats"},
-    {"recipe"},
+    {"recipe", "cost"},
     {"ops", "internals"},
     {"ir", "modules", "options"},
-    {"scaling", "dump", "report"},
+    {"scaling", "dump", "report", "regions"},
     {"passes", "backends"},
     {"compile"},
     {"explanation"},

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -19,9 +20,38 @@ def finite_or_inf(amax):
 
 
 @triton.jit
+def sigmoid(x):
+    """`1 / (1 + exp(-x))` with the hardware's reciprocal: half the instructions of a division."""
+    if INTERPRETED:
+        return tl.sigmoid(x)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 t;
+        mul.f32 t, $1, 0fBFB8AA3B;
+        ex2.approx.ftz.f32 t, t;
+        add.f32 t, t, 0f3F800000;
+        rcp.approx.ftz.f32 $0, t;
+        }""",
+        "=f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
 def magnitude_bits(x):
     """|x| as an integer. The order of these integers is that of |x|, with NaN above infinity."""
     return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def inside(values, in_tile, EVEN: tl.constexpr):
+    """`values`, 0 outside of the matrix; EVEN: there is no outside."""
+    if EVEN:
+        return values
+    return tl.where(in_tile, values, 0)
 
 
 @triton.jit
@@ -51,21 +81,22 @@ def resolve_scale(delayed_scale, amax, FP8_MAX):
 @triton.jit
 def saturate(x, scale, FP8_MAX: tl.constexpr):
     """Float32 `x * scale`, ready to cast: finite values saturate, NaN and infinity become NaN."""
-    # Comparisons instead of min/max: NaN-propagating min/max miscompile (triton issue 11111).
     y = x * scale
-    y = tl.where(y > FP8_MAX, FP8_MAX, y)
-    y = tl.where(y < -FP8_MAX, -FP8_MAX, y)
+    if INTERPRETED:  # on the hardware the conversion itself saturates (cvt.rn.satfinite)
+        # Comparisons instead of min/max: NaN-propagating min/max miscompile (triton issue 11111).
+        y = tl.where(y > FP8_MAX, FP8_MAX, y)
+        y = tl.where(y < -FP8_MAX, -FP8_MAX, y)
     return tl.where(tl.abs(x) < float("inf"), y, float("nan"))
 
 
 @triton.jit
-def pack_fp8(y0, y1, y2, y3, dtype: tl.constexpr, PTX: tl.constexpr):
+def pack_fp8(y0, y1, y2, y3, dtype: tl.constexpr):
     """Cast four float32 values to FP8, into the bytes of an int32; `y0` is the lowest.
 
-    PTX, which the interpreter cannot run, converts once more instead of taking apart what `.to()`
-    has converted: ptxas 12.8 gives wrong bytes where one conversion is used whole and in parts.
+    On the hardware it converts once more instead of taking apart what `.to()` has converted: ptxas
+    12.8 gives wrong bytes where one conversion is used whole and in parts.
     """
-    if not PTX:
+    if INTERPRETED:
         low = _byte(y0, 0, dtype) | _byte(y1, 1, dtype)
         return low | _byte(y2, 2, dtype) | _byte(y3, 3, dtype)
     if dtype == tl.float8e4nv:
@@ -95,6 +126,47 @@ def pack_fp8(y0, y1, y2, y3, dtype: tl.constexpr, PTX: tl.constexpr):
         is_pure=True,
         pack=1,
     )
+
+
+@triton.jit
+def store_transposed(q_t_ptr, y0, y1, y2, y3, first_m, first_n, rows_left, cols_left, M):
+    """Store a tile transposed; `y0` to `y3` (`[rows / 4, cols]`) hold every fourth row of it.
+
+    One thread holds four rows of each of its columns, and packs those four bytes into a word.
+    Moving words between threads, not bytes, makes every access to memory 16 bytes wide (which needs
+    M to be a multiple of 16), and avoids `tl.trans` on FP8, which some releases of Triton
+    miscompile.
+    """
+    dtype: tl.constexpr = q_t_ptr.dtype.element_ty
+    words = pack_fp8(y0, y1, y2, y3, dtype)
+    word = tl.arange(0, y0.shape[0])[:, None]
+    col = tl.arange(0, y0.shape[1])[None, :]
+    in_n = col < cols_left
+    if M % 16 == 0:
+        pitch = (M // 16) * 4  # M // 4, in a form that shows it to be a multiple of 4
+        mask = (word < (rows_left // 16) * 4) & in_n
+        words_ptr = q_t_ptr.to(tl.pointer_type(tl.int32))
+        words_ptr += first_n.to(tl.int64) * pitch + first_m // 4
+        tl.store(words_ptr + tl.trans(col * pitch + word), tl.trans(words), mask=tl.trans(mask))
+    else:
+        bytes_ptr = q_t_ptr.to(tl.pointer_type(tl.uint8))
+        bytes_ptr += first_n.to(tl.int64) * M + first_m
+        for j in tl.static_range(4):
+            byte = ((words >> (8 * j)) & 0xFF).to(tl.uint8)
+            mask = (word * 4 + j < rows_left) & in_n
+            tl.store(bytes_ptr + (col * M + word * 4 + j), byte, mask=mask)
+
+
+@triton.jit
+def quantize_groups(x, FP8_MAX: tl.constexpr):
+    """A tile ready to cast, with a scale per 128 elements of a row; and each scale's inverse."""
+    ROWS: tl.constexpr = x.shape[0]
+    GROUPS: tl.constexpr = x.shape[1] // 128
+    groups = tl.reshape(x.to(tl.float32), (ROWS, GROUPS, 128))
+    amax = finite_or_inf(tl.max(magnitude_bits(groups), axis=2).to(tl.float32, bitcast=True))
+    scale = resolve_scale(0.0, amax, FP8_MAX)
+    y = saturate(groups, scale[:, :, None], FP8_MAX)
+    return tl.reshape(y, (ROWS, GROUPS * 128)), tl.div_rn(1.0, scale)
 
 
 @triton.jit

@@ -6,32 +6,50 @@ import inspect
 import re
 
 import pytest
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from fp8compile.passes import (
     choose_formats,
     choose_precision,
     drop_unused_outputs,
     find_gemms,
+    grow_regions,
     insert_casts,
+    merge_gemms,
     plan_saved,
     share_casts,
+    store_activations,
     track_amax,
 )
 from fp8compile.passes.pipeline import Pass
-from tests.passes.common import before, fprop, lines_of
+from tests.helpers import Joint, trace_joint
+from tests.passes.common import Linear, before, fprop, lines_of, negated_linear, pair_joint
 
 PASSES = [
     find_gemms,
     choose_precision,
+    merge_gemms,
     choose_formats,
     insert_casts,
     share_casts,
     drop_unused_outputs,
     track_amax,
     plan_saved,
+    store_activations,
+    grow_regions,
 ]
 SECTIONS = ("Before:", "After:", "Requires:", "Ensures:", "Leaves alone:", "Numerics:")
+
+
+class Exponential(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).exp()
+
+
+def exponential_joint() -> Joint:
+    x = torch.randn(512, 32, dtype=torch.bfloat16, requires_grad=True)
+    return trace_joint(Exponential(256), x)
 
 
 def example(name: str) -> tuple[fx.GraphModule, Pass]:
@@ -39,7 +57,13 @@ def example(name: str) -> tuple[fx.GraphModule, Pass]:
         gm = fprop(n=17)
         find_gemms(gm)
         return gm, choose_precision
-    return before(name)
+    if name == "grow_regions":
+        return negated_linear(), grow_regions
+    if name == "store_activations":
+        gm, plan = before("plan_saved", exponential_joint())
+        plan(gm)
+        return gm, store_activations
+    return before(name, pair_joint() if name == "merge_gemms" else None)
 
 
 def section(doc: str, title: str) -> list[str]:

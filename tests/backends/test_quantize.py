@@ -1,4 +1,4 @@
-"""Quantization, bit for bit against its definition in torch."""
+"""Regions that only cast, bit for bit against the definition of quantization in torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,36 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8compile.backends.kernels.quantize import QuantizeTile, quantize, tile_candidates
+from fp8compile.backends.fused import Tile, prepare, tiles
+from fp8compile.backends.kernels.launch import run
+from tests.backends.common import DEVICE, Case, only_region
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = [torch.float8_e4m3fn, torch.float8_e5m2]
 FLOAT32_MAX = torch.finfo(torch.float32).max
 WRITTEN = [(True, False), (False, True), (True, True)]
-TILES = sorted({tile for written in WRITTEN for tile in tile_candidates(*written)}, key=str)
+
+
+def cast(
+    x: Tensor,
+    scale: float | None,
+    fmt: torch.dtype,
+    row_major: bool = True,
+    transposed: bool = True,
+) -> Case:
+    """The region of one cast, with its wanted copies, its scale_inv and its amax."""
+    wanted = [i for i, is_wanted in enumerate((row_major, transposed, True, True)) if is_wanted]
+
+    def fn(x: Tensor, scale: Tensor | None = None) -> list[Tensor]:
+        outputs = torch.ops.fp8.quantize(x, scale, 0, fmt, row_major, transposed)
+        return [outputs[i] for i in wanted]
+
+    return only_region(fn, x=x, scale=None if scale is None else torch.tensor([scale]))
+
+
+TILES = sorted(
+    {t for w in WRITTEN for t in tiles(cast(torch.ones(16, 16), 1.0, FORMATS[0], *w).region)},
+    key=str,
+)
 
 
 def reference_quantize(
@@ -35,18 +58,20 @@ def reference_quantize(
     return q, q.t().contiguous(), used.reciprocal().reshape(1), amax
 
 
-def check(x: Tensor, scale: float | None, fmt: torch.dtype, **options: QuantizeTile) -> None:
-    """Compare all that `quantize` returns, and the amax it tracks, with the definition."""
+def outputs_of(case: Case, tile: Tile | None = None) -> list[Tensor]:
+    """What a region returns, in order."""
+    results = case.run(tile)
+    return [results[node.name] for node in case.gm.graph.output_node().args[0]]
+
+
+def check(x: Tensor, scale: float | None, fmt: torch.dtype, tile: Tile | None = None) -> None:
+    """Compare all that a cast returns with the definition."""
     x = x.to(DEVICE)
-    scales = None if scale is None else torch.tensor([scale], device=DEVICE)
-    tracked = torch.zeros(1, device=DEVICE)
-    q, q_t, scale_inv = quantize(x, scales, fmt, amax=tracked, **options)
-    want_q, want_q_t, want_scale_inv, want_amax = reference_quantize(
-        x, None if scales is None else scales[0], fmt
-    )
-    assert q is not None and q_t is not None
+    q, q_t, scale_inv, amax = outputs_of(cast(x, scale, fmt), tile)
+    known = None if scale is None else torch.tensor(scale, device=DEVICE)
+    want_q, want_q_t, want_scale_inv, want_amax = reference_quantize(x, known, fmt)
     assert torch.equal(scale_inv, want_scale_inv)
-    assert torch.equal(tracked[0], want_amax)
+    assert torch.equal(amax[0], want_amax)
     assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8))
     assert torch.equal(q_t.view(torch.uint8), want_q_t.view(torch.uint8))
 
@@ -103,7 +128,7 @@ def test_strided_inputs() -> None:
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("m", [144, 132], ids=["packed", "bytes"])
-def test_tiles(m: int, tile: QuantizeTile) -> None:
+def test_tiles(m: int, tile: Tile) -> None:
     check(normal(m, 272), None, FORMATS[0], tile=tile)
 
 
@@ -123,18 +148,19 @@ def test_every_rounding(fmt: torch.dtype) -> None:
 def test_writes_only_what_is_asked_for() -> None:
     for x in (normal(64, 80).to(DEVICE), normal(64, 80).to(DEVICE).t()):
         want_q, want_q_t, _, _ = reference_quantize(x, None, FORMATS[0])
-        q, q_t, _ = quantize(x, None, FORMATS[0], transposed=False)
-        assert q_t is None and q is not None
+        q, *_ = outputs_of(cast(x, None, FORMATS[0], transposed=False))
         assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8))
-        q, q_t, _ = quantize(x, None, FORMATS[0], row_major=False)
-        assert q is None and q_t is not None
+        q_t, *_ = outputs_of(cast(x, None, FORMATS[0], row_major=False))
         assert torch.equal(q_t.view(torch.uint8), want_q_t.view(torch.uint8))
 
 
 def test_tracked_amax_is_the_maximum_over_calls() -> None:
-    amax = torch.zeros(1, device=DEVICE)
+    x = torch.zeros(70, 40, device=DEVICE)
+    case = cast(x, 1.0, FORMATS[0])
+    launches, results = prepare(case.gm, case.inputs)
+    amax = results[case.gm.graph.output_node().args[0][3].name]
     for peak, want in ((3.0, 3.0), (-7.0, 7.0), (5.0, 7.0), (float("nan"), torch.inf)):
-        x = torch.zeros(70, 40, device=DEVICE)
         x[66, 39] = peak
-        quantize(x, torch.ones(1, device=DEVICE), FORMATS[0], amax=amax)
+        for launch in launches:
+            run(launch)
         assert amax.item() == want

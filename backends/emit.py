@@ -1,0 +1,403 @@
+"""Write the Triton source of a region's kernels.
+
+The source is what a person would write for the region: functions that compute the values of a tile
+(see ``values``), a kernel that computes and stores one tile per program, and a second one that
+finds the amax of casts whose scale is not known yet. Where values depend on sums over rows, a
+program computes whole rows; but a transposed copy wants tiles that are higher than wide, and the
+sums then come from a kernel of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+
+from ..formats import Format
+from ..ir import args_of, format_graph
+from ..ops import GROUP
+from ..regions import shape_of
+from .region import Cast, Region, Result
+from .values import Function, Values, expr_text
+
+
+@dataclass(frozen=True)
+class Source:
+    """An emitted file: the names of its two kernels, its text, and what a launch has to know."""
+
+    name: str
+    text: str
+    symbols: list[sympy.Symbol]
+    totals: int  # reductions over rows
+
+    @property
+    def amax_name(self) -> str:
+        return f"{self.name}_amax"
+
+    @property
+    def sums_name(self) -> str:
+        return f"{self.name}_sums"
+
+
+def emit(region: Region) -> Source:
+    """The source of a region's kernels."""
+    values = Values(region)
+    name = kernel_name(region)
+    writer = _Writer(region, values)
+    parts = [
+        _header(region, name),
+        *(function.text() for function in (*values.sums, *values.last)),
+        writer.main(name),
+    ]
+    if region.casts:
+        parts.append(writer.amax(f"{name}_amax"))
+    if region.sums_apart:
+        parts.append(writer.sums(f"{name}_sums"))
+    return Source(
+        name=name,
+        text="\n\n\n".join(parts) + "\n",
+        symbols=sorted(values.symbols, key=str),
+        totals=len(values.totals),
+    )
+
+
+def kernel_name(region: Region) -> str:
+    """``fp8_`` and the operators that tell one region from another."""
+    telling = ("silu", "gelu", "erf", "tanh", "sigmoid", "exp", "relu", "rsqrt", "mean", "cat")
+    names = {str(getattr(n.target, "_opname", "")) for n in region.gm.graph.nodes}
+    found = [name for name in telling if name in names]
+    kinds = found or ["cast"]
+    if region.sums:
+        kinds.append("colsum")
+    return "_".join(["fp8", *kinds])
+
+
+def bytes_read(region: Region) -> sympy.Expr:
+    """Bytes of the inputs, each element that is needed counted once."""
+    space, found = region.space, {}
+    values = Values(region)
+    for function in (*values.sums, *values.last):
+        for node, place, _ in function.known:
+            if node in region.inputs:
+                found[node, place] = space.extent(place) * node.meta["val"].dtype.itemsize
+    per_input: dict[str, sympy.Expr] = {}
+    for (node, _), size in found.items():
+        whole = sympy.prod(shape_of(node)) * node.meta["val"].dtype.itemsize
+        per_input[node.name] = sympy.Min(per_input.get(node.name, 0) + size, whole)
+    return sympy.Add(*per_input.values())
+
+
+def bytes_written(region: Region) -> sympy.Expr:
+    """Bytes of the outputs; scales and the like, a few per kernel, do not count."""
+    copies = [
+        sympy.prod(shape_of(args_of(cast.node)[0]))
+        for cast in region.casts
+        for output in ("fp8", "fp8_t")
+        if output in cast.outputs
+    ]
+    values = [sympy.prod(shape_of(n)) * n.meta["val"].dtype.itemsize for n in region.values]
+    groups = [region.space.size * (1 + sympy.Rational(4, GROUP)) for _ in region.groups]
+    return sympy.Add(*copies, *values, *groups)
+
+
+_DEVICE_FUNCTIONS = (
+    "inside",
+    "magnitude_bits",
+    "quantize_groups",
+    "resolve_scale",
+    "saturate",
+    "sigmoid",
+    "store_transposed",
+    "tile_amax",
+)
+
+
+def _header(region: Region, name: str) -> str:
+    read, written = bytes_read(region), bytes_written(region)
+    text = re.sub(r"(fp8\.quantize\(\w+, \w+), \d+", r"\1, slot", format_graph(region.gm))
+    body = "\n".join(f"    {line}" for line in text.splitlines())
+    return (
+        f'"""{name}: reads {_size(read)}, writes {_size(written)}, each byte once.\n\n'
+        f'{body}\n"""\n\n'
+        "import triton\nimport triton.language as tl\n\n"
+        "from fp8compile.backends.kernels.device import (\n"
+        + "".join(f"    {function},\n" for function in _DEVICE_FUNCTIONS)
+        + ")"
+    )
+
+
+def _size(count: sympy.Expr) -> str:
+    return f"{float(count) / 1e6:.1f} MB" if count.is_number else f"{count} bytes"
+
+
+class _Writer:
+    """Writes the kernels around a region's functions."""
+
+    def __init__(self, region: Region, values: Values) -> None:
+        self.region = region
+        self.values = values
+        self.sizes = sorted(str(symbol) for symbol in values.symbols)
+        # Where a transposed copy is stored, a tile is computed as four interleaved sets of rows.
+        self.sets = "abcd" if region.transposes else ("",)
+
+    # --- the kernels ---------------------------------------------------------------------------
+
+    def main(self, name: str) -> str:
+        """The kernel that computes and stores one tile per program."""
+        lines = [*self._extent(), "tiles_n = tl.cdiv(N, BLOCK_N)"]
+        if self.region.sums_apart:
+            # Backwards: what the kernel before this one has read last is still in the cache.
+            lines.append("tile = tl.num_programs(0) - 1 - tl.program_id(0)")
+        else:
+            lines.append("tile = tl.program_id(0)")
+        lines += ["tile_m = tile // tiles_n", "tile_n = tile % tiles_n", *self._tile()]
+        arguments = [*self._inputs(), *self._output_arguments()]
+        arguments += ["totals_ptr"] if self.region.sums_apart else []
+        return _function(name, arguments, lines)
+
+    def sums(self, name: str) -> str:
+        """The kernel that sums over whole rows, for one that computes tiles of columns."""
+        lines = [*self._extent(), "tile_m = tl.program_id(0)", "tile_n = 0"]
+        lines += [*self._first(), *self._rows(("",)), *self._cols()]
+        lines += [self._call(function, "", function.returns) for function in self.values.sums]
+        for i, total in enumerate(self.values.totals.values()):
+            lines.append(f"tl.store(totals_ptr + {i} * M + rows, {total.name}, mask=in_m)")
+        return _function(name, [*self._inputs(), "totals_ptr"], lines)
+
+    def _totals(self) -> list[str]:
+        """The sums over rows that the values depend on: from memory, or of this tile itself."""
+        if not self.region.sums_apart:
+            return [self._call(function, "", function.returns) for function in self.values.sums]
+        lines = []
+        for i, total in enumerate(self.values.totals.values()):
+            for letter in self.sets:
+                rows, in_m = _named("rows", letter), _named("in_m", letter)
+                load = f"tl.load(totals_ptr + {i} * M + {rows}, mask={in_m}, other=0.0)"
+                lines.append(f"{_named(total.name, letter)} = {load}")
+        return lines
+
+    def _tile(self) -> list[str]:
+        """Compute the results of one tile and store them."""
+        lines = [*self._first(), *self._rows(self.sets), *self._cols()]
+        for i, cast in enumerate(self.region.casts):
+            lines += self._scale(i, cast)
+        lines += self._totals()
+        lines += self._results(self.sets)
+        for result, variable in self._outputs():
+            lines += getattr(self, f"_store_{result.kind}")(result, variable)
+        for i, cast in enumerate(self.region.casts):
+            lines += self._track(i, cast)
+        return lines
+
+    def _results(self, sets: Sequence[str]) -> list[str]:
+        """Call the last function, or the one of the part that the tile lies in."""
+        if not self.region.branches:
+            names = [variable for _, variable in self._outputs()]
+            return [self._call(self.values.last[0], letter, names) for letter in sets]
+        lines = []
+        ends = [start for start, _ in self.region.branches[1:]]
+        for i, (function, (start, _)) in enumerate(
+            zip(self.values.last, self.region.branches, strict=True)
+        ):
+            word = "if" if i == 0 else "elif"
+            lines.append(f"{word} first_n < {ends[i]}:" if i < len(ends) else "else:")
+            for letter in sets:
+                call = self._call(function, letter, ["out_0"])
+                lines.append("    " + call.replace("cols", f"cols - {start}" if start else "cols"))
+        return lines
+
+    def _extent(self) -> list[str]:
+        m, n = self.region.space.m, self.region.space.n
+        lines = []
+        for name, size in (("M", m), ("N", n)):
+            kind = ": tl.constexpr" if size.is_number else ""
+            lines.append(f"{name}{kind} = {expr_text(size)}")
+        static = m.is_number and n.is_number
+        even = "(M % BLOCK_M == 0) and (N % BLOCK_N == 0)" if static else "False"
+        return [*lines, f"EVEN: tl.constexpr = {even}"]
+
+    def _first(self) -> list[str]:
+        return ["first_m = tile_m * BLOCK_M", "first_n = tile_n * BLOCK_N"]
+
+    def _rows(self, sets: Sequence[str]) -> list[str]:
+        first = "first_m.to(tl.int64)" if self.region.is_large else "first_m"
+        lines = []
+        for j, letter in enumerate(sets):
+            row = "tl.arange(0, BLOCK_M)[:, None]"
+            if len(sets) > 1:
+                row = f"tl.arange(0, BLOCK_M // {len(sets)})[:, None] * {len(sets)} + {j}"
+            lines.append(f"{_named('row_in_tile', letter)} = {row}")
+            lines.append(f"{_named('rows', letter)} = {first} + {_named('row_in_tile', letter)}")
+            lines.append(f"{_named('in_m', letter)} = {_named('rows', letter)} < M")
+        return lines
+
+    def _cols(self) -> list[str]:
+        return ["cols = first_n + tl.arange(0, BLOCK_N)[None, :]", "in_n = cols < N"]
+
+    def _scale(self, i: int, cast: Cast) -> list[str]:
+        known = f"tl.load(scale_{i}_ptr)" if cast.is_delayed else "0.0"
+        top = cast.format.max
+        lines = [f"scale_{i} = resolve_scale({known}, tl.load(found_{i}_ptr), {top})"]
+        if "scale_inv" in cast.outputs:
+            lines.append("if (tile_m == 0) & (tile_n == 0):")
+            lines.append(f"    tl.store(scale_inv_{i}_ptr, tl.div_rn(1.0, scale_{i}))")
+        return lines
+
+    def _call(self, function: Function, letter: str, returned: Sequence[str]) -> str:
+        same = {"cols", "in_n", *function.arguments}
+        arguments = [p if p in same else _named(p, letter) for p in function.parameters]
+        names = [_named(name, letter) for name in returned]
+        return f"{', '.join(names)} = {function.name}({', '.join(arguments)})"
+
+    def _outputs(self) -> list[tuple[Result, str]]:
+        return [(result, f"out_{i}") for i, result in enumerate(self.region.results)]
+
+    # --- stores --------------------------------------------------------------------------------
+
+    def _store_value(self, result: Result, variable: str) -> list[str]:
+        pointer, lines = f"value_{result.index}_ptr", []
+        for letter in self.sets:
+            rows, in_m = _named("rows", letter), _named("in_m", letter)
+            value = _named(variable, letter)
+            if self.region.is_matrix(result.node):
+                lines.append(
+                    f"tl.store({pointer} + ({rows} * N + cols), {value}, mask={in_m} & in_n)"
+                )
+            else:
+                lines.append("if tile_n == 0:")
+                lines.append(f"    tl.store({pointer} + {rows}, {value}, mask={in_m})")
+        return lines
+
+    def _store_sum(self, result: Result, variable: str) -> list[str]:
+        """One row of partial sums per row of tiles."""
+        terms = [f"inside({_named(variable, a)}, {_named('in_m', a)}, EVEN)" for a in self.sets]
+        pointer = f"sum_{result.index}_ptr + (tile_m * N + cols)"
+        return [
+            f"col_sum = tl.sum({' + '.join(terms)}, axis=0)",
+            f"tl.store({pointer}, col_sum[None, :], mask=in_n)",
+        ]
+
+    def _store_cast(self, result: Result, variable: str) -> list[str]:
+        i, cast = result.index, self.region.casts[result.index]
+        pitch = expr_text(shape_of(args_of(cast.node)[0])[1])
+        shift = "" if result.start == 0 else f" + {expr_text(result.start)}"
+        lines = [
+            f"{_named('y', a)} = saturate({_named(variable, a)}, scale_{i}, {cast.format.max})"
+            for a in self.sets
+        ]
+        if "fp8" in cast.outputs:
+            for a in self.sets:
+                rows, in_m = _named("rows", a), _named("in_m", a)
+                value = f"{_named('y', a)}.to(fp8_{i}_ptr.dtype.element_ty)"
+                at = f"fp8_{i}_ptr + ({rows} * {pitch} + cols{shift})"
+                lines.append(f"tl.store({at}, {value}, mask={in_m} & in_n)")
+        if "fp8_t" in cast.outputs:
+            lines.append("store_transposed(")
+            lines.append(f"    fp8_t_{i}_ptr, y_a, y_b, y_c, y_d, first_m, first_n{shift},")
+            lines.append("    M - first_m, N - first_n, M,")
+            lines.append(")")
+        return lines
+
+    def _store_group(self, result: Result, variable: str) -> list[str]:
+        """A cast with a scale per group of a row; the tile holds whole groups."""
+        i, fp8_max = result.index, Format.E4M3.max
+        columns = f"(first_n // {GROUP} + tl.arange(0, BLOCK_N // {GROUP})[None, :])"
+        lines = [f"group = {columns}"]
+        for a in self.sets:
+            y, inv = _named("y", a), _named("inv", a)
+            lines.append(f"{y}, {inv} = quantize_groups({_named(variable, a)}, {fp8_max})")
+        for a in self.sets:
+            rows, in_m = _named("rows", a), _named("in_m", a)
+            value = f"{_named('y', a)}.to(q_{i}_ptr.dtype.element_ty)"
+            lines.append(f"tl.store(q_{i}_ptr + ({rows} * N + cols), {value}, mask={in_m} & in_n)")
+            at = f"group_scale_inv_{i}_ptr + ({rows} * (N // {GROUP}) + group)"
+            mask = f"{in_m} & (group < N // {GROUP})"
+            lines.append(f"tl.store({at}, {_named('inv', a)}, mask={mask})")
+        return lines
+
+    def _track(self, i: int, cast: Cast) -> list[str]:
+        if "amax" not in cast.outputs:
+            return []
+        bits = [
+            f"inside(magnitude_bits({_named(variable, a)}), {_named('in_m', a)} & in_n, EVEN)"
+            for result, variable in self._outputs()
+            if (result.kind, result.index) == ("cast", i)
+            for a in self.sets
+        ]
+        lines = [f"bits = {bits[0]}", *(f"bits = tl.maximum(bits, {b})" for b in bits[1:])]
+        return [*lines, f'tl.atomic_max(amax_{i}_ptr, tile_amax(bits), sem="relaxed")']
+
+    # --- arguments -----------------------------------------------------------------------------
+
+    def _inputs(self) -> list[str]:
+        return [f"{node.name}_ptr" for node in self.region.inputs] + self.sizes
+
+    def _scales(self) -> list[str]:
+        names = []
+        for i, cast in enumerate(self.region.casts):
+            names += [f"scale_{i}_ptr"] if cast.is_delayed else []
+            names += [f"found_{i}_ptr"]
+        return names
+
+    def _output_arguments(self) -> list[str]:
+        names = self._scales()
+        for i, cast in enumerate(self.region.casts):
+            names += [f"{output}_{i}_ptr" for output in cast.outputs]
+        for i in range(len(self.region.groups)):
+            names += [f"q_{i}_ptr", f"group_scale_inv_{i}_ptr"]
+        names += [f"value_{i}_ptr" for i in range(len(self.region.values))]
+        return names + [f"sum_{i}_ptr" for i in range(len(self.region.sums))]
+
+    # --- the kernel that finds amax ------------------------------------------------------------
+
+    def amax(self, name: str) -> str:
+        """The kernel that finds the amax of the casts, unless the scales of all are known."""
+        casts = list(enumerate(self.region.casts))
+        lines = [
+            *self._extent(),
+            "tiles_n = tl.cdiv(N, BLOCK_N)",
+            "tiles = tl.cdiv(M, BLOCK_M) * tiles_n",
+        ]
+        if all(cast.is_delayed for _, cast in casts):
+            known = " & ".join(f"(tl.load(scale_{i}_ptr) > 0)" for i, _ in casts)
+            lines.append(f"tiles = tl.where({known}, 0, tiles)")
+        zeros = "tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)"
+        lines += [f"bits_{i} = {zeros}" for i, _ in casts]
+        lines.append("for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):")
+        lines += [f"    {line}" for line in self._amax_of_tile()]
+        for i, _ in casts:
+            lines.append(f"amax_{i} = tile_amax(bits_{i})")
+            store = f"found_{i}_ptr, amax_{i}, mask=amax_{i} > 0"
+            lines.append(f'tl.atomic_max({store}, sem="relaxed")')
+        arguments = [*self._inputs(), *self._scales()]
+        return _function(name, arguments, lines)
+
+    def _amax_of_tile(self) -> list[str]:
+        tile_m = "(tile // tiles_n).to(tl.int64)" if self.region.is_large else "(tile // tiles_n)"
+        lines = [
+            f"rows = {tile_m} * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]",
+            "cols = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]",
+            "first_n = (tile % tiles_n) * BLOCK_N",
+            "in_m = rows < M",
+            "in_n = cols < N",
+        ]
+        lines += [self._call(function, "", function.returns) for function in self.values.sums]
+        lines += self._results(("",))
+        for result, variable in self._outputs():
+            if result.kind == "cast":
+                i, bits = result.index, f"inside(magnitude_bits({variable}), in_m & in_n, EVEN)"
+                lines.append(f"bits_{i} = tl.maximum(bits_{i}, {bits})")
+        return lines
+
+
+def _named(name: str, letter: str) -> str:
+    return f"{name}_{letter}" if letter else name
+
+
+def _function(name: str, arguments: list[str], lines: list[str]) -> str:
+    head = [f"    {argument}," for argument in arguments]
+    head += [f"    {constant}: tl.constexpr," for constant in ("BLOCK_M", "BLOCK_N")]
+    body = [f"    {line}" for line in lines]
+    return "\n".join(["@triton.jit", f"def {name}(", *head, "):", *body])

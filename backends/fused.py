@@ -1,0 +1,239 @@
+"""Launch a region's kernels: load what was emitted, choose a tile, name the arguments."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..internals import cache_folder
+from ..ir import args_of, format_graph
+from ..ops import GROUP
+from ..regions import shape_of
+from .emit import Source, emit
+from .kernels.launch import Launch, run
+from .region import Cast, Region
+
+_SMS = 132  # streaming multiprocessors of an H100 SXM or H200
+_AMAX_PROGRAMS = 4 * _SMS
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How much of the space one program computes, and with how many warps."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}w{self.num_warps}"
+
+
+def tiles(region: Region) -> list[Tile]:
+    """The tiles worth timing, best guess first."""
+    found = _tiles(region)
+    # A program casts whole groups.
+    return [tile for tile in found if tile.block_n % GROUP == 0] if region.groups else found
+
+
+def _tiles(region: Region) -> list[Tile]:
+    if region.transposes:
+        if len(region.inputs) < 2:
+            return [Tile(64, 64, 8), Tile(32, 128, 8), Tile(32, 128, 4), Tile(32, 64, 4)]
+        # Many values at once leave registers for fewer elements of each.
+        return [Tile(32, 64, 4), Tile(64, 64, 8), Tile(32, 128, 4), Tile(32, 128, 8)]
+    if region.reduces:
+        return _whole_rows(region)
+    if region.branches:  # a tile lies in one part
+        return [Tile(64, 128, 4), Tile(128, 128, 4), Tile(32, 128, 4), Tile(256, 64, 4)]
+    return [Tile(32, 256, 4), Tile(64, 256, 4), Tile(16, 512, 4), Tile(256, 64, 4)]
+
+
+def _whole_rows(region: Region) -> list[Tile]:
+    """Tiles of whole rows: as few elements as give every thread enough to do."""
+    whole = triton.next_power_of_2(int(region.space.n))
+    rows = max(1, 2048 // whole)
+    size = rows * whole
+    warps = [min(16, max(1, size // per_warp)) for per_warp in (1024, 512, 2048)]
+    return [Tile(rows, whole, count) for count in dict.fromkeys(warps)]
+
+
+def amax_tile(region: Region) -> Tile:
+    """The tile of the kernel that finds the amax: whole rows where values depend on their sums."""
+    return _whole_rows(region)[0] if region.reduces else Tile(32, 128, 4)
+
+
+def launches(
+    region: Region,
+    source: Source,
+    tensors: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    *,
+    m: Any,
+    n: Any,
+    tile: Tile,
+) -> list[Launch]:
+    """The launch that finds the amax of what has no scale yet; that of sums over rows, if they
+    have a kernel of their own; and that of the kernel that writes the results.
+
+    ``tensors`` holds every pointer argument of the emitted functions by name without ``_ptr``;
+    ``sizes`` the values of symbolic sizes; ``m`` and ``n`` are the extent of the space.
+    """
+    module = load(source.text)
+    found_by = amax_tile(region)
+    amax_grid = _cdiv(m, found_by.block_m) * _cdiv(n, found_by.block_n)
+    programs = min(amax_grid, _AMAX_PROGRAMS) if isinstance(amax_grid, int) else _AMAX_PROGRAMS
+    made = []
+    if region.casts:
+        find = getattr(module, source.amax_name)
+        made.append(_launch(find, tensors, sizes, found_by, programs))
+    if region.sums_apart:
+        rows = _whole_rows(region)[0]
+        summing = getattr(module, source.sums_name)
+        made.append(_launch(summing, tensors, sizes, rows, _cdiv(m, rows.block_m)))
+    programs = _cdiv(m, tile.block_m) * _cdiv(n, tile.block_n)
+    return [*made, _launch(getattr(module, source.name), tensors, sizes, tile, programs)]
+
+
+def _launch(
+    kernel: Any, tensors: Mapping[str, Any], sizes: Mapping[str, Any], tile: Tile, programs: Any
+) -> Launch:
+    return Launch(
+        kernel=kernel,
+        tensors=_chosen(kernel, tensors),
+        sizes=dict(sizes),
+        constants={"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
+        grid=(programs, 1, 1),
+        num_warps=tile.num_warps,
+    )
+
+
+def _chosen(kernel: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    names = [name for name in kernel.arg_names if name.endswith("_ptr")]
+    return {name: tensors[name.removesuffix("_ptr")] for name in names}
+
+
+def _cdiv(a: Any, b: int) -> Any:
+    return (a + b - 1) // b
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def load(text: str) -> ModuleType:
+    """Import an emitted file; it lies beside Inductor's caches, named after its text."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+    file = cache_folder() / "kernels" / f"{digest}.py"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
+            new.write(text)
+        os.replace(new.name, file)  # in one step: another process may be reading
+    spec = importlib.util.spec_from_file_location(f"fp8compile_kernel_{digest}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_emitted: dict[str, Source] = {}
+
+
+def emit_once(region: Region) -> Source:
+    """The source of a region's kernels; layers mostly look alike, and share it."""
+    key = region_key(region)
+    if key not in _emitted:
+        _emitted[key] = emit(region)
+    return _emitted[key]
+
+
+def region_key(region: Region) -> str:
+    """A text that is equal for two regions only if one kernel does for both."""
+    strides = [n.meta["val"].stride() for n in region.inputs]
+    slots = re.sub(r"(fp8\.quantize\(\w+, \w+), \d+", r"\1, slot", format_graph(region.gm))
+    return f"{slots}\n{strides}"
+
+
+# --- eager --------------------------------------------------------------------------------------
+
+
+def prepare(
+    gm: torch.fx.GraphModule, inputs: Mapping[str, Tensor], *, tile: Tile | None = None
+) -> tuple[list[Launch], dict[str, Tensor]]:
+    """The launches of a region on real tensors, and the tensors that they will write.
+
+    ``inputs``: by the names of the submodule's placeholders. The tensors have the names of the
+    nodes that the submodule returns; sums over columns are not complete, see ``run_region``.
+    """
+    region = Region.of(gm)
+    source = emit_once(region)
+    m, n = int(region.space.m), int(region.space.n)
+    tile = tile or tiles(region)[0]
+    device = next(iter(inputs.values())).device
+    tensors: dict[str, Any] = {node.name: inputs[node.name] for node in region.inputs}
+    results: dict[str, Tensor] = {}
+    for i, cast in enumerate(region.casts):
+        tensors |= _cast_tensors(i, cast, inputs, device, results)
+    for i, group in enumerate(region.groups):
+        for output, name in (("q", f"q_{i}"), ("scale_inv", f"group_scale_inv_{i}")):
+            tensors[name] = _empty_like(group.outputs[output], device)
+            results[group.outputs[output].name] = tensors[name]
+    for i, node in enumerate(region.values):
+        value = node.meta["val"]
+        results[node.name] = torch.empty(tuple(value.shape), dtype=value.dtype, device=device)
+        tensors[f"value_{i}"] = results[node.name]
+    for i, node in enumerate(region.sums):
+        results[node.name] = torch.empty(_cdiv(m, tile.block_m), n, device=device)
+        tensors[f"sum_{i}"] = results[node.name]
+    tensors["totals"] = torch.empty(source.totals * m, device=device)
+    return launches(region, source, tensors, {}, m=m, n=n, tile=tile), results
+
+
+def run_region(
+    gm: torch.fx.GraphModule, inputs: Mapping[str, Tensor], *, tile: Tile | None = None
+) -> dict[str, Tensor]:
+    """Run a region's kernels now; returns what the submodule returns, by the nodes' names."""
+    to_run, results = prepare(gm, inputs, tile=tile)
+    for launch in to_run:
+        run(launch)
+    for node in Region.of(gm).sums:
+        value = node.meta["val"]
+        results[node.name] = results[node.name].sum(0).reshape(value.shape).to(value.dtype)
+    return results
+
+
+def _empty_like(node: torch.fx.Node, device: Any) -> Tensor:
+    value = node.meta["val"]
+    return torch.empty(tuple(value.shape), dtype=value.dtype, device=device)
+
+
+def _cast_tensors(
+    i: int, cast: Cast, inputs: Mapping[str, Tensor], device: Any, results: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    m, n = (int(size) for size in shape_of(args_of(cast.node)[0]))
+    made = {
+        "fp8": lambda: torch.empty(m, n, dtype=cast.format.dtype, device=device),
+        "fp8_t": lambda: torch.empty(n, m, dtype=cast.format.dtype, device=device),
+        "scale_inv": lambda: torch.empty(1, device=device),
+        "amax": lambda: torch.zeros(1, device=device),
+    }
+    tensors = {f"found_{i}": torch.zeros(1, device=device)}
+    if cast.is_delayed:
+        scale = inputs[args_of(cast.node)[1].name]
+        tensors[f"scale_{i}"] = scale[cast.slot : cast.slot + 1]
+    for output, node in cast.outputs.items():
+        results[node.name] = tensors[f"{output}_{i}"] = made[output]()
+    return tensors

@@ -1,0 +1,194 @@
+"""A region as its kernel sees it: inputs, casts, and what else it writes."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ..formats import Format
+from ..ir import QUANTIZE, QUANTIZE_GROUPS, QUANTIZE_OUTPUTS, args_of
+from ..regions import (
+    COL,
+    ROW,
+    ROW_REDUCTIONS,
+    Position,
+    Space,
+    cast_parts,
+    place_in,
+    reduced_dims,
+    shape_of,
+    split,
+)
+
+GROUP_OUTPUTS = ("q", "scale_inv")
+
+
+@dataclass(frozen=True, eq=False)
+class Cast:
+    """A quantize node, and those of its outputs that are wanted, by name."""
+
+    node: fx.Node
+    outputs: dict[str, fx.Node]
+
+    @property
+    def format(self) -> Format:
+        return Format.of(args_of(self.node)[3])
+
+    @property
+    def is_delayed(self) -> bool:
+        """Whether it has a scale from earlier steps, where that is known."""
+        return args_of(self.node)[1] is not None
+
+    @property
+    def slot(self) -> int:
+        return int(args_of(self.node)[2])
+
+
+@dataclass(frozen=True)
+class Result:
+    """A value that the kernel computes per tile, and what becomes of it.
+
+    ``kind``: "cast", "group" (a cast with a scale per group), "value" or "sum" (over columns);
+    ``index``: which of the region's casts, groups, values or sums; ``start``: for a cast, the
+    column that it is stored from.
+    """
+
+    kind: str
+    index: int
+    node: fx.Node
+    position: Position
+    start: sympy.Expr = sympy.S.Zero
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """The submodule that grow_regions has made of a region.
+
+    ``inputs``: what the kernel loads. ``groups``: casts with a scale per group of 128 elements,
+    with the outputs "q" and "scale_inv". ``values``: what it writes in high precision, matrices of
+    its space or one number per row. ``sums``: sums over columns.
+    """
+
+    gm: fx.GraphModule
+    space: Space
+    inputs: list[fx.Node]
+    casts: list[Cast]
+    groups: list[Cast]
+    values: list[fx.Node]
+    sums: list[fx.Node]
+
+    @staticmethod
+    def of(gm: fx.GraphModule) -> Region:
+        """Read a submodule."""
+        space = gm.meta["fp8_space"]
+        casts = [Cast(node, {}) for node in gm.graph.nodes if node.target is QUANTIZE]
+        groups = [Cast(node, {}) for node in gm.graph.nodes if node.target is QUANTIZE_GROUPS]
+        by_node = {cast.node: cast for cast in (*casts, *groups)}
+        values, sums = [], []
+        for node in args_of(gm.graph.output_node())[0]:
+            if node.target is operator.getitem and args_of(node)[0] in by_node:
+                cast, index = args_of(node)
+                names = QUANTIZE_OUTPUTS if cast.target is QUANTIZE else GROUP_OUTPUTS
+                by_node[cast].outputs[names[index]] = node
+            elif _is_column_sum(node, space):
+                sums.append(node)
+            else:
+                values.append(node)
+        scales = {args_of(cast.node)[1] for cast in casts}
+        inputs = [n for n in gm.graph.find_nodes(op="placeholder") if n not in scales]
+        return Region(gm, space, inputs, casts, groups, values, sums)
+
+    @cached_property
+    def results(self) -> list[Result]:
+        """Everything that is computed per tile."""
+        found = [
+            Result("cast", i, part.value, part.position, part.start)
+            for i, cast in enumerate(self.casts)
+            for part in cast_parts(cast.node, self.space)
+        ]
+        for i, group in enumerate(self.groups):
+            (part,) = cast_parts(group.node, self.space)
+            found.append(Result("group", i, part.value, part.position))
+        for i, node in enumerate(self.values):
+            place = place_in(self.space, shape_of(node))
+            assert place is not None
+            found.append(Result("value", i, node, place))
+        for i, node in enumerate(self.sums):
+            value, shape, count = (
+                args_of(node)[0],
+                shape_of(args_of(node)[0]),
+                len(args_of(node)[1]),
+            )
+            place = (*split(ROW, shape[:count]), *split(COL, shape[count:]))
+            found.append(Result("sum", i, value, place))
+        return found
+
+    @cached_property
+    def branches(self) -> list[tuple[int, fx.Node]]:
+        """Parts of a concatenation that the kernel tells apart by the column of a tile.
+
+        Each with the column that it starts at. Empty unless the region only casts a concatenation
+        whose parts start at multiples of 128 columns.
+        """
+        if not self.casts:
+            return []
+        value = args_of(self.casts[0].node)[0]
+        alone = len(self.results) == 1 and value.target is torch.ops.aten.cat.default
+        if not alone or len(value.args) < 2 or args_of(value)[1] not in (1, -1):
+            return []
+        starts, start = [], 0
+        for part in args_of(value)[0]:
+            starts.append((start, part))
+            if not isinstance(part.meta["val"].shape[1], int):
+                return []
+            start += part.meta["val"].shape[1]
+        return starts if all(first % 128 == 0 for first, _ in starts) else []
+
+    @property
+    def transposes(self) -> bool:
+        return any("fp8_t" in cast.outputs for cast in self.casts)
+
+    @cached_property
+    def reduces(self) -> bool:
+        """Whether anything depends on a reduction over rows."""
+        return any(
+            node.target in ROW_REDUCTIONS and node not in self.sums for node in self.gm.graph.nodes
+        )
+
+    @property
+    def sums_apart(self) -> bool:
+        """Whether a kernel of their own computes the reductions over rows."""
+        return self.transposes and self.reduces
+
+    @property
+    def is_large(self) -> bool:
+        """Whether an offset may not fit into 32 bits."""
+        tensors = [n.meta["val"] for n in self.gm.graph.nodes if _is_tensor(n)]
+        spans = [_span(tensor) for tensor in tensors]
+        return any(not isinstance(span, int) or span >= 2**31 for span in spans)
+
+    def is_matrix(self, node: fx.Node) -> bool:
+        """Whether a value has an element for every element of the space."""
+        return bool(sympy.expand(sympy.prod(shape_of(node)) - self.space.size) == 0)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _span(tensor: torch.Tensor) -> Any:
+    """How many elements of memory lie between a tensor's first element and its last."""
+    extents = zip(tensor.shape, tensor.stride(), strict=True)
+    return max(tensor.numel(), 1 + sum((size - 1) * stride for size, stride in extents))
+
+
+def _is_column_sum(node: fx.Node, space: Space) -> bool:
+    if node.target is not torch.ops.aten.sum.dim_IntList:
+        return False
+    return 0 in reduced_dims(node) and sympy.expand(sympy.prod(shape_of(node)) - space.n) == 0

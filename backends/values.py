@@ -1,0 +1,467 @@
+"""The Triton functions that compute a region's values for one tile.
+
+From each result upwards, every node becomes a line of text, its operands first; a view becomes
+nothing, since it only moves the position that is read. A reduction over rows ends a function: all
+programs that share a row must have run it before the next function can use the total. Values are in
+float32 from load to store; nothing in between is rounded, as in Inductor's kernels.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ..ir import DEQUANTIZE_GROUPS, args_of, aten
+from ..regions import (
+    COL,
+    CONSTANTS,
+    ROW,
+    ROW_REDUCTIONS,
+    Position,
+    Quotient,
+    Read,
+    Remainder,
+    is_computable,
+    offset,
+    reads,
+    shape_of,
+)
+from .region import Region
+
+# A value: the node, the position, and the conditions under which it is needed.
+Key = tuple[fx.Node, Position, tuple[Any, ...]]
+
+
+@dataclass
+class Function:
+    """A function of the emitted file. ``level``: how many reductions its values depend on."""
+
+    name: str
+    level: int
+    lines: list[str] = field(default_factory=list)
+    known: dict[Key, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)  # of the lines -> their variables
+    places: set[str] = field(default_factory=set)  # of PLACES, those that it uses
+    arguments: set[str] = field(default_factory=set)  # pointers and sizes
+    totals: list[str] = field(default_factory=list)  # of earlier functions
+    returns: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> list[str]:
+        places = [name for name in PLACES if name in self.places]
+        return places + sorted(self.arguments) + self.totals
+
+    def text(self) -> str:
+        head = f"@triton.jit\ndef {self.name}({', '.join(self.parameters)}):"
+        lines = [*self.lines, f"return {', '.join(self.returns)}"]
+        return head + "".join(f"\n    {line}" for line in lines)
+
+
+PLACES = ("rows", "cols", "in_m", "in_n")
+
+
+@dataclass(frozen=True)
+class Total:
+    """A reduction over rows: its variable, the level of the function that starts it, and its kind
+    ("sum" or "max")."""
+
+    name: str
+    level: int
+    kind: str
+
+
+class Values:
+    """The functions for a region's results.
+
+    ``sums``: those that end in reductions over rows, in the order of their levels. ``last``: those
+    that return the results; one, or one for each branch of the region.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        self.totals: dict[tuple[fx.Node, str], Total] = {}
+        self.symbols: set[sympy.Symbol] = set(region.space.size.free_symbols)
+        self._names: set[str] = set()
+        self._levels: dict[tuple[fx.Node, Position], int] = {}
+        self._varying: dict[tuple[fx.Node, Position], set[sympy.Symbol]] = {}
+        depth = max(self._level(r.node, r.position) for r in region.results)
+        self.sums = [Function(f"_sums_{i}", i) for i in range(depth)]
+        for node, place in self._reductions():
+            self._prepare(node, place)
+        if region.branches:
+            self.last = [self._branch(i, node) for i, (_, node) in enumerate(region.branches)]
+        else:
+            self.last = [self._results(Function("_values", depth))]
+
+    def _results(self, function: Function) -> Function:
+        for result in self.region.results:
+            value = self._pull(function, result.node, result.position, ())
+            if result.kind == "cast" or self.region.is_matrix(result.node):
+                value = self._widened(function, value, result.node, result.position)
+            function.returns.append(value)
+        return function
+
+    def _branch(self, index: int, node: fx.Node) -> Function:
+        function = Function(f"_part_{index}", 0)
+        value = self._pull(function, node, (ROW, COL), ())
+        function.returns.append(self._widened(function, value, node, (ROW, COL)))
+        return function
+
+    def _widened(self, function: Function, value: str, node: fx.Node, place: Position) -> str:
+        """One number for each element of the tile, also where rows or columns share them."""
+        if self._varies_with(node, place) >= {ROW, COL}:
+            return value
+        function.places |= {"rows", "cols"}
+        return self._assign(
+            function, "widened", f"tl.broadcast_to({value}, rows.shape[0], cols.shape[1])"
+        )
+
+    def _varies_with(self, node: fx.Node, place: Position) -> set[sympy.Symbol]:
+        if not is_computable(node):
+            return set().union(*(expr.free_symbols for expr in place))
+        key = (node, place)
+        if key not in self._varying:
+            found: set[sympy.Symbol] = set()
+            for read in self._reads(node, place):
+                found |= self._varies_with(read.node, read.position)
+                found |= read.condition[0].free_symbols if read.condition else set()
+            self._varying[key] = found & {ROW} if _reduction(node) else found
+        return self._varying[key]
+
+    # --- reductions --------------------------------------------------------------------------
+
+    def _reads(self, node: fx.Node, place: Position) -> list[Read]:
+        if not is_computable(node):
+            return []
+        found = reads(node, place, self.region.space)
+        assert found is not None, f"{node} is not computable at {place}"
+        return found
+
+    def _level(self, node: fx.Node, place: Position) -> int:
+        key = (node, place)
+        if key not in self._levels:
+            found = self._reads(node, place)
+            level = max((self._level(read.node, read.position) for read in found), default=0)
+            step = {"": 0, "var": 2}.get(_reduction(node), 1)
+            self._levels[key] = level + step
+        return self._levels[key]
+
+    def _reductions(self) -> list[tuple[fx.Node, Position]]:
+        """All reductions over rows, those that others depend on first."""
+        seen, found = set(), []
+        stack = [(r.node, r.position) for r in self.region.results]
+        while stack:
+            key = stack.pop()
+            if key in seen:
+                continue
+            seen.add(key)
+            stack += [(read.node, read.position) for read in self._reads(*key)]
+            if _reduction(key[0]):
+                found.append(key)
+        return sorted(found, key=lambda key: self._level(*key))
+
+    def _prepare(self, node: fx.Node, place: Position) -> None:
+        """Start a reduction in the function of its operand's level."""
+        kind = _reduction(node)
+        (read,) = self._reads(node, place)
+        function = self.sums[self._level(read.node, read.position)]
+        value = self._pull(function, read.node, read.position, ())
+        self._start(node, "max" if kind == "max" else "sum", function, value)
+        if kind == "var":
+            after = self.sums[function.level + 1]
+            value = self._pull(after, read.node, read.position, ())
+            mean = self._mean(after, node)
+            centered = self._assign(after, "centered", f"{value} - {mean}")
+            self._start(node, "squares", after, f"{centered} * {centered}")
+
+    def _start(self, node: fx.Node, kind: str, function: Function, value: str) -> None:
+        if (node, kind) in self.totals:
+            return
+        combine = "max" if kind == "max" else "sum"
+        name = self._name(f"row_{kind}")
+        function.places.add("in_n")
+        outside = 'float("-inf")' if kind == "max" else "0.0"
+        masked = f"tl.where(in_n, ({value}).to(tl.float32), {outside})"
+        function.lines.append(f"{name} = tl.{combine}({masked}, axis=1)[:, None]")
+        function.returns.append(name)
+        self.totals[node, kind] = Total(name, function.level, combine)
+
+    def _total(self, function: Function, node: fx.Node) -> str:
+        """The result of a reduction that an earlier function has started."""
+        kind = _reduction(node)
+        if kind == "mean":
+            return self._mean(function, node)
+        if kind == "var":
+            correction = args_of(node)[0].kwargs.get("correction", 1)
+            count = self._number(function, self.region.space.n - sympy.sympify(correction))
+            total = self._carry(function, self.totals[node, "squares"].name)
+            return self._assign(function, "variance", f"{total} / {count}")
+        return self._carry(function, self.totals[node, kind].name)
+
+    def _mean(self, function: Function, node: fx.Node) -> str:
+        total = self._carry(function, self.totals[node, "sum"].name)
+        count = self._number(function, self.region.space.n)
+        return self._assign(function, "mean", f"{total} / {count}")
+
+    # --- values ------------------------------------------------------------------------------
+
+    def _pull(self, function: Function, node: fx.Node, place: Position, needed: Any) -> str:
+        """The variable that holds a value in a function."""
+        key = (node, place, needed)
+        if key not in function.known:
+            function.known[key] = self._value(function, node, place, needed)
+        return function.known[key]
+
+    def _value(self, function: Function, node: fx.Node, place: Position, needed: Any) -> str:
+        if _reduction(node):
+            return self._total(function, node)
+        if not is_computable(node):
+            return self._load(function, node, place, needed)
+        if node.target in CONSTANTS:
+            return _operand(args_of(node)[-1], ())
+        found = self._reads(node, place)
+        if node.target is aten.cat.default:
+            return self._choose(function, found, needed)
+        logit = _logit_of_silu(node)
+        if logit is not None:
+            value = self._pull(function, found[0].node, found[0].position, needed)
+            gate = self._assign(function, "gate", f"sigmoid({value})")
+            return self._assign(function, "silu", f"{value} * {gate}")
+        if node.target not in _TEXT:  # a view
+            return self._pull(function, found[0].node, found[0].position, needed)
+        tensors = iter([self._pull(function, r.node, r.position, needed) for r in found])
+        operands = [_operand(arg, tensors) for arg in node.args]
+        text = _TEXT[node.target](node, operands)
+        return text if text == operands[0] else self._assign(function, _short(node), text)
+
+    def _choose(self, function: Function, found: list[Read], needed: Any) -> str:
+        """A concatenation: the part that the position lies in; the others are not loaded."""
+        chosen = ""
+        for read in reversed(found):
+            value = self._pull(function, read.node, read.position, (*needed, read.condition))
+            if chosen:
+                assert read.condition is not None
+                expr, _, end = read.condition
+                test = f"{self._expr(function, expr)} < {self._expr(function, end)}"
+                value = self._assign(function, "joined", f"tl.where({test}, {value}, {chosen})")
+            chosen = value
+        return chosen
+
+    def _load(self, function: Function, node: fx.Node, place: Position, needed: Any) -> str:
+        """An element of an input, in float32."""
+        name = self._assign(function, node.name, self._load_text(function, node, place, needed))
+        dtype = node.meta["val"].dtype
+        if dtype == torch.float32:
+            return name
+        text = f"{name} != 0" if dtype == torch.bool else f"{name}.to(tl.float32)"
+        return self._assign(function, f"{name}_f32", text)
+
+    def _load_text(self, function: Function, node: fx.Node, place: Position, needed: Any) -> str:
+        strides = [_as_expr(stride) for stride in node.meta["val"].stride()]
+        at = offset(place, shape_of(node), strides)
+        mask = self._mask(function, place, needed)
+        function.arguments.add(f"{node.name}_ptr")
+        return f"tl.load({node.name}_ptr + {self._expr(function, at)}{mask})"
+
+    def _carry(self, function: Function, name: str) -> str:
+        if name not in function.totals:
+            function.totals.append(name)
+        return name
+
+    def _assign(self, function: Function, base: str, text: str) -> str:
+        """The variable that holds what ``text`` computes; the same text is computed once."""
+        if text not in function.texts:
+            function.texts[text] = self._name(base)
+            function.lines.append(f"{function.texts[text]} = {text}")
+        return function.texts[text]
+
+    def _name(self, base: str) -> str:
+        name, count = base, 0
+        while name in self._names:
+            count += 1
+            name = f"{base}_{count}"
+        self._names.add(name)
+        return name
+
+    # --- expressions -------------------------------------------------------------------------
+
+    def _mask(self, function: Function, place: Position, needed: Any) -> str:
+        symbols = set().union(*(e.free_symbols for e in place)) if place else set()
+        tests = [test for symbol, test in ((ROW, "in_m"), (COL, "in_n")) if symbol in symbols]
+        function.places.update(tests)
+        for expr, low, high in needed:
+            if not expr.free_symbols <= symbols:
+                continue  # what is loaded is the same wherever it is needed
+            text = self._expr(function, expr)
+            if low != 0:
+                tests.append(f"({text} >= {self._expr(function, low)})")
+            tests.append(f"({text} < {self._expr(function, high)})")
+        return f", mask={' & '.join(tests)}, other=0.0" if tests else ""
+
+    def _expr(self, function: Function, expr: Any) -> str:
+        expr = sympy.sympify(expr)
+        for symbol, name in ((ROW, "rows"), (COL, "cols")):
+            if symbol in expr.free_symbols:
+                function.places.add(name)
+        sizes = expr.free_symbols - {ROW, COL}
+        self.symbols |= sizes
+        function.arguments |= {str(size) for size in sizes}
+        return expr_text(expr)
+
+    def _number(self, function: Function, expr: sympy.Expr) -> str:
+        return f"{float(expr)}" if expr.is_number else f"({self._expr(function, expr)})"
+
+
+def expr_text(expr: sympy.Expr) -> str:
+    """An index expression as Triton text; factors and terms that vary least come last."""
+    if expr == ROW:
+        return "rows"
+    if expr == COL:
+        return "cols"
+    if isinstance(expr, Quotient | Remainder):
+        sign = "//" if isinstance(expr, Quotient) else "%"
+        return f"({expr_text(expr.args[0])} {sign} {expr_text(expr.args[1])})"
+    if isinstance(expr, sympy.Add):
+        terms = sorted(expr.args, key=lambda e: (e.is_number, COL in e.free_symbols))
+        return f"({' + '.join(expr_text(term) for term in terms)})"
+    if isinstance(expr, sympy.Mul):
+        return " * ".join(expr_text(e) for e in sorted(expr.args, key=lambda e: e.is_number))
+    return str(expr)
+
+
+def _as_expr(size: Any) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def _reduction(node: fx.Node) -> str:
+    """ "sum", "mean", "max" or "var" for a reduction over rows, else ""."""
+    if node.target is operator.getitem:
+        source, index = args_of(node)
+        if source.target is aten.var_mean.correction:
+            return ("var", "mean")[index]
+        return ""
+    kinds: dict[Any, str] = ROW_REDUCTIONS
+    return kinds.get(node.target, "")
+
+
+def _logit_of_silu(node: fx.Node) -> fx.Node | None:
+    """x, if a node is ``x / (1 + exp(-x))``, the form that PyTorch gives ``silu(x)``.
+
+    Its backward takes the sigmoid of the same x: written with one, the two share it.
+    """
+    if node.target is not aten.div.Tensor:
+        return None
+    x, total = args_of(node)
+    exponential, negative = _argument(total, aten.add.Tensor), None
+    if exponential is not None and args_of(total)[1] == 1:
+        negative = _argument(exponential, aten.exp.default)
+    return x if negative is not None and _argument(negative, aten.neg.default) is x else None
+
+
+def _argument(node: Any, target: Any) -> Any:
+    """The first argument of a node, if it is a call of ``target``."""
+    return args_of(node)[0] if isinstance(node, fx.Node) and node.target is target else None
+
+
+def _operand(arg: Any, tensors: Any) -> str:
+    if isinstance(arg, fx.Node):
+        return str(next(tensors))
+    if isinstance(arg, bool | torch.dtype) or arg is None:
+        return str(arg)
+    return f'float("{arg}")' if arg != arg or abs(arg) == float("inf") else repr(float(arg))
+
+
+def _short(node: fx.Node) -> str:
+    name = str(getattr(node.target, "_opname", "value"))
+    return {"convert_element_type": "converted", "sigmoid": "gate"}.get(name, name)
+
+
+def _simple(template: str) -> Any:
+    return lambda node, operands: template.format(*(_as_number(node, operands)))
+
+
+def _as_number(node: fx.Node, operands: list[str]) -> list[str]:
+    """Operands as float32: arithmetic on a mask counts it as 0 and 1."""
+    return [
+        f"{text}.to(tl.float32)"
+        if isinstance(arg, fx.Node) and arg.meta["val"].dtype == torch.bool
+        else text
+        for arg, text in zip(node.args, operands, strict=True)
+    ]
+
+
+def _convert(node: fx.Node, operands: list[str]) -> str:
+    source, target = args_of(node)[0].meta["val"].dtype, args_of(node)[1]
+    if source == torch.bool and target != torch.bool:
+        return f"{operands[0]}.to(tl.float32)"
+    if target == torch.bool and source != torch.bool:
+        return f"{operands[0]} != 0"
+    return operands[0]
+
+
+_POWERS = {
+    -1: "1.0 / {0}",
+    -0.5: "tl.rsqrt({0})",
+    0.5: "tl.sqrt({0})",
+    1: "{0}",
+    2: "{0} * {0}",
+    3: "{0} * {0} * {0}",
+    4: "{0} * {0} * {0} * {0}",
+}
+
+
+def _power(node: fx.Node, operands: list[str]) -> str:
+    return _POWERS[args_of(node)[1]].format(operands[0])
+
+
+# Comparisons instead of min and max, so that NaN stays.
+_TEXT = {
+    aten.add.Tensor: _simple("{0} + {1}"),
+    aten.add.Scalar: _simple("{0} + {1}"),
+    aten.sub.Tensor: _simple("{0} - {1}"),
+    aten.sub.Scalar: _simple("{0} - {1}"),
+    aten.mul.Tensor: _simple("{0} * {1}"),
+    aten.mul.Scalar: _simple("{0} * {1}"),
+    aten.div.Tensor: _simple("{0} / {1}"),
+    aten.div.Scalar: _simple("{0} / {1}"),
+    aten.pow.Tensor_Scalar: _power,
+    aten.neg.default: _simple("-{0}"),
+    aten.abs.default: _simple("tl.abs({0})"),
+    aten.exp.default: _simple("tl.exp({0})"),
+    aten.log.default: _simple("tl.log({0})"),
+    aten.sqrt.default: _simple("tl.sqrt({0})"),
+    aten.rsqrt.default: _simple("tl.rsqrt({0})"),
+    aten.reciprocal.default: _simple("1.0 / {0}"),
+    aten.sigmoid.default: _simple("sigmoid({0})"),
+    aten.tanh.default: _simple("2.0 * sigmoid(2.0 * {0}) - 1.0"),
+    aten.erf.default: _simple("tl.erf({0})"),
+    aten.relu.default: _simple("tl.where({0} < 0.0, 0.0, {0})"),
+    aten.sin.default: _simple("tl.sin({0})"),
+    aten.cos.default: _simple("tl.cos({0})"),
+    aten.maximum.default: _simple("tl.where(({0} > {1}) | ({0} != {0}), {0}, {1})"),
+    aten.minimum.default: _simple("tl.where(({0} < {1}) | ({0} != {0}), {0}, {1})"),
+    aten.clamp_min.default: _simple("tl.where({0} < {1}, {1}, {0})"),
+    aten.clamp_max.default: _simple("tl.where({0} > {1}, {1}, {0})"),
+    aten.where.self: lambda node, operands: "tl.where({}, {}, {})".format(*operands),
+    aten.gt.Scalar: _simple("{0} > {1}"),
+    aten.gt.Tensor: _simple("{0} > {1}"),
+    aten.ge.Scalar: _simple("{0} >= {1}"),
+    aten.ge.Tensor: _simple("{0} >= {1}"),
+    aten.lt.Scalar: _simple("{0} < {1}"),
+    aten.lt.Tensor: _simple("{0} < {1}"),
+    aten.le.Scalar: _simple("{0} <= {1}"),
+    aten.le.Tensor: _simple("{0} <= {1}"),
+    aten.eq.Scalar: _simple("{0} == {1}"),
+    aten.eq.Tensor: _simple("{0} == {1}"),
+    aten.ne.Scalar: _simple("{0} != {1}"),
+    aten.ne.Tensor: _simple("{0} != {1}"),
+    aten.logical_not.default: lambda node, operands: f"{operands[0]} == 0",
+    aten.logical_and.default: lambda node, operands: f"({operands[0]} != 0) & ({operands[1]} != 0)",
+    torch.ops.prims.convert_element_type.default: _convert,
+    DEQUANTIZE_GROUPS: lambda node, operands: f"{operands[0]} * {operands[1]}",
+}

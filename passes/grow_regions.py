@@ -1,0 +1,453 @@
+"""Fuse every cast with what produces its value, as far as one pass over memory allows."""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from torch import fx
+
+from ..ir import QUANTIZE, args_of, aten
+from ..regions import (
+    COL,
+    ROW,
+    ROW_REDUCTIONS,
+    Position,
+    Space,
+    cast_parts,
+    cast_shape,
+    casts_of,
+    concatenated_columns,
+    hint,
+    is_computable,
+    place_in,
+    reads,
+    reduced_dims,
+    shape_of,
+    split,
+)
+
+_MAX_READS = 8  # matrices that one kernel reads; more would not fit into its registers
+
+
+def grow_regions(gm: fx.GraphModule) -> int:
+    """Move every cast, with the operators above it, into a submodule that becomes one kernel.
+
+    Before:
+        neg      : bf16[16, 32] = aten.neg(x)
+        neg_q    : (e4m3[16, 32], ...) = fp8.quantize(neg, scale, 0, e4m3, True, False)
+        neg_fp8  : e4m3[16, 32] = neg_q[0]
+    After:
+        region_0 : (e4m3[16, 32], f32[1]) = region_0(x, scale)
+        neg_fp8  : e4m3[16, 32] = region_0[0]
+
+    A region grows from a cast upwards through pointwise operators, views and reductions over rows.
+    Casts that read the same matrices share a region, unless one depends on the other. Sums over
+    the columns of what a region computes (gradients of norms' weights and of biases) join it. A
+    value that others need, too, is written by the region; but where they can compute it from one
+    matrix that is in memory anyway, they do.
+
+    Requires: a forward, backward or inference graph after drop_unused_outputs.
+    Ensures: no quantize node is left outside of a region; no cycle.
+    Leaves alone: everything that no cast needs.
+    Numerics: exact.
+    """
+    return _Grower(gm).run()
+
+
+Read = tuple[fx.Node, Position]
+
+
+@dataclass(eq=False)
+class _Draft:
+    """A region that is growing. ``computed``: its nodes besides casts and sums."""
+
+    space: Space
+    casts: list[fx.Node]
+    computed: dict[fx.Node, set[Position]] = field(default_factory=dict)
+    reads: set[Read] = field(default_factory=set)
+    sums: list[fx.Node] = field(default_factory=list)
+    written: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def leaves(self) -> set[fx.Node]:
+        """The values that it takes from memory."""
+        return {node for node, _ in self.reads}
+
+    @property
+    def matrices(self) -> set[fx.Node]:
+        """Those of its leaves that are as large as its space."""
+        return {n for n, place in self.reads if self.space.extent(place) == self.space.size}
+
+
+class _Grower:
+    """The state of growing the regions of one graph."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self.stops: set[fx.Node] = set()
+        self.drafts: list[_Draft] = []
+        self.owner: dict[fx.Node, _Draft] = {}
+
+    def run(self) -> int:
+        """Draft the regions until none has to write what it depends on; then build them."""
+        casts = list(casts_of(self.gm))
+        while True:
+            self.drafts, self.owner = [], {}
+            for cast in casts:
+                self._draft(cast)
+            self._join_sums()
+            cyclic = self._plan_written()
+            if not cyclic:
+                break
+            self.stops |= cyclic
+        _build(self.gm, self.drafts, self.order)
+        return len(self.drafts)
+
+    def _draft(self, cast: fx.Node) -> None:
+        draft = self._smallest(cast)
+        for other in reversed(self.drafts):
+            merged = self._merged(other, draft)
+            if merged is not None:
+                self.drafts[self.drafts.index(other)] = draft = merged
+                break
+        else:
+            self.drafts.append(draft)
+        self.owner |= dict.fromkeys(draft.computed, draft)
+
+    def _smallest(self, cast: fx.Node) -> _Draft:
+        """The region of one cast; over the columns of a part, if its parts share what they read."""
+        m, n = cast_shape(cast)
+        whole = self._grown(Space(m, n), [cast])
+        pieces = concatenated_columns(args_of(cast)[0])
+        if len(pieces) > 1:
+            parts = self._grown(Space(m, sympy.sympify(shape_of(pieces[0])[1])), [cast])
+            if len(parts.matrices) < len(whole.matrices) * len(pieces) and _shared(self, pieces):
+                return parts
+        return whole
+
+    def _grown(self, space: Space, casts: list[fx.Node]) -> _Draft:
+        draft = _Draft(space, casts)
+        for cast in casts:
+            if cast_shape(cast)[1] != space.n:
+                draft.computed[args_of(cast)[0]] = set()  # the concatenation of its parts
+            for part in cast_parts(cast, space):
+                self._absorb(draft, part.value, part.position)
+        if len(draft.matrices) > _MAX_READS:
+            draft.computed, draft.reads = {}, set()
+            for cast in casts:
+                draft.reads |= {(p.value, p.position) for p in cast_parts(cast, space)}
+        return draft
+
+    def _absorb(self, draft: _Draft, node: fx.Node, position: Position) -> None:
+        """Add a value to a draft: computed, if it can be, else read."""
+        seen: set[Read] = set()
+        stack = [(node, position)]
+        while stack:
+            node, position = stack.pop()
+            if (node, position) in seen:
+                continue
+            seen.add((node, position))
+            above = self._above(draft, node, position)
+            if above is None:
+                draft.reads.add((node, position))
+            else:
+                draft.computed.setdefault(node, set()).add(position)
+                if node.target is operator.getitem:  # with the tuple that it is taken from
+                    draft.computed.setdefault(args_of(node)[0], set())
+                stack += above
+
+    def _above(self, draft: _Draft, node: fx.Node, position: Position) -> list[Read] | None:
+        if node in self.stops or not is_computable(node):
+            return None
+        owner = self.owner.get(node)
+        if owner is not None and owner is not draft and not self._is_derived(node):
+            return None  # another region writes it
+        found = reads(node, position, draft.space)
+        if found is None or any(not _in_memory_or_computable(r.node) for r in found):
+            return None
+        return [(r.node, r.position) for r in found]
+
+    def _is_derived(self, node: fx.Node) -> bool:
+        """Whether whoever needs a value computes it, at no cost, from one that is in memory."""
+        source = self._source(node)
+        return source is not node and _itemsize(source) <= _itemsize(node)
+
+    def _source(self, node: fx.Node) -> fx.Node:
+        """The value at the upper end of the chain of operators that read one matrix each."""
+        while is_computable(node) and node not in self.stops:
+            if node.target in ROW_REDUCTIONS or node.target is aten.cat.default:
+                break
+            whole = args_of(node)[0] if node.target is operator.getitem else node
+            matrices = [arg for arg in whole.all_input_nodes if 2 * _numel(arg) >= _numel(node)]
+            if len(matrices) != 1:
+                break
+            (node,) = matrices
+        return node
+
+    # --- merging ---------------------------------------------------------------------------------
+
+    def _merged(self, first: _Draft, second: _Draft) -> _Draft | None:
+        """One region for both, if they share matrices and do not depend on each other's casts."""
+        shared = second.matrices & (first.matrices | first.computed.keys())
+        if first.space != second.space or not shared:
+            return None
+        owner, self.owner = self.owner, {n: d for n, d in self.owner.items() if d is not first}
+        merged = self._grown(first.space, first.casts + second.casts)
+        self.owner = owner
+        if not merged.computed and (first.computed or second.computed):
+            return None
+        if self._depends(merged.leaves, set(merged.casts)):
+            return None
+        self.owner |= dict.fromkeys(merged.computed, merged)
+        return merged
+
+    def _depends(self, values: Iterable[fx.Node], on: set[fx.Node]) -> bool:
+        """Whether any of ``values`` is computed from any of the nodes ``on``."""
+        first = min(self.order[node] for node in on)
+        stack, seen = list(values), set(values)
+        while stack:
+            node = stack.pop()
+            if node in on:
+                return True
+            for above in node.all_input_nodes:
+                if above not in seen and self.order[above] >= first:
+                    seen.add(above)
+                    stack.append(above)
+        return False
+
+    # --- sums over columns -----------------------------------------------------------------------
+
+    def _join_sums(self) -> None:
+        for node in self.gm.graph.nodes:
+            value = _column_summed(node)
+            if value is None:
+                continue
+            for draft in self.drafts:
+                if self._join_sum(draft, node, value):
+                    break
+
+    def _join_sum(self, draft: _Draft, node: fx.Node, value: fx.Node) -> bool:
+        place = _summed_position(node, value, draft.space)
+        if place is None:
+            return False
+        trial = _Draft(draft.space, [])
+        self._absorb_for(draft, trial, value, place)
+        if not trial.matrices <= draft.matrices or not trial.matrices:
+            return False
+        if self._depends(draft.leaves, {node}) or self._depends(trial.leaves, set(draft.casts)):
+            return False
+        draft.sums.append(node)
+        for computed, places in trial.computed.items():
+            draft.computed.setdefault(computed, set()).update(places)
+        draft.reads |= trial.reads
+        return True
+
+    def _absorb_for(self, draft: _Draft, trial: _Draft, node: fx.Node, place: Position) -> None:
+        """Absorb into ``trial`` as if it were ``draft``, whose own nodes are no stops."""
+        owner = self.owner
+        self.owner = {n: trial if d is draft else d for n, d in owner.items()}
+        self._absorb(trial, node, place)
+        self.owner = owner
+
+    # --- what is written -------------------------------------------------------------------------
+
+    def _plan_written(self) -> set[fx.Node]:
+        """Decide what each region writes for others; returns values that would close a cycle."""
+        inside = {cast for d in self.drafts for cast in d.casts} | {
+            s for d in self.drafts for s in d.sums
+        }
+        stored = {leaf for draft in self.drafts for leaf in draft.leaves}
+        needed = set(stored)
+        writers = {node: draft for draft in reversed(self.drafts) for node in draft.computed}
+        for node in reversed(self.gm.graph.nodes):
+            if node in inside or not (node in needed or node.op == "output" or node.is_impure()):
+                continue
+            draft = writers.get(node)
+            wanted = draft is not None and _is_writable(node, draft)
+            if draft is not None and wanted and (node in stored or not self._is_derived(node)):
+                draft.written.append(node)
+                continue
+            needed.update(node.all_input_nodes)
+            if not is_computable(node):
+                stored.update(node.all_input_nodes)
+        return {
+            node
+            for draft in self.drafts
+            for node in draft.written
+            if self._depends(draft.leaves, {node})
+        }
+
+
+def _shared(grower: _Grower, pieces: list[fx.Node]) -> bool:
+    """Whether the pieces of a concatenation are computed from common matrices."""
+    m, n = shape_of(pieces[0])
+    leaves = []
+    for piece in pieces:
+        draft = _Draft(Space(m, n), [])
+        grower._absorb(draft, piece, (ROW, COL))
+        leaves.append(draft.matrices)
+    return bool(set.intersection(*leaves))
+
+
+def _in_memory_or_computable(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor) or is_computable(node)
+
+
+def _column_summed(node: fx.Node) -> fx.Node | None:
+    """The value whose columns a node sums, if it is such a sum."""
+    if node.target is not aten.sum.dim_IntList or not node.all_input_nodes:
+        return None
+    value = node.all_input_nodes[0]
+    rank, dims = value.meta["val"].dim(), reduced_dims(node)
+    return value if rank > 1 and dims == list(range(len(dims))) and len(dims) < rank else None
+
+
+def _summed_position(node: fx.Node, value: fx.Node, space: Space) -> Position | None:
+    """The position of ``value`` where leading dimensions, all of a space's rows, are summed."""
+    shape, count = shape_of(value), len(reduced_dims(node))
+    rows, cols = sympy.prod(shape[:count]), sympy.prod(shape[count:])
+    if sympy.expand(rows - space.m) != 0 or sympy.expand(cols - space.n) != 0:
+        return None
+    return (*split(ROW, shape[:count]), *split(COL, shape[count:]))
+
+
+def _is_writable(node: fx.Node, draft: _Draft) -> bool:
+    """Whether a region computes a value in the order in which memory holds it."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+        return False
+    return place_in(draft.space, shape_of(node)) in draft.computed[node]
+
+
+def _numel(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return hint(value.numel()) if isinstance(value, torch.Tensor) else 0
+
+
+def _itemsize(node: fx.Node) -> int:
+    return node.meta["val"].dtype.itemsize
+
+
+# --- building -----------------------------------------------------------------------------------
+
+
+def _build(gm: fx.GraphModule, drafts: list[_Draft], order: dict[fx.Node, int]) -> None:
+    """Replace what the drafts hold by calls of submodules, and sort the graph again."""
+    rank = {node: (i, 0) for node, i in order.items()}
+    built = []
+    for index, draft in enumerate(drafts):  # all before the first value is replaced
+        outputs = [*_outputs_of_casts(draft), *reversed(draft.written), *draft.sums]
+        built.append((draft, _call(gm, draft, outputs, order, index), outputs))
+    for draft, call, outputs in built:
+        _take_outputs(gm.graph, call, outputs)
+        last = max(order[node] for node in draft.casts)
+        rank |= {node: (last, 1 + i) for i, node in enumerate([call, *call.users])}
+    _sort(gm.graph, rank)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+
+
+def _call(
+    gm: fx.GraphModule,
+    draft: _Draft,
+    outputs: list[fx.Node],
+    order: dict[fx.Node, int],
+    index: int,
+) -> fx.Node:
+    """A submodule for a draft, and its call at the end of the graph."""
+    inside = sorted({*draft.computed, *draft.casts, *draft.sums}, key=order.__getitem__)
+    inputs = _inputs(draft, order)
+    module = fx.GraphModule({}, _copy(inside, inputs, outputs), class_name="Region")
+    module.meta["fp8_space"] = draft.space
+    name = f"region_{index}"
+    gm.add_submodule(name, module)
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        call = gm.graph.call_module(name, tuple(inputs))
+    call.meta["val"] = tuple(node.meta["val"] for node in outputs)
+    return call
+
+
+def _take_outputs(graph: fx.Graph, call: fx.Node, outputs: list[fx.Node]) -> None:
+    """Let the users of what a region returns take it from the call."""
+    with graph.inserting_before(graph.output_node()):
+        for i, node in enumerate(outputs):
+            item = graph.call_function(operator.getitem, (call, i), name=f"{node.name}_out")
+            item.meta = dict(node.meta)
+            node.replace_all_uses_with(item)
+            if node.target is operator.getitem:
+                item.name, node.name = node.name, item.name
+
+
+def _outputs_of_casts(draft: _Draft) -> list[fx.Node]:
+    return [item for cast in draft.casts for item in sorted(cast.users, key=_index)]
+
+
+def _index(item: fx.Node) -> int:
+    return int(args_of(item)[1])
+
+
+def _inputs(draft: _Draft, order: dict[fx.Node, int]) -> list[fx.Node]:
+    scales = {args_of(cast)[1] for cast in draft.casts if cast.target is QUANTIZE} - {None}
+    return sorted({*draft.leaves, *scales}, key=order.__getitem__)
+
+
+def _copy(inside: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.Graph:
+    """A graph of its own for a region's nodes, with names that are the same in every layer."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    used: Counter[str] = Counter()
+    for node in inputs:
+        name = _input_name(node)
+        used[name] += 1
+        copies[node] = graph.placeholder(f"{name}_{used[name]}")
+        copies[node].meta["val"] = node.meta["val"]
+    for node in inside:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: copies[n])
+        copies[node] = graph.create_node("call_function", node.target, args, kwargs)
+        copies[node].meta["val"] = node.meta["val"]
+    for node in outputs:
+        if node not in copies:  # a getitem of a cast
+            cast, i = args_of(node)
+            copies[node] = graph.call_function(operator.getitem, (copies[cast], i))
+            copies[node].meta["val"] = node.meta["val"]
+    graph.output(tuple(copies[node] for node in outputs))
+    return graph
+
+
+# What kernels call their other arguments.
+_RESERVED = {"amax", "found", "fp8", "scale", "scale_inv", "sum", "value"}
+
+
+def _input_name(node: fx.Node) -> str:
+    name = node.target._opname if isinstance(node.target, torch._ops.OpOverload) else ""
+    return "input" if not name or name in _RESERVED else name
+
+
+def _sort(graph: fx.Graph, rank: dict[fx.Node, tuple[int, int]]) -> None:
+    """Topologically, otherwise in the order of ``rank``."""
+    waiting = {node: len(node.all_input_nodes) for node in graph.nodes}
+    ready = [(rank[node], i, node) for i, node in enumerate(waiting) if not waiting[node]]
+    heapq.heapify(ready)
+    count = len(waiting)
+    sorted_nodes: list[fx.Node] = []
+    while ready:
+        _, _, node = heapq.heappop(ready)
+        sorted_nodes.append(node)
+        for user in node.users:
+            waiting[user] -= 1
+            if not waiting[user]:
+                count += 1
+                heapq.heappush(ready, (rank[user], count, user))
+    assert len(sorted_nodes) == len(waiting), "regions depend on each other"
+    last = graph._root
+    for node in sorted_nodes:
+        if node is not last:
+            last.append(node)
+            last = node

@@ -1,0 +1,347 @@
+"""Emitted kernels against the FX subgraph that they stand for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp8compile.backends.emit import emit
+from fp8compile.backends.fused import tiles
+from tests.backends.common import E5M2, Case, assert_close, only_region, quantize
+from tests.models import rotate
+
+Outputs = tuple[Tensor, ...]
+
+
+def gradients(fn: Callable[..., Tensor], inputs: Outputs, grad: Tensor) -> Outputs:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return torch.autograd.grad(fn(*leaves), leaves, grad)
+
+
+def rms(x: Tensor, w: Tensor) -> Tensor:
+    f = x.float()
+    return w * (f * torch.rsqrt(f.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+# --- what is compiled ---------------------------------------------------------------------------
+
+
+def plain(x: Tensor, scale: Tensor | None) -> Outputs:
+    return quantize(x, scale)
+
+
+def row_major_only(x: Tensor, scale: Tensor | None) -> Outputs:
+    return quantize(F.relu(x) + 1, scale)[0::2]
+
+
+def residual_add(x: Tensor, y: Tensor, z: Tensor, scale: Tensor | None) -> Outputs:
+    h = x + y
+    return (*quantize(h, scale, 1), h * z, h)
+
+
+def norm(x: Tensor, w: Tensor, scale: Tensor | None) -> Outputs:
+    return quantize(rms(x, w), scale)[0::2]
+
+
+def norm_of_sum(x: Tensor, o: Tensor, w: Tensor, scale: Tensor | None) -> Outputs:
+    h = x + o
+    return (*quantize(rms(h, w).flatten(0, 1), scale, 1), h)
+
+
+def norm_backward(x: Tensor, w: Tensor, g: Tensor, other: Tensor, scale: Tensor | None) -> Outputs:
+    dx, dw = gradients(rms, (x, w), g)
+    dx = dx + other
+    return (*quantize(dx, scale, 1, E5M2), dw, dx)
+
+
+def builtin_norm(x: Tensor, w: Tensor, scale: Tensor | None) -> Outputs:
+    return quantize(F.rms_norm(x, w.shape, w), scale)
+
+
+def layer_norm(x: Tensor, w: Tensor, b: Tensor, scale: Tensor | None) -> Outputs:
+    y = F.layer_norm(x, w.shape, w, b)
+    return quantize(y.flatten(0, 1), scale)
+
+
+def layer_norm_rows(x: Tensor, w: Tensor, b: Tensor, scale: Tensor | None) -> Outputs:
+    y = F.layer_norm(x, w.shape, w, b)
+    return quantize(y.flatten(0, 1), scale)[0::2]
+
+
+def softmax(x: Tensor, scale: Tensor | None) -> Outputs:
+    return quantize(x.softmax(-1), scale)
+
+
+def gelu(x: Tensor, scale: Tensor | None) -> Outputs:
+    return quantize(F.gelu(x), scale)
+
+
+def gelu_tanh(x: Tensor, scale: Tensor | None) -> Outputs:
+    return quantize(F.gelu(x, approximate="tanh"), scale)
+
+
+def gelu_backward(x: Tensor, g: Tensor, scale: Tensor | None) -> Outputs:
+    (dx,) = gradients(F.gelu, (x,), g)
+    return (*quantize(dx, scale, 1, E5M2), dx.sum(0))
+
+
+def gelu_tanh_backward(x: Tensor, g: Tensor, scale: Tensor | None) -> Outputs:
+    (dx,) = gradients(lambda x: F.gelu(x, approximate="tanh"), (x,), g)
+    return (*quantize(dx, scale, 1, E5M2), dx.sum([0]))
+
+
+def merged_swiglu(gate_up: Tensor, scale: Tensor | None) -> Outputs:
+    return quantize(swiglu(*gate_up.chunk(2, -1)), scale)
+
+
+def swiglu_backward(gate: Tensor, up: Tensor, g: Tensor, scale: Tensor | None) -> Outputs:
+    """The activation, cast again, and the gradients of both halves as one matrix."""
+    dgate, dup = gradients(swiglu, (gate, up), g)
+    both = quantize(torch.cat([dgate, dup], 1), scale, 1, E5M2)
+    return (*quantize(swiglu(gate, up), scale)[1:], *both, dup.sum(0), dgate.sum(0))
+
+
+def bias_gradient(g: Tensor, scale: Tensor | None) -> Outputs:
+    flat = g.flatten(0, 1)
+    return (*quantize(flat, scale, 1, E5M2), g.sum([0, 1]), flat.sum(0, keepdim=True))
+
+
+def dropout(x: Tensor, mask: Tensor, scale: Tensor | None) -> Outputs:
+    return quantize(x * mask * 2.0, scale)
+
+
+def relu_and_mask(x: Tensor, scale: Tensor | None) -> Outputs:
+    """The mask is written for others."""
+    mask = x > 0
+    return (*quantize(torch.where(mask, x, 0.0), scale), mask)
+
+
+def rotary_backward(g: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None) -> Outputs:
+    (dq,) = gradients(lambda x: rotate(x, cos, sin), (g,), g)
+    return quantize(dq.transpose(1, 2).flatten(2).flatten(0, 1), scale, 1, E5M2)
+
+
+def qkv_backward(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None
+) -> Outputs:
+    dq, dk = (gradients(lambda x: rotate(x, cos, sin), (g,), g)[0] for g in (q, k))
+    flat = [x.transpose(1, 2).flatten(2).flatten(0, 1) for x in (dq, dk, v)]
+    return quantize(torch.cat(flat, 1), scale, 1, E5M2)
+
+
+def qkv_rows(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | None) -> Outputs:
+    return quantize(torch.cat([-q, k, v], 1), scale)[0::2]
+
+
+def joined_rows(a: Tensor, b: Tensor, c: Tensor, scale: Tensor | None) -> Outputs:
+    return quantize(torch.cat([a, b, c]), scale)
+
+
+def head_slice(x: Tensor, scale: Tensor | None) -> Outputs:
+    """Views of all kinds."""
+    y = x.permute(1, 0, 2)[:, 1:, ::2].unsqueeze(2).expand(-1, -1, 3, -1)
+    return quantize(y.reshape(y.shape[0] * y.shape[1], -1), scale)
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Outputs], dict[str, tuple[int, ...]]]] = {
+    "plain": (plain, {"x": (50, 80)}),
+    "row_major_only": (row_major_only, {"x": (33, 300)}),
+    "residual_add": (residual_add, {"x": (48, 96), "y": (48, 96), "z": (48, 96)}),
+    "norm": (norm, {"x": (19, 80), "w": (80,)}),
+    "norm_of_sum": (norm_of_sum, {"x": (2, 19, 96), "o": (2, 19, 96), "w": (96,)}),
+    "norm_backward": (
+        norm_backward,
+        {"x": (64, 80), "w": (80,), "g": (64, 80), "other": (64, 80)},
+    ),
+    "builtin_norm": (builtin_norm, {"x": (32, 48), "w": (48,)}),
+    "layer_norm": (layer_norm, {"x": (3, 17, 80), "w": (80,), "b": (80,)}),
+    "layer_norm_rows": (layer_norm_rows, {"x": (3, 17, 80), "w": (80,), "b": (80,)}),
+    "softmax": (softmax, {"x": (33, 80)}),
+    "gelu": (gelu, {"x": (50, 192)}),
+    "gelu_tanh": (gelu_tanh, {"x": (16, 48)}),
+    "gelu_backward": (gelu_backward, {"x": (50, 80), "g": (50, 80)}),
+    "gelu_tanh_backward": (gelu_tanh_backward, {"x": (48, 80), "g": (48, 80)}),
+    "merged_swiglu": (merged_swiglu, {"gate_up": (50, 192)}),
+    "swiglu_backward": (swiglu_backward, {"gate": (64, 80), "up": (64, 80), "g": (64, 80)}),
+    "bias_gradient": (bias_gradient, {"g": (2, 24, 80)}),
+    "dropout": (dropout, {"x": (40, 96), "mask": (40, 96)}),
+    "relu_and_mask": (relu_and_mask, {"x": (40, 96)}),
+    "rotary_backward": (rotary_backward, {"g": (2, 4, 9, 16), "cos": (9, 16), "sin": (9, 16)}),
+    "qkv_backward": (
+        qkv_backward,
+        {
+            "q": (2, 4, 16, 64),
+            "k": (2, 2, 16, 64),
+            "v": (2, 2, 16, 64),
+            "cos": (16, 64),
+            "sin": (16, 64),
+        },
+    ),
+    "uneven_qkv_backward": (
+        qkv_backward,
+        {
+            "q": (2, 4, 9, 16),
+            "k": (2, 1, 9, 16),
+            "v": (2, 1, 9, 16),
+            "cos": (9, 16),
+            "sin": (9, 16),
+        },
+    ),
+    "qkv_rows": (qkv_rows, {"q": (20, 256), "k": (20, 128), "v": (20, 128)}),
+    "joined_rows": (joined_rows, {"a": (32, 48), "b": (1, 48), "c": (17, 48)}),
+    "head_slice": (head_slice, {"x": (5, 6, 32)}),
+}
+
+
+def make(name: str, scales: list[float] | None, dtype: torch.dtype = torch.bfloat16) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    fn, shapes = FUNCTIONS[name]
+    inputs: dict[str, Any] = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+    inputs = {n: x > 0 if n == "mask" else x.to(dtype) for n, x in inputs.items()}
+    return only_region(fn, **inputs, scale=None if scales is None else torch.tensor(scales))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_tile(name: str) -> None:
+    case = make(name, [30.0, 700.0])
+    expected = case.oracle()
+    for tile in tiles(case.region):
+        assert_close(case.run(tile), expected)
+
+
+# One for each way in which the kernel that finds the amax differs.
+KINDS = ("plain", "layer_norm_rows", "norm_of_sum", "swiglu_backward", "qkv_rows")
+
+
+@pytest.mark.parametrize("scales", [None, [0.0, 0.0], [0.0, 700.0]], ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_without_a_scale_the_current_one_is_used(name: str, scales: list[float] | None) -> None:
+    case = make(name, scales)
+    assert_close(case.run(), case.oracle())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["norm_backward", "merged_swiglu", "gelu_backward", "dropout"])
+def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
+    case = make(name, [30.0, 700.0], dtype)
+    assert_close(case.run(), case.oracle())
+
+
+def test_values_that_are_not_finite_stay_visible() -> None:
+    x = torch.randn(33, 48)
+    x[3, 5], x[9, 7], x[32, 47] = torch.nan, torch.inf, -torch.inf
+    for fn in (plain, relu_and_mask, gelu_tanh):
+        case = only_region(fn, x=x, scale=torch.tensor([30.0]))
+        assert_close(case.run(), case.oracle())
+
+
+# --- values that are the same in a whole row or column --------------------------------------------
+
+
+SHAPES = {"row": (32, 1), "column": (48,), "number": ()}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_value_that_rows_or_columns_share(kind: str) -> None:
+    def fn(x: Tensor, scale: Tensor) -> Outputs:
+        wide = (x / 3).expand(32, 48)
+        return (*quantize(wide, scale), wide.sum(0))
+
+    case = only_region(fn, x=torch.randn(SHAPES[kind]), scale=torch.tensor([30.0]))
+    for tile in tiles(case.region):
+        assert_close(case.run(tile), case.oracle())
+
+
+@pytest.mark.parametrize("width", [16, 128])
+def test_parts_of_a_concatenation_that_rows_share(width: int) -> None:
+    def fn(x: Tensor, row: Tensor, number: Tensor, scale: Tensor) -> Outputs:
+        parts = [x, row.expand(32, width), number.expand(32, width)]
+        return quantize(torch.cat(parts, 1), scale)
+
+    inputs = {"x": (32, width), "row": (32, 1), "number": ()}
+    random = {name: torch.randn(shape) for name, shape in inputs.items()}
+    case = only_region(fn, **random, scale=torch.tensor([30.0]))
+    assert_close(case.run(), case.oracle())
+
+
+def test_one_number_per_row_is_written() -> None:
+    def fn(x: Tensor, scale: Tensor) -> Outputs:
+        rstd = torch.rsqrt(x.square().mean(-1, keepdim=True))
+        return (*quantize(x * rstd, scale), rstd)
+
+    for columns in (48, 200):  # one tile of columns, and several
+        case = only_region(fn, x=torch.randn(33, columns), scale=torch.tensor([30.0]))
+        assert case.region.values
+        for tile in tiles(case.region):
+            assert_close(case.run(tile), case.oracle())
+
+
+def test_inputs_and_variables_do_not_share_names() -> None:
+    def fn(x: Tensor, scale: Tensor) -> Outputs:
+        odd = x.abs() ** 2.5  # not computed by the kernel, and called pow_1 there
+        return quantize((odd**2) ** 2 + odd, scale)
+
+    case = only_region(fn, x=torch.randn(16, 32), scale=torch.tensor([3.0]))
+    assert "pow_1" in case.inputs
+    assert_close(case.run(), case.oracle())
+
+
+def test_inputs_and_outputs_do_not_share_names() -> None:
+    def fn(x: Tensor, scale: Tensor) -> Outputs:
+        wide = x * x.amax(0) + x.sum(0) + x.cumsum(0).split([8, 24])[1].sum(0)
+        other = quantize(wide * 2, scale, 1, E5M2)
+        return (*quantize(wide, scale), *other, wide, wide.sum(0), (wide * 2).sum(0))
+
+    case = only_region(fn, x=torch.randn(32, 32), scale=torch.tensor([3.0, 20.0]))
+    assert_close(case.run(), case.oracle())
+
+
+# --- the text -------------------------------------------------------------------------------------
+
+
+# Elements at several places: two halves; what is beside in a rotation.
+SEVERAL = ("merged_swiglu", "rotary_backward", "qkv_backward", "uneven_qkv_backward")
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in SEVERAL])
+def test_a_function_loads_each_input_once(name: str) -> None:
+    functions = functions_of(make(name, [30.0, 700.0]))
+    assert functions
+    for text in functions.values():
+        loaded = re.findall(r"tl\.load\((\w+)", text)
+        assert loaded and sorted(set(loaded)) == sorted(loaded), text
+
+
+def functions_of(case: Case) -> dict[str, str]:
+    """The emitted functions that compute values, by name."""
+    text = emit(case.region).text
+    return dict(re.findall(r"def (_\w+)\(.*?\):\n(.*?)\n\n", text, re.DOTALL))
+
+
+def test_sums_over_rows_come_from_functions_of_their_own() -> None:
+    names = {name: [*functions_of(make(name, None))] for name in ("norm", "layer_norm", "gelu")}
+    assert names["norm"] == ["_sums_0", "_values"]
+    assert names["layer_norm"] == ["_sums_0", "_sums_1", "_values"]
+    assert names["gelu"] == ["_values"]
+
+
+def test_the_header_says_what_is_computed_and_how_many_bytes_are_moved() -> None:
+    case = only_region(plain, x=torch.randn(1000, 512), scale=None)
+    text = emit(case.region).text
+    assert text.startswith('"""fp8_cast: reads 2.0 MB, writes 1.0 MB, each byte once.')
+    assert "= fp8.quantize(input_1, None, slot, e4m3)" in text.split('"""')[1]
+
+
+def test_parts_at_multiples_of_a_tile_are_told_apart_by_branches() -> None:
+    assert [*functions_of(make("qkv_rows", None))] == ["_part_0", "_part_1", "_part_2"]
+    assert [*functions_of(make("uneven_qkv_backward", None))] == ["_values"]

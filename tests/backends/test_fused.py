@@ -1,0 +1,65 @@
+"""The files that emitted kernels live in."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp8compile.backends import fused
+from fp8compile.backends.fused import emit_once, load, region_key
+from tests.backends.common import Case, only_region, quantize
+
+
+def scaled(slot: int, width: int = 48, strided: bool = False) -> Case:
+    """A layer's region; ``slot`` is what differs from layer to layer."""
+
+    def fn(x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        return quantize(x * 2, scale, slot)
+
+    x = torch.randn(32, 2 * width)[:, ::2] if strided else torch.randn(32, width)
+    return only_region(fn, x=x, scale=torch.tensor([30.0, 0.5]))
+
+
+def test_layers_that_look_alike_share_their_source() -> None:
+    first, second = scaled(0), scaled(1)
+    assert emit_once(first.region) is emit_once(second.region)
+    for case in (first, second):  # and each takes its own scale
+        want = case.oracle()
+        assert all(torch.equal(got, want[name]) for name, got in case.run().items())
+
+
+def test_regions_that_differ_in_sizes_or_strides_do_not_share() -> None:
+    others = [scaled(0), scaled(0, width=64), scaled(0, strided=True)]
+    assert len({region_key(case.region) for case in others}) == 3
+    assert len({emit_once(case.region).text for case in others}) == 3
+
+
+def test_the_file_is_kept_and_says_what_was_emitted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(fused, "cache_folder", lambda: tmp_path)
+    source = emit_once(scaled(0).region)
+    load.cache_clear()
+    module = load(source.text)
+    (file,) = (tmp_path / "kernels").iterdir()
+    assert file.read_text() == source.text and module.__file__ == str(file)
+    assert hasattr(module, source.name) and hasattr(module, source.amax_name)
+
+
+def _load_in_a_process(arguments: tuple[str, Path]) -> int:
+    text, folder = arguments
+    fused.cache_folder = lambda: folder
+    return int(load(text).SIZE)
+
+
+def test_processes_may_write_the_same_file_at_once(tmp_path: Path) -> None:
+    text = "# " + "x" * 1_000_000 + "\nSIZE = 7\n"
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        found = pool.map(_load_in_a_process, [(text, tmp_path / "cache")] * 16, chunksize=1)
+    assert found == [7] * 16
+    files = [*(tmp_path / "cache" / "kernels").glob("*")]
+    assert [file.suffix for file in files if file.is_file()] == [".py"]
