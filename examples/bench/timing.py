@@ -1,4 +1,4 @@
-"""Measure: time per step, memory, time per kernel category, SQNR.
+"""Measure: time per step, memory, time per kernel category, SQNR; and keep what was measured.
 
 On a CPU the same functions run, so that the benchmark can be tried anywhere; but their times then
 say nothing, since FP8 is emulated there, and memory is not counted.
@@ -6,19 +6,64 @@ say nothing, since FP8 is emulated there, and memory is not counted.
 
 from __future__ import annotations
 
+import csv
+import datetime
+import math
 import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
-from torch import Tensor
+import triton
+from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+import fp8compile
+
 GIB = 2**30
+ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+# ---- where it is measured ------------------------------------------------------------------------
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def versions() -> str:
+    found = {"torch": torch, "triton": triton, "fp8compile": fp8compile}
+    return ", ".join(f"{name} {module.__version__}" for name, module in found.items())
+
+
+def load_compiler(device: torch.device) -> None:
+    """Compile something small: the first time in a process takes seconds that nobody caused."""
+    linear = torch.compile(nn.Linear(16, 16, device=device))
+    linear(torch.ones(16, 16, device=device)).sum().backward()
+
+
+@contextmanager
+def equal_conditions(device: torch.device) -> Iterator[None]:
+    """Prefer cuDNN's attention, the fastest on Hopper, and let nothing be compiled already."""
+    if device.type == "cuda":
+        with sdpa_kernel(ATTENTION, set_priority=True), fresh_cache():
+            yield
+    else:
+        yield
+
+
+# ---- time ----------------------------------------------------------------------------------------
 
 
 def synchronize(device: torch.device) -> None:
@@ -45,6 +90,45 @@ def median_ms(step: Callable[[], object], steps: int, device: torch.device) -> f
         step()
         event.record()
     return median_gap_ms(events)
+
+
+def median_ms_in_turns(
+    contenders: Mapping[str, Callable[[], object]],
+    steps: int,
+    rounds: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Median over rounds in which each contender has its turn: clocks drift for all alike."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, step in contenders.items():
+            step()  # the one before has cooled or warmed the chip, and filled its cache
+            times[name].append(median_ms(step, steps, device))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def train_of(calls: Sequence[Callable[[], object]], count: int) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of ``count`` calls, in turns: the host's time per launch does not count."""
+    for call in calls:
+        call()  # whatever is compiled at the first call must not be captured
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(count):
+            calls[index % len(calls)]()
+    return graph
+
+
+def copies_beyond_cache(size: float, most: int) -> int:
+    """How many data sets of ``size`` bytes must take turns so that none is found in the cache."""
+    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return min(most, max(2, math.ceil(2 * cache / size)))
+
+
+def copy_roof(device: torch.device) -> float:
+    """Bytes per second, read and written, of copying 1 GiB from device to device."""
+    source, target = (torch.zeros(GIB, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2e3 * GIB / median_ms(lambda: target.copy_(source), 20, device)
 
 
 def median_gap_ms(events: list[torch.cuda.Event]) -> float:
@@ -75,7 +159,7 @@ def peak_of(step: Callable[[], object], device: torch.device) -> int:
 # apart before "attention" is looked for; and the template arguments of a flash kernel mention
 # cutlass, so attention comes before GEMM.
 CATEGORIES = (
-    ("casts and transposes", r"^_(quantize|amax)_kernel|^_.*transpose.*kernel"),
+    ("fused casts", r"^fp8_"),  # with the norms, activations and sums of their regions
     ("GEMM", r"^_scaled_mm_kernel|^triton_tem_fused.*mm"),
     ("other", r"^triton_|^_update_scales"),  # norms, activations, residuals and RoPE, by Inductor
     ("attention", r"flash|fmha|cudnn|sdpa|attention|attn"),
@@ -122,7 +206,7 @@ def kernel_times(step: Callable[[], object], steps: int = 3) -> dict[str, Kernel
 
 def by_category(kernels: dict[str, KernelTime]) -> dict[str, KernelTime]:
     """Sums, in the order in which they are printed."""
-    names = ("GEMM", "attention", "casts and transposes", "other", UNKNOWN)
+    names = ("GEMM", "attention", "fused casts", "casts and transposes", "other", UNKNOWN)
     sums = {name: KernelTime() for name in names}
     for name, kernel in kernels.items():
         sums[category_of(name)].add(kernel.ms, kernel.launches)
@@ -134,3 +218,30 @@ def sqnr_db(reference: Tensor, actual: Tensor) -> float:
     """Signal to quantization noise ratio, in decibels."""
     reference, actual = reference.float(), actual.float()
     return 20 * torch.log10(reference.norm() / (reference - actual).norm()).item()
+
+
+# ---- records -------------------------------------------------------------------------------------
+WHERE = ["date", "device", "torch", "triton", "fp8compile", "job"]
+WHAT = ["who", "what", "value", "unit"]
+
+
+def append_csv(
+    path: Path, device: torch.device, job: str, rows: Iterable[tuple[str, str, float, str]]
+) -> None:
+    """Append one row per number, so that rows of all kinds and of later versions fit one file."""
+    where = (
+        datetime.date.today().isoformat(),
+        device_name(device),
+        torch.__version__,
+        triton.__version__,
+        fp8compile.__version__,
+        job,
+    )
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(WHERE + WHAT)
+        writer.writerows(
+            (*where, who, what, f"{value:.4g}", unit) for who, what, value, unit in rows
+        )

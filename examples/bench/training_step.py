@@ -11,6 +11,7 @@ parameters and inputs, and with the same choice of attention kernels:
 
     bf16     torch.compile
     fp8      torch.compile(backend="fp8"), this repository
+    fp8-stored  the same, with save_activations="fp8"
     torchao  float8 tensorwise (dynamic scaling) and torch.compile, if installed
     te       TransformerEngine's TransformerLayer with DelayedScaling HYBRID, if installed
 
@@ -20,18 +21,14 @@ Compare the times of one run only: clocks and power limits differ from card to c
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import gc
 import statistics
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import triton
 from gemms import GemmResult, gemm_cases, measure_gemms, print_gemms
 from llama_layers import LlamaLayers, LlamaShape, rope_tables
 from timing import (
@@ -39,27 +36,24 @@ from timing import (
     UNKNOWN,
     KernelTime,
     allocated,
+    append_csv,
     by_category,
     category_of,
+    device_name,
+    equal_conditions,
     kernel_times,
+    load_compiler,
     median_ms,
     peak_of,
     seconds,
     sqnr_db,
+    versions,
 )
 from torch import Tensor, nn
-from torch._inductor.utils import fresh_cache
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fp8compile
 
 WARMUP_STEPS = 5
-ATTENTION = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 @dataclass(frozen=True)
@@ -107,8 +101,13 @@ def llama(job: Job) -> LlamaLayers:
         return LlamaLayers(job.shape, job.layers).bfloat16()
 
 
-def compiled(job: Job, model: nn.Module, backend: str = "inductor") -> Contender:
-    function = torch.compile(model, backend=backend)
+def compiled(
+    job: Job,
+    model: nn.Module,
+    backend: str = "inductor",
+    options: dict[str, object] | None = None,
+) -> Contender:
+    function = torch.compile(model, backend=backend, options=options)
     cos, sin = rope_tables(job.tokens, job.shape.head_dim, next(model.parameters()))
     return Contender(model, lambda x: function(x, cos, sin))
 
@@ -118,7 +117,15 @@ def bf16(job: Job) -> Contender:
 
 
 def fp8(job: Job) -> Contender:
-    contender = compiled(job, llama(job), backend="fp8")
+    return _fp8(job)
+
+
+def fp8_stored(job: Job) -> Contender:
+    return _fp8(job, save_activations="fp8")
+
+
+def _fp8(job: Job, **options: object) -> Contender:
+    contender = compiled(job, llama(job), backend="fp8", options=options)
     # An optimizer would do this in its step().
     contender.after_backward = lambda: fp8compile.update_scales(contender.model)
     return contender
@@ -168,6 +175,7 @@ def te(job: Job) -> Contender:
 CONTENDERS: dict[str, Callable[[Job], Contender]] = {
     "bf16": bf16,
     "fp8": fp8,
+    "fp8-stored": fp8_stored,
     "torchao": torchao,
     "te": te,
 }
@@ -256,22 +264,6 @@ def measure_all(names: list[str], job: Job) -> list[Result]:
     return results
 
 
-def load_compiler(device: torch.device) -> None:
-    """Compile something small: the first time in a process takes seconds that nobody caused."""
-    linear = torch.compile(nn.Linear(16, 16, device=device))
-    linear(torch.ones(16, 16, device=device)).sum().backward()
-
-
-@contextmanager
-def equal_conditions(device: torch.device) -> Iterator[None]:
-    """Prefer cuDNN's attention, the fastest on Hopper, and let nothing be compiled already."""
-    if device.type == "cuda":
-        with sdpa_kernel(ATTENTION, set_priority=True), fresh_cache():
-            yield
-    else:
-        yield
-
-
 # ---- tables --------------------------------------------------------------------------------------
 def print_steps(results: list[Result], job: Job) -> None:
     bf16_ms = next((r.step_ms for r in results if r.name == "bf16"), float("nan"))
@@ -338,12 +330,7 @@ def print_largest(result: Result, category: str, count: int = 6) -> None:
 
 
 # ---- records -------------------------------------------------------------------------------------
-WHERE = ["date", "device", "torch", "triton", "fp8compile", "job"]
-WHAT = ["who", "what", "value", "unit"]
-
-
 def save_csv(path: Path, job: Job, results: list[Result], gemms: list[GemmResult]) -> None:
-    """Append one row per number, so that rows of all kinds and of later versions fit one file."""
     rows: list[tuple[str, str, float, str]] = []
     for r in results:
         rows += [
@@ -356,26 +343,7 @@ def save_csv(path: Path, job: Job, results: list[Result], gemms: list[GemmResult
         rows += [(r.name, category, time.ms, "ms") for category, time in sums.items()]
     for g in gemms:
         rows += [(name, str(g.case), value, "TFLOP/s") for name, value in g.tflops.items()]
-    where = (
-        datetime.date.today().isoformat(),
-        device_name(job.device),
-        torch.__version__,
-        triton.__version__,
-        fp8compile.__version__,
-        str(job),
-    )
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(WHERE + WHAT)
-        writer.writerows(
-            (*where, who, what, f"{value:.4g}", unit) for who, what, value, unit in rows
-        )
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    append_csv(path, job.device, str(job), rows)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -397,10 +365,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Job, list[str], Path | None
 
 def main(argv: list[str] | None = None) -> None:
     job, names, csv_path = parse_arguments(argv)
-    print(
-        f"{device_name(job.device)}, torch {torch.__version__}, triton {triton.__version__}, "
-        f"fp8compile {fp8compile.__version__}\n{job}"
-    )
+    print(f"{device_name(job.device)}, {versions()}\n{job}")
     results = measure_all(names, job)
     print_steps(results, job)
     print_sqnr(results)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -56,6 +57,86 @@ def test_benchmark_runs_in_tiny_form(tmp_path: Path) -> None:
     assert re.search(r"^bf16 .* 1\.00x", out, re.MULTILINE)
     assert re.search(r"^fp8 +[\d.]+ +[\d.]+ +[\d.]+ +\(worst: ", out, re.MULTILINE)
     assert (tmp_path / "numbers.csv").read_text().count(",fp8,step,") == 1
+
+
+def test_models_benchmark_runs_in_tiny_form(tmp_path: Path) -> None:
+    where = ("--device", "cpu", "--tiny", "--steps", 1)
+    out = run("bench/models.py", tmp_path, "--models", "llama-768", *where, "--csv", "numbers.csv")
+    assert "These times mean nothing" in out
+    row = re.search(r"Llama d 64.*tokens\W+[\d.]+\W+[\d.]+\W+[\d.]+x\W+21 of 21\W+([\d.]+)", out)
+    assert row and float(row[1]) > 20
+    numbers = (tmp_path / "numbers.csv").read_text()
+    assert numbers.count(",fp8,step,") == numbers.count(",bf16,compile,") == 1
+    assert numbers.count(",fp8,FP8 GEMMs,21,of 21") == 1
+
+
+def test_kernels_benchmark_checks_every_region(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, where kernels run in Triton's interpreter if there is no GPU."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "bench"))
+    import kernels
+
+    numbers = tmp_path / "numbers.csv"
+    kernels.main(["--device", "cpu", "--tiny", "--csv", str(numbers)])
+    out = capsys.readouterr().out
+    assert "Nothing is timed" in out
+    fused = re.search(r"fused regions +(\d+) +(\d+) +(\d+)", out)
+    assert fused and int(fused[3]) == int(fused[1]) + int(fused[2]) > 12
+    verdict = "not run" if torch.cuda.is_available() else r"0|\de-\d+"
+    checked = re.findall(rf"^ *\w+ +\d/\d +\d+x\d+ .* (?:{verdict}) *$", out, re.MULTILINE)
+    assert len(checked) == int(fused[3])
+    assert numbers.read_text().count(" bytes,") == len(checked) + 1
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind", "moves"),
+    [
+        ("fp8_rsqrt_mean_2", "fused regions", False),
+        ("fp8_cast_colsum_sums_0", "their sums over rows", False),
+        ("fp8_cast_amax", "search for amax", False),
+        ("nvjet_sm90_qqtst_128x256_128x6_2x1_v_bz_TNT", "GEMM", False),
+        ("triton_poi_fused__unsafe_view_clone_transpose_3", "other", True),
+        ("triton_poi_fused_add_clone_transpose_3", "other", False),
+    ],
+)
+def test_kernels_of_a_step_are_told_apart(
+    kernel: str, kind: str, moves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "bench"))
+    import kernels
+
+    assert (kernels.kind_of(kernel), kernels.only_transposes(kernel)) == (kind, moves)
+
+
+MODELS = (
+    *(f"llama-{width}" for width in (768, 1024, 2048, 4096, 8192)),
+    *("gpt2", "bert-large", "vit-large"),
+)
+
+
+def test_models_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes its inputs, and gives what is compared and what backward starts from."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "bench"))
+    import models
+
+    assert tuple(models.MODELS) == MODELS
+    job = models.Job(torch.device("cpu"), tiny=True, steps=1)
+    for workload in map(job.build, MODELS):
+        result = workload.model(**workload.inputs)
+        assert workload.output(result).isfinite().all()
+        workload.loss(result).backward(workload.grad_output)
+        assert all(p.grad is not None for p in workload.model.parameters() if p.requires_grad)
+
+
+def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "bench"))
+    from timing import median_ms_in_turns
+
+    calls: list[str] = []
+    steps = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    times = median_ms_in_turns(steps, steps=2, rounds=2, device=torch.device("cpu"))
+    assert set(times) == {"a", "b"} and "".join(calls) == "aaabbb" * 2
 
 
 @pytest.mark.parametrize(
