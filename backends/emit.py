@@ -25,7 +25,7 @@ from .values import Function, Values, expr_text
 
 @dataclass(frozen=True)
 class Source:
-    """An emitted file: the names of its two kernels, its text, and what a launch has to know."""
+    """An emitted file: the names of its kernels, its text, and what a launch has to know."""
 
     name: str
     text: str
@@ -118,8 +118,11 @@ def _header(region: Region, name: str) -> str:
     read, written = bytes_read(region), bytes_written(region)
     text = re.sub(r"(fp8\.quantize\(\w+, \w+), \d+", r"\1, slot", format_graph(region.gm))
     body = "\n".join(f"    {line}" for line in text.splitlines())
+    once = "each byte once"
+    if region.sums_apart:
+        once += ", and before that what the sums over rows are made of"
     return (
-        f'"""{name}: reads {_size(read)}, writes {_size(written)}, each byte once.\n\n'
+        f'"""{name}: reads {_size(read)}, writes {_size(written)}, {once}.\n\n'
         f'{body}\n"""\n\n'
         "import triton\nimport triton.language as tl\n\n"
         "from fp8compile.backends.kernels.device import (\n"
