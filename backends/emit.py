@@ -1,10 +1,10 @@
 """Write the Triton source of a region's kernels.
 
 The source is what a person would write for the region: functions that compute the values of a tile
-(see ``values``), a kernel that computes and stores one tile per program, and a second one that
-finds the amax of casts whose scale is not known yet. Where values depend on sums over rows, a
-program computes whole rows; but a transposed copy wants tiles that are higher than wide, and the
-sums then come from a kernel of their own.
+(see ``values``), and a kernel that computes and stores one tile per program. Where the scale of a
+cast is not known yet, the programs first find the amax together, before any of them casts. Where
+values depend on sums over rows, a program computes whole rows; but a transposed copy wants tiles
+that are higher than wide, and the sums then come from a kernel of their own.
 """
 
 from __future__ import annotations
@@ -33,10 +33,6 @@ class Source:
     totals: int  # reductions over rows
 
     @property
-    def amax_name(self) -> str:
-        return f"{self.name}_amax"
-
-    @property
     def sums_name(self) -> str:
         return f"{self.name}_sums"
 
@@ -46,13 +42,10 @@ def emit(region: Region) -> Source:
     values = Values(region)
     name = kernel_name(region)
     writer = _Writer(region, values)
-    parts = [
-        _header(region, name),
-        *(function.text() for function in (*values.sums, *values.last)),
-        writer.main(name),
-    ]
+    functions = [function.text() for function in (*values.sums, *values.last)]
     if region.casts:
-        parts.append(writer.amax(f"{name}_amax"))
+        functions.append(writer.search())
+    parts = [_header(region, name), *functions, writer.main(name)]
     if region.sums_apart:
         parts.append(writer.sums(f"{name}_sums"))
     return Source(
@@ -156,9 +149,7 @@ class _Writer:
         else:
             lines.append("tile = tl.program_id(0)")
         lines += ["tile_m = tile // tiles_n", "tile_n = tile % tiles_n", *self._tile()]
-        arguments = [*self._inputs(), *self._output_arguments()]
-        arguments += ["totals_ptr"] if self.region.sums_apart else []
-        return _function(name, arguments, lines)
+        return _function(name, [*self._read(), *self._output_arguments()], lines)
 
     def sums(self, name: str) -> str:
         """The kernel that sums over whole rows, for one that computes tiles of columns."""
@@ -169,13 +160,13 @@ class _Writer:
             lines.append(f"tl.store(totals_ptr + {i} * M + rows, {total.name}, mask=in_m)")
         return _function(name, [*self._inputs(), "totals_ptr"], lines)
 
-    def _totals(self) -> list[str]:
+    def _totals(self, sets: Sequence[str]) -> list[str]:
         """The sums over rows that the values depend on: from memory, or of this tile itself."""
         if not self.region.sums_apart:
             return [self._call(function, "", function.returns) for function in self.values.sums]
         lines = []
         for i, total in enumerate(self.values.totals.values()):
-            for letter in self.sets:
+            for letter in sets:
                 rows, in_m = _named("rows", letter), _named("in_m", letter)
                 load = f"tl.load(totals_ptr + {i} * M + {rows}, mask={in_m}, other=0.0)"
                 lines.append(f"{_named(total.name, letter)} = {load}")
@@ -184,9 +175,10 @@ class _Writer:
     def _tile(self) -> list[str]:
         """Compute the results of one tile and store them."""
         lines = [*self._first(), *self._rows(self.sets), *self._cols()]
+        lines += self._search_if_needed()
         for i, cast in enumerate(self.region.casts):
             lines += self._scale(i, cast)
-        lines += self._totals()
+        lines += self._totals(self.sets)
         lines += self._results(self.sets)
         for result, variable in self._outputs():
             lines += getattr(self, f"_store_{result.kind}")(result, variable)
@@ -241,8 +233,8 @@ class _Writer:
 
     def _scale(self, i: int, cast: Cast) -> list[str]:
         known = f"tl.load(scale_{i}_ptr)" if cast.is_delayed else "0.0"
-        top = cast.format.max
-        lines = [f"scale_{i} = resolve_scale({known}, tl.load(found_{i}_ptr), {top})"]
+        found = f"tl.load({_found(i)}).to(tl.float32, bitcast=True)"
+        lines = [f"scale_{i} = resolve_scale({known}, {found}, {cast.format.max})"]
         if "scale_inv" in cast.outputs:
             lines.append("if (tile_m == 0) & (tile_n == 0):")
             lines.append(f"    tl.store(scale_inv_{i}_ptr, tl.div_rn(1.0, scale_{i}))")
@@ -323,76 +315,87 @@ class _Writer:
     def _track(self, i: int, cast: Cast) -> list[str]:
         if "amax" not in cast.outputs:
             return []
+        track = f'tl.atomic_max(amax_{i}_ptr, tile_amax(bits), sem="relaxed")'
+        return [*self._bits(i, self.sets), track]
+
+    def _bits(self, i: int, sets: Sequence[str]) -> list[str]:
+        """The magnitudes of all that a cast takes from this tile, each element's largest."""
         bits = [
             f"inside(magnitude_bits({_named(variable, a)}), {_named('in_m', a)} & in_n, EVEN)"
             for result, variable in self._outputs()
             if (result.kind, result.index) == ("cast", i)
-            for a in self.sets
+            for a in sets
         ]
-        lines = [f"bits = {bits[0]}", *(f"bits = tl.maximum(bits, {b})" for b in bits[1:])]
-        return [*lines, f'tl.atomic_max(amax_{i}_ptr, tile_amax(bits), sem="relaxed")']
+        return [f"bits = {bits[0]}", *(f"bits = tl.maximum(bits, {b})" for b in bits[1:])]
 
     # --- arguments -----------------------------------------------------------------------------
 
     def _inputs(self) -> list[str]:
         return [f"{node.name}_ptr" for node in self.region.inputs] + self.sizes
 
-    def _scales(self) -> list[str]:
-        names = []
-        for i, cast in enumerate(self.region.casts):
-            names += [f"scale_{i}_ptr"] if cast.is_delayed else []
-            names += [f"found_{i}_ptr"]
-        return names
+    def _read(self) -> list[str]:
+        """What the values of a tile are computed from, and the words of the search for amax."""
+        totals = ["totals_ptr"] if self.region.sums_apart else []
+        return [*self._inputs(), *totals, *(["search_ptr"] if self.region.casts else [])]
 
     def _output_arguments(self) -> list[str]:
-        names = self._scales()
-        for i, cast in enumerate(self.region.casts):
+        casts = list(enumerate(self.region.casts))
+        names = [f"scale_{i}_ptr" for i, cast in casts if cast.is_delayed]
+        for i, cast in casts:
             names += [f"{output}_{i}_ptr" for output in cast.outputs]
         for i in range(len(self.region.groups)):
             names += [f"q_{i}_ptr", f"group_scale_inv_{i}_ptr"]
         names += [f"value_{i}_ptr" for i in range(len(self.region.values))]
         return names + [f"sum_{i}_ptr" for i in range(len(self.region.sums))]
 
-    # --- the kernel that finds amax ------------------------------------------------------------
+    # --- the search for amax -------------------------------------------------------------------
 
-    def amax(self, name: str) -> str:
-        """The kernel that finds the amax of the casts, unless the scales of all are known."""
-        casts = list(enumerate(self.region.casts))
+    def _search_if_needed(self) -> list[str]:
+        if not self.region.casts:
+            return []
+        call = f"_search({', '.join([*self._read(), 'BLOCK_M', 'BLOCK_N'])})"
+        if not all(cast.is_delayed for cast in self.region.casts):
+            return [call]
+        scales = [f"(tl.load(scale_{i}_ptr) > 0)" for i in range(len(self.region.casts))]
+        return [f"known = {' & '.join(scales)}", "if not known:", f"    {call}"]
+
+    def search(self) -> str:
+        """The function in which all programs find the amax of every cast before any goes on.
+
+        ``search_ptr``, zero at first: how many tiles are taken, how many are done, and the bits of
+        each cast's amax. A program takes tiles as long as there are any, so that those that
+        run never wait for one that does not run yet.
+        """
         lines = [
             *self._extent(),
             "tiles_n = tl.cdiv(N, BLOCK_N)",
             "tiles = tl.cdiv(M, BLOCK_M) * tiles_n",
+            "tile = tl.atomic_add(search_ptr, 1)",
+            "while tile < tiles:",
+            *(f"    {line}" for line in self._search_tile()),
+            f"    tl.atomic_add({_DONE}, 1)",
+            "    tile = tl.atomic_add(search_ptr, 1)",
+            f"while tl.atomic_add({_DONE}, 0) < tiles:",
+            "    pass",
         ]
-        if all(cast.is_delayed for _, cast in casts):
-            known = " & ".join(f"(tl.load(scale_{i}_ptr) > 0)" for i, _ in casts)
-            lines.append(f"tiles = tl.where({known}, 0, tiles)")
-        zeros = "tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)"
-        lines += [f"bits_{i} = {zeros}" for i, _ in casts]
-        lines.append("for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):")
-        lines += [f"    {line}" for line in self._amax_of_tile()]
-        for i, _ in casts:
-            lines.append(f"amax_{i} = tile_amax(bits_{i})")
-            store = f"found_{i}_ptr, amax_{i}, mask=amax_{i} > 0"
-            lines.append(f'tl.atomic_max({store}, sem="relaxed")')
-        arguments = [*self._inputs(), *self._scales()]
-        return _function(name, arguments, lines)
+        return _function("_search", self._read(), lines)
 
-    def _amax_of_tile(self) -> list[str]:
-        tile_m = "(tile // tiles_n).to(tl.int64)" if self.region.is_large else "(tile // tiles_n)"
-        lines = [
-            f"rows = {tile_m} * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]",
-            "cols = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]",
-            "first_n = (tile % tiles_n) * BLOCK_N",
-            "in_m = rows < M",
-            "in_n = cols < N",
-        ]
-        lines += [self._call(function, "", function.returns) for function in self.values.sums]
-        lines += self._results(("",))
-        for result, variable in self._outputs():
-            if result.kind == "cast":
-                i, bits = result.index, f"inside(magnitude_bits({variable}), in_m & in_n, EVEN)"
-                lines.append(f"bits_{i} = tl.maximum(bits_{i}, {bits})")
+    def _search_tile(self) -> list[str]:
+        lines = ["tile_m = tile // tiles_n", "tile_n = tile % tiles_n", *self._first()]
+        lines += [*self._rows(("",)), *self._cols(), *self._totals(("",)), *self._results(("",))]
+        for i in range(len(self.region.casts)):
+            bits = self._bits(i, ("",))
+            lines += [*bits, "amax = tile_amax(bits).to(tl.int32, bitcast=True)"]
+            lines.append(f'tl.atomic_max({_found(i)}, amax, sem="relaxed")')
         return lines
+
+
+_DONE = "search_ptr + 1"
+
+
+def _found(i: int) -> str:
+    """Where the search for amax leaves what it has found for a cast."""
+    return f"search_ptr + {2 + i}"
 
 
 def _named(name: str, letter: str) -> str:

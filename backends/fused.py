@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,8 +26,7 @@ from .emit import Source, emit
 from .kernels.launch import Launch, run
 from .region import Cast, Region
 
-_SMS = 132  # streaming multiprocessors of an H100 SXM or H200
-_AMAX_PROGRAMS = 4 * _SMS
+SEARCH_WORDS = 2  # int32, besides one for each cast: what the search for amax keeps
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,6 @@ def _whole_rows(region: Region) -> list[Tile]:
     return [Tile(rows, whole, count) for count in dict.fromkeys(warps)]
 
 
-def amax_tile(region: Region) -> Tile:
-    """The tile of the kernel that finds the amax: whole rows where values depend on their sums."""
-    return _whole_rows(region)[0] if region.reduces else Tile(32, 128, 4)
-
-
 def launches(
     region: Region,
     source: Source,
@@ -85,20 +80,14 @@ def launches(
     n: Any,
     tile: Tile,
 ) -> list[Launch]:
-    """The launch that finds the amax of what has no scale yet; that of sums over rows, if they
-    have a kernel of their own; and that of the kernel that writes the results.
+    """The launch of sums over rows, if they have a kernel of their own, and that of the kernel
+    that writes the results.
 
     ``tensors`` holds every pointer argument of the emitted functions by name without ``_ptr``;
     ``sizes`` the values of symbolic sizes; ``m`` and ``n`` are the extent of the space.
     """
     module = load(source.text)
-    found_by = amax_tile(region)
-    amax_grid = _cdiv(m, found_by.block_m) * _cdiv(n, found_by.block_n)
-    programs = min(amax_grid, _AMAX_PROGRAMS) if isinstance(amax_grid, int) else _AMAX_PROGRAMS
     made = []
-    if region.casts:
-        find = getattr(module, source.amax_name)
-        made.append(_launch(find, tensors, sizes, found_by, programs))
     if region.sums_apart:
         rows = _whole_rows(region)[0]
         summing = getattr(module, source.sums_name)
@@ -132,17 +121,21 @@ def _cdiv(a: Any, b: int) -> Any:
 # --- the file -----------------------------------------------------------------------------------
 
 
-@functools.cache
 def load(text: str) -> ModuleType:
     """Import an emitted file; it lies beside Inductor's caches, named after its text."""
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
     file = cache_folder() / "kernels" / f"{digest}.py"
-    if not file.exists():
+    if not file.exists():  # or not any more: whoever compiles the kernel reads its source there
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
             new.write(text)
         os.replace(new.name, file)  # in one step: another process may be reading
-    spec = importlib.util.spec_from_file_location(f"fp8compile_kernel_{digest}", file)
+    return _imported(file)
+
+
+@functools.cache
+def _imported(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"fp8compile_kernel_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -185,6 +178,8 @@ def prepare(
     device = next(iter(inputs.values())).device
     tensors: dict[str, Any] = {node.name: inputs[node.name] for node in region.inputs}
     results: dict[str, Tensor] = {}
+    words = SEARCH_WORDS + len(region.casts)
+    tensors["search"] = torch.zeros(words, dtype=torch.int32, device=device)
     for i, cast in enumerate(region.casts):
         tensors |= _cast_tensors(i, cast, inputs, device, results)
     for i, group in enumerate(region.groups):
@@ -230,7 +225,7 @@ def _cast_tensors(
         "scale_inv": lambda: torch.empty(1, device=device),
         "amax": lambda: torch.zeros(1, device=device),
     }
-    tensors = {f"found_{i}": torch.zeros(1, device=device)}
+    tensors = {}
     if cast.is_delayed:
         scale = inputs[args_of(cast.node)[1].name]
         tensors[f"scale_{i}"] = scale[cast.slot : cast.slot + 1]

@@ -21,12 +21,14 @@ from ..errors import PassError
 from ..internals import emit_kernel_launch, emit_materialized
 from ..ir import SCALED_MM, TRACK_AMAX, args_of, aten, emit, evaluate, size_expr, value_key
 from ..regions import hint
-from .fused import emit_once, launches, tiles
+from .fused import SEARCH_WORDS, emit_once, launches, tiles
 from .kernels.launch import Launch
 from .kernels.scaled_mm import scaled_mm_launch
 from .kernels.update_scales import update_scales
 from .region import Cast, Region
 from .tuning import CUBLASLT, GemmShape, choose_gemm
+
+_ALIGNED = 4  # words: parts of a buffer that start at multiples of it can share a compiled kernel
 
 ops.update_scales.register_kernel("cuda", update_scales)  # one launch instead of a dozen
 
@@ -56,7 +58,7 @@ class _Lowering:
         self.graph = gm.graph
         self.sources: dict[str, str] = {}
         self._tracked = self._take_tracking()  # amax getitem -> the state's amax tensor
-        self._casts = 0
+        self._searched = 0  # words of the buffer below that are taken
         self._materialized: set[fx.Node] = set()
         regions = [
             (node, Region.of(_submodule(gm, node)))
@@ -67,9 +69,9 @@ class _Lowering:
         if regions:
             with self.graph.inserting_before(regions[0][0]):
                 like = regions[0][0].all_input_nodes[0]
-                casts = sum(len(region.casts) for _, region in regions)
-                # One zero per cast, where the amax of a cast without a scale is collected.
-                self._found = self._empty((casts,), torch.float32, like, 0.0)
+                words = sum(_search_words(region) for _, region in regions)
+                # Zeros, where the amax of casts without a scale is collected.
+                self._search = self._empty((words,), torch.int32, like, 0)
 
     def _take_tracking(self) -> dict[fx.Node, fx.Node]:
         tracked: dict[fx.Node, fx.Node] = {}
@@ -94,6 +96,8 @@ class _Lowering:
         with self.graph.inserting_before(call):
             m, n = (self._extent(size, call) for size in (region.space.m, region.space.n))
             tensors: dict[str, Any] = {node.name: outer[node] for node in region.inputs}
+            if region.casts:
+                tensors["search"] = self._search_buffer(region)
             for i, cast in enumerate(region.casts):
                 tensors |= self._cast_tensors(i, cast, call, outer, items)
             for i, group in enumerate(region.groups):
@@ -130,8 +134,7 @@ class _Lowering:
         items: dict[fx.Node, fx.Node],
     ) -> dict[str, Any]:
         like = call.all_input_nodes[0]
-        tensors: dict[str, Any] = {f"found_{i}": self._element(self._found, self._casts)}
-        self._casts += 1
+        tensors: dict[str, Any] = {}
         if cast.is_delayed:
             tensors[f"scale_{i}"] = self._element(outer[args_of(cast.node)[1]], cast.slot)
         for output, node in cast.outputs.items():
@@ -145,6 +148,12 @@ class _Lowering:
             else:
                 tensors[f"{output}_{i}"] = self._buffer(node, call)
         return tensors
+
+    def _search_buffer(self, region: Region) -> fx.Node:
+        """A region's part of the words for the search for amax."""
+        first, self._searched = self._searched, self._searched + _search_words(region)
+        args = (self._search, 0, first, self._searched)
+        return emit(self.graph, aten.slice.Tensor, args, f"search_{first}")
 
     def _buffer(self, value: fx.Node, call: fx.Node) -> fx.Node:
         """An empty tensor for one of a region's outputs."""
@@ -295,6 +304,11 @@ class _Lowering:
         if isinstance(stride, int):
             return stride
         return emit(self.graph, aten.sym_stride.int, (tensor, dim), f"{tensor}_stride_{dim}")
+
+
+def _search_words(region: Region) -> int:
+    words = SEARCH_WORDS + len(region.casts) if region.casts else 0
+    return triton.cdiv(words, _ALIGNED) * _ALIGNED
 
 
 def _submodule(gm: fx.GraphModule, call: fx.Node) -> fx.GraphModule:

@@ -127,13 +127,19 @@ def compile_with_inductor(
         "post_grad_custom_post_pass": _GraphPass(lowered, key),
     }
     config = {**patches, **hooks}
-    inner = inner_compile or compile_fx_inner
+    inner = inner_compile or _compile_fx_inner
     if use_caches:
-        with _kernels_analysed_once():
-            return compile_fx(gm, list(inputs), inner_compile=inner, config_patches=config)
-    config |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
-    with torch._functorch.config.patch(enable_autograd_cache=False), _kernels_analysed_once():
         return compile_fx(gm, list(inputs), inner_compile=inner, config_patches=config)
+    config |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        return compile_fx(gm, list(inputs), inner_compile=inner, config_patches=config)
+
+
+@functools.wraps(compile_fx_inner)
+def _compile_fx_inner(*args: Any, **kwargs: Any) -> Any:
+    """Inductor's code generation, for the backward too, which is compiled when it first runs."""
+    with _kernels_analysed_once():
+        return compile_fx_inner(*args, **kwargs)
 
 
 _analysed: dict[Any, Any] = {}

@@ -31,7 +31,9 @@ QUANTIZE_GROUPS = torch.ops.fp8.quantize_groups.default
 DEQUANTIZE_GROUPS = torch.ops.fp8.dequantize_groups.default
 
 SITE_TAG = "fp8_site"  # key in meta["custom"], which AOTAutograd carries to the backward nodes
-SLOTS_PER_SITE = len(Operand)
+# One more than there are operands: four float32 keep the slots of every site equally aligned, so
+# that one compiled kernel serves all layers.
+SLOTS_PER_SITE = len(Operand) + 1
 QUANTIZE_OUTPUTS = ("fp8", "fp8_t", "scale_inv", "amax")
 
 

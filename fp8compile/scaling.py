@@ -28,7 +28,8 @@ _SCALE, _HISTORY = ".scale", ".amax_history"
 
 
 class ScalingState:
-    """The delayed-scaling state of one graph's sites: flat tensors with three slots a site.
+    """The delayed-scaling state of one graph's sites: flat tensors with ``SLOTS_PER_SITE`` slots a
+    site, of which one is used per operand.
 
     ``scale``, ``amax_fwd``, ``amax_bwd``: ``f32[slots]``. ``history``: ``f32[history_len, slots]``,
     a ring that ``position`` points into. ``events``: ``i32[slots]``, how often an amax was not
@@ -48,7 +49,8 @@ class ScalingState:
         self.history = torch.zeros(recipe.history_len, slots, device=device)
         self.events = torch.zeros(slots, dtype=torch.int32, device=device)
         fp8_max = [recipe.format_of(operand).max for operand in Operand]
-        self.fp8_max = torch.tensor(fp8_max * len(weights), device=device)
+        unused = [1.0] * (SLOTS_PER_SITE - len(fp8_max))
+        self.fp8_max = torch.tensor((fp8_max + unused) * len(weights), device=device)
         self.position = 0
         self.updates = 0
         self.observed = False  # whether a training call has run since the last update
@@ -112,7 +114,7 @@ class ScalingState:
 
     def site_entry(self, index: int) -> dict[str, Tensor]:
         """What is saved for a site: ``scale`` ``f32[3]`` and ``amax_history`` ``f32[H, 3]``."""
-        slots = slice(SLOTS_PER_SITE * index, SLOTS_PER_SITE * (index + 1))
+        slots = _slots_of(index)
         return {
             _SCALE: self.scale[slots].clone(),
             _HISTORY: self.ordered_history()[:, slots].clone(),
@@ -120,7 +122,7 @@ class ScalingState:
 
     def set_site_entry(self, index: int, entry: Mapping[str, Tensor]) -> None:
         """Take over what ``site_entry`` saved."""
-        slots = slice(SLOTS_PER_SITE * index, SLOTS_PER_SITE * (index + 1))
+        slots = _slots_of(index)
         with torch.autograd._unsafe_preserve_version_counter(self.scale):
             self.scale[slots] = entry[_SCALE].to(self.device)
         self.history[:, slots] = entry[_HISTORY].to(self.device).roll(self.position, 0)
@@ -135,6 +137,12 @@ class ScalingState:
             uses.append(seen.get(id(weight), 0))
             seen[id(weight)] = uses[-1] + 1
         return uses
+
+
+def _slots_of(index: int) -> slice:
+    """The slots of a site that are used."""
+    first = SLOTS_PER_SITE * index
+    return slice(first, first + len(Operand))
 
 
 # --- finding states -----------------------------------------------------------------------------
@@ -328,7 +336,7 @@ def _parse(
             problems.append(f"foreign: {key}")
         elif not isinstance(tensor, Tensor):
             problems.append(f"not a tensor but {type(tensor).__name__}: {key}")
-        elif tensor.shape[-1:] != (SLOTS_PER_SITE,) or tensor.dim() != 1 + (suffix == _HISTORY):
+        elif tensor.shape[-1:] != (len(Operand),) or tensor.dim() != 1 + (suffix == _HISTORY):
             problems.append(f"shape {tuple(tensor.shape)}: {key}")
         elif not (tensor.isfinite() & (tensor >= 0)).all():
             problems.append(f"negative or not finite: {key}")

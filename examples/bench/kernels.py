@@ -74,7 +74,7 @@ from fp8compile.ops import GROUP
 from fp8compile.passes import grow_regions
 
 WAYS = ("forward", "backward")
-TIMED = ("fp8", "search", "inductor")  # our kernels, the search for amax, Inductor's code
+TIMED = ("fp8", "inductor")  # our kernels, Inductor's code
 HALVES = (torch.bfloat16, torch.float16)
 SCALE = 60.0  # of every cast: the largest random values come near the end of E4M3's range
 MAX_DIFFERING = 1e-4  # of the codes: float32 sums in another order round some the other way
@@ -114,7 +114,7 @@ class Parts:
     def _add_region(self, gm: Any, way: str) -> None:
         region = Region.of(gm)
         self.regions.setdefault(region_key(region), Found(gm)).calls[way] += 1
-        self.launches[way] += Counter({FUSED: 1, SUMS: int(region.sums_apart), SEARCH: 1})
+        self.launches[way] += Counter({FUSED: 1, SUMS: int(region.sums_apart)})
 
 
 def gemm_case(node: fx.Node) -> GemmCase:
@@ -155,17 +155,17 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 # ---- launches per layer --------------------------------------------------------------------------
-FUSED, SUMS, SEARCH, OTHER = "fused regions", "their sums over rows", "search for amax", "other"
-KINDS = (FUSED, SUMS, SEARCH, "GEMM", "attention", OTHER)
+FUSED, SUMS, OTHER = "fused regions", "their sums over rows", "other"
+KINDS = (FUSED, SUMS, "GEMM", "attention", OTHER)
 MOVES = "only transposing"
 _VIEWS = "clone|permute|transpose|t|unsafe_view|view|reshape|contiguous|expand|unsqueeze|squeeze"
 
 
 def kind_of(kernel: str) -> str:
     """What a kernel of the compiled step is, by its name."""
-    ours = re.match(r"fp8_\w*?(_amax|_sums|)(_\d+)?$", kernel)
+    ours = re.match(r"fp8_\w*?(_sums|)(_\d+)?$", kernel)
     if ours:
-        return {"_amax": SEARCH, "_sums": SUMS, "": FUSED}[ours[1]]
+        return {"_sums": SUMS, "": FUSED}[ours[1]]
     category = category_of(kernel)
     return category if category in KINDS else OTHER
 
@@ -382,14 +382,13 @@ def measure_region(row: Row, gm: fx.GraphModule, device: torch.device) -> None:
 
 
 def time_region(row: Row, region: Region, device: torch.device) -> None:
-    """Time the kernels, the search for amax, and Inductor's code, all in turns."""
+    """Time the kernels and Inductor's code in turns."""
     count = min(200, max(20, int(TRAIN_BYTES / row.bytes)))
     sets = [random_inputs(region, device) for _ in range(copies_beyond_cache(row.bytes, count))]
     launches = [prepare(region.gm, inputs)[0] for inputs in sets]
-    assert all(len(each) == 1 + row.kernels for each in launches)
+    assert all(len(each) == row.kernels for each in launches)
     calls: dict[str, list[Callable[[], object]]] = {
-        "fp8": [partial(run_all, each[1:]) for each in launches],
-        "search": [partial(run, each[0]) for each in launches],
+        "fp8": [partial(run_all, each) for each in launches],
     }
     if row.bytes >= MIN_FOR_INDUCTOR:
         compiled, row.inductor_kernels = compile_with_inductor(region.gm, sets[0])
@@ -486,7 +485,7 @@ def print_all(results: Results, job: Job, console: Console) -> None:
     console.print(regions_table(results))
     if any(verdict(row) == NOT_RUN for row in results.rows):
         say(f"{NOT_RUN}: only the graph was; the kernels take a GPU or Triton's interpreter\n")
-    say("Launches per layer" + about_search(results.rows))
+    say("Launches per layer")
     console.print(launches_table(results, job.layers))
     if results.gemms:
         say("TFLOP/s per GEMM, " + about_ratios(results.gemms))
@@ -556,11 +555,6 @@ def sum_per_layer(rows: list[Row]) -> Row:
         inductor_kernels=round(in_inductor) if "inductor" in complete else None,
         us={who: total(row.us[who] for row in rows) for who in complete},
     )
-
-
-def about_search(rows: list[Row]) -> str:
-    us = sum_per_layer(rows).us.get("search")
-    return "" if us is None else f" (the search for amax finds nothing to do, in {us:.0f} us)"
 
 
 def launches_table(results: Results, layers: int) -> Table:

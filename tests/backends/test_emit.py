@@ -219,7 +219,7 @@ def test_every_tile(name: str) -> None:
         assert_close(case.run(tile), expected)
 
 
-# One for each way in which the kernel that finds the amax differs.
+# One for each way in which the search for the amax differs.
 KINDS = ("plain", "layer_norm_rows", "norm_of_sum", "swiglu_backward", "qkv_rows")
 
 
@@ -228,6 +228,15 @@ KINDS = ("plain", "layer_norm_rows", "norm_of_sum", "swiglu_backward", "qkv_rows
 def test_without_a_scale_the_current_one_is_used(name: str, scales: list[float] | None) -> None:
     case = make(name, scales)
     assert_close(case.run(), case.oracle())
+
+
+def test_the_search_for_amax_is_left_out_where_every_scale_is_known() -> None:
+    text = emit(make("plain", [30.0, 700.0]).region).text
+    assert re.search(
+        r"known = \(tl.load\(scale_0_ptr\) > 0\)\n    if not known:\n        _search\(", text
+    )
+    always = emit(make("plain", None).region).text
+    assert "known" not in always and re.search(r"\n    _search\(", always)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -325,7 +334,8 @@ def test_a_function_loads_each_input_once(name: str) -> None:
 def functions_of(case: Case) -> dict[str, str]:
     """The emitted functions that compute values, by name."""
     text = emit(case.region).text
-    return dict(re.findall(r"def (_\w+)\(.*?\):\n(.*?)\n\n", text, re.DOTALL))
+    found = re.findall(r"def (_\w+)\(.*?\):\n(.*?)\n\n", text, re.DOTALL)
+    return {name: body for name, body in found if name != "_search"}
 
 
 def test_sums_over_rows_come_from_functions_of_their_own() -> None:

@@ -43,11 +43,25 @@ def test_the_file_is_kept_and_says_what_was_emitted(
 ) -> None:
     monkeypatch.setattr(fused, "cache_folder", lambda: tmp_path)
     source = emit_once(scaled(0).region)
-    load.cache_clear()
     module = load(source.text)
-    (file,) = (tmp_path / "kernels").iterdir()
+    (file,) = [path for path in (tmp_path / "kernels").iterdir() if path.is_file()]
     assert file.read_text() == source.text and module.__file__ == str(file)
-    assert hasattr(module, source.name) and hasattr(module, source.amax_name)
+    assert hasattr(module, source.name)
+    assert load(source.text) is module
+
+
+def test_a_file_that_was_deleted_is_written_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Inductor reads a kernel's source from its file, also in later compiles of the process."""
+    text = emit_once(scaled(0).region).text
+    for name in ("first", "second"):  # as when a cache folder is cleared, or another is chosen
+        monkeypatch.setattr(fused, "cache_folder", lambda name=name: tmp_path / name)
+        file = Path(str(load(text).__file__))
+        assert file.is_relative_to(tmp_path / name) and file.read_text() == text
+    file.unlink()
+    load(text)
+    assert file.read_text() == text
 
 
 def _load_in_a_process(arguments: tuple[str, Path]) -> int:

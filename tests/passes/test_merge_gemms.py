@@ -66,9 +66,9 @@ def test_one_gemm_in_each_direction() -> None:
 w1 : bf16[64, 32]
 x : bf16[16, 32]
 w2 : bf16[48, 32]
-scale : f32[6]
-amax_fwd : f32[6]
-amax_bwd : f32[6]
+scale : f32[8]
+amax_fwd : f32[8]
+amax_bwd : f32[8]
 tangents_1 : bf16[16, 64]
 tangents_2 : bf16[16, 48]
 w1_cat : bf16[112, 32] = aten.cat([w1, w2])

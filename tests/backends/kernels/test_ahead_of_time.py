@@ -118,9 +118,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
             yield f"cast {copies} {tile}", cast_launch(case, tile)
     for x in (BF16, F16, F32):
         case = cast(x, E5M2, copies="row transposed", delayed=False)
-        amax, both = prepare(case.gm, case.inputs)[0]
-        yield f"amax {x}", amax
-        yield f"cast e5m2 {x}", both
+        yield f"cast e5m2 {x}", cast_launch(case, tiles(case.region)[0])
     yield from region_launches()
     state = [meta(7), meta(7), meta(7), meta(16, 7), meta(7, dtype=torch.int32), meta(7)]
     yield "update_scales", update_scales_launch(*state, 3, slots=7, history_len=16)
@@ -235,13 +233,14 @@ def _accesses(ptx: str, instruction: str) -> list[int]:
 
 
 def test_casts_read_x_once_in_wide_loads(reports: dict[str, Report]) -> None:
+    """And once more in the search for amax, which mostly does not run."""
     for name, report in reports.items():
         if name.startswith("cast"):
             x_bytes = 4 if "float32" in name else 2
             loads = _accesses(report["ptx"], "ld")
             wide = [size for size in loads if size >= 8]
-            assert sum(wide) == report["elements_per_thread"] * x_bytes, name
-            assert len(loads) - len(wide) <= 2, f"{name}: more than the scale and the amax"
+            assert sum(wide) == 2 * report["elements_per_thread"] * x_bytes, name
+            assert len(loads) - len(wide) <= 3, f"{name}: more than the scale, twice, and the amax"
 
 
 def test_casts_write_in_wide_stores(reports: dict[str, Report]) -> None:
@@ -262,7 +261,7 @@ def test_regions_store_transposed_copies_in_wide_stores(reports: dict[str, Repor
         (main,) = (
             r
             for n, r in reports.items()
-            if n.startswith(f"region {name} ") and not n.endswith(("_amax", "_sums"))
+            if n.startswith(f"region {name} ") and not n.endswith("_sums")
         )
         stores = _accesses(main["ptx"], "st")
         assert sum(s for s in stores if s == 16) >= main["elements_per_thread"], name
