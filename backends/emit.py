@@ -4,7 +4,8 @@ The source is what a person would write for the region: functions that compute t
 (see ``values``), and a kernel that computes and stores one tile per program. Where the scale of a
 cast is not known yet, the programs first find the amax together, before any of them casts. Where
 values depend on sums over rows, a program computes whole rows; but a transposed copy wants tiles
-that are higher than wide, and the sums then come from a kernel of their own.
+that are higher than wide, and the sums then come from a kernel of their own. Sums over columns are
+left by every program in part; the last one of those that share columns adds them up.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def bytes_written(region: Region) -> sympy.Expr:
 
 
 _DEVICE_FUNCTIONS = (
+    "column_sum",
     "inside",
     "magnitude_bits",
     "quantize_groups",
@@ -184,7 +186,7 @@ class _Writer:
             lines += getattr(self, f"_store_{result.kind}")(result, variable)
         for i, cast in enumerate(self.region.casts):
             lines += self._track(i, cast)
-        return lines
+        return lines + self._complete_sums()
 
     def _results(self, sets: Sequence[str]) -> list[str]:
         """Call the last function, or the one of the part that the tile lies in."""
@@ -268,11 +270,26 @@ class _Writer:
     def _store_sum(self, result: Result, variable: str) -> list[str]:
         """One row of partial sums per row of tiles."""
         terms = [f"inside({_named(variable, a)}, {_named('in_m', a)}, EVEN)" for a in self.sets]
-        pointer = f"sum_{result.index}_ptr + (tile_m * N + cols)"
+        pointer = f"partial_{result.index}_ptr + (tile_m * N + cols)"
         return [
             f"col_sum = tl.sum({' + '.join(terms)}, axis=0)",
             f"tl.store({pointer}, col_sum[None, :], mask=in_n)",
         ]
+
+    def _complete_sums(self) -> list[str]:
+        """The last program of a column of tiles adds up what all of them have stored."""
+        if not self.region.sums:
+            return []
+        lines = [
+            "tl.debug_barrier()  # all of this program's partial sums are stored",
+            f"before = tl.atomic_add(words_ptr + {first_counter(self.region)} + tile_n, 1)",
+            "tiles_m = tl.cdiv(M, BLOCK_M)",
+            "if before == tiles_m - 1:",
+        ]
+        for i in range(len(self.region.sums)):
+            lines.append(f"    total = column_sum(partial_{i}_ptr, tiles_m, cols, in_n, N)")
+            lines.append(f"    tl.store(sum_{i}_ptr + cols, total, mask=in_n)")
+        return lines
 
     def _store_cast(self, result: Result, variable: str) -> list[str]:
         i, cast = result.index, self.region.casts[result.index]
@@ -334,9 +351,10 @@ class _Writer:
         return [f"{node.name}_ptr" for node in self.region.inputs] + self.sizes
 
     def _read(self) -> list[str]:
-        """What the values of a tile are computed from, and the words of the search for amax."""
+        """What the values of a tile are computed from, and the words that programs share."""
         totals = ["totals_ptr"] if self.region.sums_apart else []
-        return [*self._inputs(), *totals, *(["search_ptr"] if self.region.casts else [])]
+        words = ["words_ptr"] if self.region.casts or self.region.sums else []
+        return [*self._inputs(), *totals, *words]
 
     def _output_arguments(self) -> list[str]:
         casts = list(enumerate(self.region.casts))
@@ -346,7 +364,8 @@ class _Writer:
         for i in range(len(self.region.groups)):
             names += [f"q_{i}_ptr", f"group_scale_inv_{i}_ptr"]
         names += [f"value_{i}_ptr" for i in range(len(self.region.values))]
-        return names + [f"sum_{i}_ptr" for i in range(len(self.region.sums))]
+        sums = range(len(self.region.sums))
+        return names + [f"{name}_{i}_ptr" for i in sums for name in ("partial", "sum")]
 
     # --- the search for amax -------------------------------------------------------------------
 
@@ -362,7 +381,7 @@ class _Writer:
     def search(self) -> str:
         """The function in which all programs find the amax of every cast before any goes on.
 
-        ``search_ptr``, zero at first: how many tiles are taken, how many are done, and the bits of
+        ``words_ptr``, zero at first: how many tiles are taken, how many are done, and the bits of
         each cast's amax. A program takes tiles as long as there are any, so that those that
         run never wait for one that does not run yet.
         """
@@ -370,11 +389,11 @@ class _Writer:
             *self._extent(),
             "tiles_n = tl.cdiv(N, BLOCK_N)",
             "tiles = tl.cdiv(M, BLOCK_M) * tiles_n",
-            "tile = tl.atomic_add(search_ptr, 1)",
+            "tile = tl.atomic_add(words_ptr, 1)",
             "while tile < tiles:",
             *(f"    {line}" for line in self._search_tile()),
             f"    tl.atomic_add({_DONE}, 1)",
-            "    tile = tl.atomic_add(search_ptr, 1)",
+            "    tile = tl.atomic_add(words_ptr, 1)",
             f"while tl.atomic_add({_DONE}, 0) < tiles:",
             "    pass",
         ]
@@ -390,12 +409,17 @@ class _Writer:
         return lines
 
 
-_DONE = "search_ptr + 1"
+_DONE = "words_ptr + 1"
+
+
+def first_counter(region: Region) -> int:
+    """Where the counters of programs that share columns begin, behind the words of the search."""
+    return 2 + len(region.casts) if region.casts else 0
 
 
 def _found(i: int) -> str:
     """Where the search for amax leaves what it has found for a cast."""
-    return f"search_ptr + {2 + i}"
+    return f"words_ptr + {2 + i}"
 
 
 def _named(name: str, letter: str) -> str:

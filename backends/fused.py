@@ -22,11 +22,9 @@ from ..internals import cache_folder
 from ..ir import args_of, format_graph
 from ..ops import GROUP
 from ..regions import shape_of
-from .emit import Source, emit
+from .emit import Source, emit, first_counter
 from .kernels.launch import Launch, run
 from .region import Cast, Region
-
-SEARCH_WORDS = 2  # int32, besides one for each cast: what the search for amax keeps
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,12 @@ def _whole_rows(region: Region) -> list[Tile]:
     size = rows * whole
     warps = [min(16, max(1, size // per_warp)) for per_warp in (1024, 512, 2048)]
     return [Tile(rows, whole, count) for count in dict.fromkeys(warps)]
+
+
+def word_count(region: Region, tile: Tile) -> int:
+    """The zeroed int32 through which the programs of a launch find an amax and complete sums."""
+    counters = _cdiv(int(region.space.n), tile.block_n) if region.sums else 0
+    return first_counter(region) + counters
 
 
 def launches(
@@ -169,7 +173,7 @@ def prepare(
     """The launches of a region on real tensors, and the tensors that they will write.
 
     ``inputs``: by the names of the submodule's placeholders. The tensors have the names of the
-    nodes that the submodule returns; sums over columns are not complete, see ``run_region``.
+    nodes that the submodule returns.
     """
     region = Region.of(gm)
     source = emit_once(region)
@@ -178,8 +182,8 @@ def prepare(
     device = next(iter(inputs.values())).device
     tensors: dict[str, Any] = {node.name: inputs[node.name] for node in region.inputs}
     results: dict[str, Tensor] = {}
-    words = SEARCH_WORDS + len(region.casts)
-    tensors["search"] = torch.zeros(words, dtype=torch.int32, device=device)
+    words = word_count(region, tile)
+    tensors["words"] = torch.zeros(words, dtype=torch.int32, device=device)
     for i, cast in enumerate(region.casts):
         tensors |= _cast_tensors(i, cast, inputs, device, results)
     for i, group in enumerate(region.groups):
@@ -191,8 +195,8 @@ def prepare(
         results[node.name] = torch.empty(tuple(value.shape), dtype=value.dtype, device=device)
         tensors[f"value_{i}"] = results[node.name]
     for i, node in enumerate(region.sums):
-        results[node.name] = torch.empty(_cdiv(m, tile.block_m), n, device=device)
-        tensors[f"sum_{i}"] = results[node.name]
+        tensors[f"partial_{i}"] = torch.empty(_cdiv(m, tile.block_m), n, device=device)
+        results[node.name] = tensors[f"sum_{i}"] = _empty_like(node, device)
     tensors["totals"] = torch.empty(source.totals * m, device=device)
     return launches(region, source, tensors, {}, m=m, n=n, tile=tile), results
 
@@ -204,9 +208,6 @@ def run_region(
     to_run, results = prepare(gm, inputs, tile=tile)
     for launch in to_run:
         run(launch)
-    for node in Region.of(gm).sums:
-        value = node.meta["val"]
-        results[node.name] = results[node.name].sum(0).reshape(value.shape).to(value.dtype)
     return results
 
 

@@ -21,7 +21,7 @@ from ..errors import PassError
 from ..internals import emit_kernel_launch, emit_materialized
 from ..ir import SCALED_MM, TRACK_AMAX, args_of, aten, emit, evaluate, size_expr, value_key
 from ..regions import hint
-from .fused import SEARCH_WORDS, emit_once, launches, tiles
+from .fused import emit_once, launches, tiles, word_count
 from .kernels.launch import Launch
 from .kernels.scaled_mm import scaled_mm_launch
 from .kernels.update_scales import update_scales
@@ -58,7 +58,7 @@ class _Lowering:
         self.graph = gm.graph
         self.sources: dict[str, str] = {}
         self._tracked = self._take_tracking()  # amax getitem -> the state's amax tensor
-        self._searched = 0  # words of the buffer below that are taken
+        self._taken = 0  # of the words below
         self._materialized: set[fx.Node] = set()
         regions = [
             (node, Region.of(_submodule(gm, node)))
@@ -69,9 +69,8 @@ class _Lowering:
         if regions:
             with self.graph.inserting_before(regions[0][0]):
                 like = regions[0][0].all_input_nodes[0]
-                words = sum(_search_words(region) for _, region in regions)
-                # Zeros, where the amax of casts without a scale is collected.
-                self._search = self._empty((words,), torch.int32, like, 0)
+                words = sum(_words(region) for _, region in regions)
+                self._zeros = self._empty((words,), torch.int32, like, 0)
 
     def _take_tracking(self) -> dict[fx.Node, fx.Node]:
         tracked: dict[fx.Node, fx.Node] = {}
@@ -96,8 +95,8 @@ class _Lowering:
         with self.graph.inserting_before(call):
             m, n = (self._extent(size, call) for size in (region.space.m, region.space.n))
             tensors: dict[str, Any] = {node.name: outer[node] for node in region.inputs}
-            if region.casts:
-                tensors["search"] = self._search_buffer(region)
+            if _words(region):
+                tensors["words"] = self._words(region)
             for i, cast in enumerate(region.casts):
                 tensors |= self._cast_tensors(i, cast, call, outer, items)
             for i, group in enumerate(region.groups):
@@ -108,7 +107,8 @@ class _Lowering:
             for i in range(len(region.sums)):
                 rows = (_proxy(m) + tile.block_m - 1) // tile.block_m
                 like = outer[region.inputs[0]]
-                tensors[f"sum_{i}"] = self._empty((_unwrap(rows), n), torch.float32, like)
+                tensors[f"partial_{i}"] = self._empty((_unwrap(rows), n), torch.float32, like)
+                tensors[f"sum_{i}"] = self._buffer(region.sums[i], call)
             if region.sums_apart:
                 rows = _unwrap(_proxy(m) * source.totals)
                 tensors["totals"] = self._empty((rows,), torch.float32, outer[region.inputs[0]])
@@ -149,11 +149,11 @@ class _Lowering:
                 tensors[f"{output}_{i}"] = self._buffer(node, call)
         return tensors
 
-    def _search_buffer(self, region: Region) -> fx.Node:
-        """A region's part of the words for the search for amax."""
-        first, self._searched = self._searched, self._searched + _search_words(region)
-        args = (self._search, 0, first, self._searched)
-        return emit(self.graph, aten.slice.Tensor, args, f"search_{first}")
+    def _words(self, region: Region) -> fx.Node:
+        """A region's part of the zeroed words."""
+        first, self._taken = self._taken, self._taken + _words(region)
+        args = (self._zeros, 0, first, self._taken)
+        return emit(self.graph, aten.slice.Tensor, args, f"words_{first}")
 
     def _buffer(self, value: fx.Node, call: fx.Node) -> fx.Node:
         """An empty tensor for one of a region's outputs."""
@@ -176,15 +176,7 @@ class _Lowering:
                 items[value].replace_all_uses_with(tensors[f"value_{i}"])
         for i, node in enumerate(region.sums):
             if node in items:
-                items[node].replace_all_uses_with(self._total(tensors[f"sum_{i}"], node))
-
-    def _total(self, partials: fx.Node, node: fx.Node) -> fx.Node:
-        """The sum over columns from its partial sums, a row for each row of tiles."""
-        value = node.meta["val"]
-        total = emit(self.graph, aten.sum.dim_IntList, (partials, [0]), f"{partials}_total")
-        shaped = emit(self.graph, aten.reshape.default, (total, list(value.shape)), "shaped")
-        convert = torch.ops.prims.convert_element_type.default
-        return emit(self.graph, convert, (shaped, value.dtype), "converted")
+                items[node].replace_all_uses_with(tensors[f"sum_{i}"])
 
     def _extent(self, expr: Any, before: fx.Node) -> Any:
         """A size as a number, or as a node of the graph that can be used ``before`` another."""
@@ -306,9 +298,8 @@ class _Lowering:
         return emit(self.graph, aten.sym_stride.int, (tensor, dim), f"{tensor}_stride_{dim}")
 
 
-def _search_words(region: Region) -> int:
-    words = SEARCH_WORDS + len(region.casts) if region.casts else 0
-    return triton.cdiv(words, _ALIGNED) * _ALIGNED
+def _words(region: Region) -> int:
+    return triton.cdiv(word_count(region, tiles(region)[0]), _ALIGNED) * _ALIGNED
 
 
 def _submodule(gm: fx.GraphModule, call: fx.Node) -> fx.GraphModule:

@@ -202,7 +202,7 @@ class Contender:
         loss = self.workload.loss(self.compiled(**self.workload.inputs))
         loss.backward(self.workload.grad_output)
         if self.updates_scales:
-            fp8compile.update_scales(self.model)  # an optimizer would do this in its step()
+            fp8compile.update_scales()  # an optimizer would do this in its step()
 
     def output(self) -> Tensor:
         """From the code of the training step: without grad mode, another would be compiled."""
