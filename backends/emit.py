@@ -43,10 +43,7 @@ def emit(region: Region) -> Source:
     values = Values(region)
     name = kernel_name(region)
     writer = _Writer(region, values)
-    functions = [function.text() for function in (*values.sums, *values.last)]
-    if region.casts:
-        functions.append(writer.search())
-    parts = [_header(region, name), *functions, writer.main(name)]
+    parts = [f'"""{describe(region, name)}\n"""', IMPORTS, *writer.functions(), writer.main(name)]
     if region.sums_apart:
         parts.append(writer.sums(f"{name}_sums"))
     return Source(
@@ -55,6 +52,23 @@ def emit(region: Region) -> Source:
         symbols=sorted(values.symbols, key=str),
         totals=len(values.totals),
     )
+
+
+@dataclass(frozen=True)
+class PartSource:
+    """A region as a function of a launch that others share: ``name(tile, *arguments)``."""
+
+    name: str
+    arguments: list[str]
+    text: str
+
+
+def emit_part(region: Region, suffix: str) -> PartSource:
+    """The functions of a region that needs one launch; ``suffix`` tells it from others."""
+    writer = _Writer(region, Values(region, suffix))
+    name = f"_region{suffix}"
+    text = "\n\n\n".join([*writer.functions(), writer.part(name)])
+    return PartSource(name, writer.arguments(), text)
 
 
 def kernel_name(region: Region) -> str:
@@ -107,23 +121,23 @@ _DEVICE_FUNCTIONS = (
     "store_transposed",
     "tile_amax",
 )
+IMPORTS = (
+    "import triton\nimport triton.language as tl\n\n"
+    "from fp8compile.backends.kernels.device import (\n"
+    + "".join(f"    {function},\n" for function in _DEVICE_FUNCTIONS)
+    + ")"
+)
 
 
-def _header(region: Region, name: str) -> str:
+def describe(region: Region, name: str) -> str:
+    """What a region moves and computes, for the head of its file."""
     read, written = bytes_read(region), bytes_written(region)
     text = re.sub(r"(fp8\.quantize\(\w+, \w+), \d+", r"\1, slot", format_graph(region.gm))
     body = "\n".join(f"    {line}" for line in text.splitlines())
     once = "each byte once"
     if region.sums_apart:
         once += ", and before that what the sums over rows are made of"
-    return (
-        f'"""{name}: reads {_size(read)}, writes {_size(written)}, {once}.\n\n'
-        f'{body}\n"""\n\n'
-        "import triton\nimport triton.language as tl\n\n"
-        "from fp8compile.backends.kernels.device import (\n"
-        + "".join(f"    {function},\n" for function in _DEVICE_FUNCTIONS)
-        + ")"
-    )
+    return f"{name}: reads {_size(read)}, writes {_size(written)}, {once}.\n\n{body}"
 
 
 def _size(count: sympy.Expr) -> str:
@@ -142,16 +156,22 @@ class _Writer:
 
     # --- the kernels ---------------------------------------------------------------------------
 
+    def functions(self) -> list[str]:
+        """What the kernels call."""
+        found = [function.text() for function in (*self.values.sums, *self.values.last)]
+        return [*found, self._search()] if self.region.casts else found
+
     def main(self, name: str) -> str:
         """The kernel that computes and stores one tile per program."""
-        lines = [*self._extent(), "tiles_n = tl.cdiv(N, BLOCK_N)"]
+        tile = "tile = tl.program_id(0)"
         if self.region.sums_apart:
             # Backwards: what the kernel before this one has read last is still in the cache.
-            lines.append("tile = tl.num_programs(0) - 1 - tl.program_id(0)")
-        else:
-            lines.append("tile = tl.program_id(0)")
-        lines += ["tile_m = tile // tiles_n", "tile_n = tile % tiles_n", *self._tile()]
-        return _function(name, [*self._read(), *self._output_arguments()], lines)
+            tile = "tile = tl.num_programs(0) - 1 - tl.program_id(0)"
+        return _function(name, self.arguments(), [tile, *self._tile()])
+
+    def part(self, name: str) -> str:
+        """The same as a function of a kernel whose programs other regions share."""
+        return _function(name, ["tile", *self.arguments()], self._tile())
 
     def sums(self, name: str) -> str:
         """The kernel that sums over whole rows, for one that computes tiles of columns."""
@@ -176,7 +196,9 @@ class _Writer:
 
     def _tile(self) -> list[str]:
         """Compute the results of one tile and store them."""
-        lines = [*self._first(), *self._rows(self.sets), *self._cols()]
+        lines = [*self._extent(), "tiles_n = tl.cdiv(N, BLOCK_N)"]
+        lines += ["tile_m = tile // tiles_n", "tile_n = tile % tiles_n"]
+        lines += [*self._first(), *self._rows(self.sets), *self._cols()]
         lines += self._search_if_needed()
         for i, cast in enumerate(self.region.casts):
             lines += self._scale(i, cast)
@@ -356,9 +378,10 @@ class _Writer:
         words = ["words_ptr"] if self.region.casts or self.region.sums else []
         return [*self._inputs(), *totals, *words]
 
-    def _output_arguments(self) -> list[str]:
+    def arguments(self) -> list[str]:
+        """What a kernel takes, besides the extent of its tiles."""
         casts = list(enumerate(self.region.casts))
-        names = [f"scale_{i}_ptr" for i, cast in casts if cast.is_delayed]
+        names = self._read() + [f"scale_{i}_ptr" for i, cast in casts if cast.is_delayed]
         for i, cast in casts:
             names += [f"{output}_{i}_ptr" for output in cast.outputs]
         for i in range(len(self.region.groups)):
@@ -372,13 +395,17 @@ class _Writer:
     def _search_if_needed(self) -> list[str]:
         if not self.region.casts:
             return []
-        call = f"_search({', '.join([*self._read(), 'BLOCK_M', 'BLOCK_N'])})"
+        call = f"{self._search_name}({', '.join([*self._read(), 'BLOCK_M', 'BLOCK_N'])})"
         if not all(cast.is_delayed for cast in self.region.casts):
             return [call]
         scales = [f"(tl.load(scale_{i}_ptr) > 0)" for i in range(len(self.region.casts))]
         return [f"known = {' & '.join(scales)}", "if not known:", f"    {call}"]
 
-    def search(self) -> str:
+    @property
+    def _search_name(self) -> str:
+        return f"_search{self.values.suffix}"
+
+    def _search(self) -> str:
         """The function in which all programs find the amax of every cast before any goes on.
 
         ``words_ptr``, zero at first: how many tiles are taken, how many are done, and the bits of
@@ -397,7 +424,7 @@ class _Writer:
             f"while tl.atomic_add({_DONE}, 0) < tiles:",
             "    pass",
         ]
-        return _function("_search", self._read(), lines)
+        return _function(self._search_name, self._read(), lines)
 
     def _search_tile(self) -> list[str]:
         lines = ["tile_m = tile // tiles_n", "tile_n = tile % tiles_n", *self._first()]
@@ -426,7 +453,7 @@ def _named(name: str, letter: str) -> str:
     return f"{name}_{letter}" if letter else name
 
 
-def _function(name: str, arguments: list[str], lines: list[str]) -> str:
+def _function(name: str, arguments: Sequence[str], lines: Sequence[str]) -> str:
     head = [f"    {argument}," for argument in arguments]
     head += [f"    {constant}: tl.constexpr," for constant in ("BLOCK_M", "BLOCK_N")]
     body = [f"    {line}" for line in lines]

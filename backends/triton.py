@@ -18,9 +18,10 @@ from torch import fx
 
 from .. import ops
 from ..errors import PassError
-from ..internals import emit_kernel_launch, emit_materialized
+from ..internals import emit_kernel_launch, emit_materialized, is_primal
 from ..ir import SCALED_MM, TRACK_AMAX, args_of, aten, emit, evaluate, size_expr, value_key
 from ..regions import hint
+from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
 from .fused import emit_once, launches, tiles, word_count
 from .kernels.launch import Launch
 from .kernels.scaled_mm import scaled_mm_launch
@@ -36,8 +37,9 @@ ops.update_scales.register_kernel("cuda", update_scales)  # one launch instead o
 def lower_to_triton(gm: fx.GraphModule) -> dict[str, str]:
     """Lower every region and ``fp8::scaled_mm``, in place; returns the kernels' source by name."""
     lowering = _Lowering(gm)
+    bundled = lowering.bundle_weights()
     for node in list(gm.graph.nodes):
-        if node.op == "call_module":
+        if node.op == "call_module" and node not in bundled:
             lowering.region(node)
         elif node.target is SCALED_MM:
             lowering.scaled_mm(node)
@@ -88,22 +90,12 @@ class _Lowering:
         region = self._regions[call]
         source = emit_once(region)
         tile = tiles(region)[0]
-        outer = dict(zip(region.gm.graph.find_nodes(op="placeholder"), args_of(call), strict=True))
-        items = self._items(call, region)
+        outer, items = _outer(call, region), self._items(call, region)
         for node in region.inputs:
             self._materialize(value_key(outer[node])[0])
         with self.graph.inserting_before(call):
             m, n = (self._extent(size, call) for size in (region.space.m, region.space.n))
-            tensors: dict[str, Any] = {node.name: outer[node] for node in region.inputs}
-            if _words(region):
-                tensors["words"] = self._words(region)
-            for i, cast in enumerate(region.casts):
-                tensors |= self._cast_tensors(i, cast, call, outer, items)
-            for i, group in enumerate(region.groups):
-                tensors[f"q_{i}"] = self._buffer(group.outputs["q"], call)
-                tensors[f"group_scale_inv_{i}"] = self._buffer(group.outputs["scale_inv"], call)
-            for i, value in enumerate(region.values):
-                tensors[f"value_{i}"] = self._buffer(value, call)
+            tensors = self._tensors(call, region, outer, items)
             for i in range(len(region.sums)):
                 rows = (_proxy(m) + tile.block_m - 1) // tile.block_m
                 like = outer[region.inputs[0]]
@@ -119,6 +111,52 @@ class _Lowering:
                 self._launch(launch)
             self._replace_outputs(region, items, tensors)
         self._keep_source(source.name, source.text)
+
+    def bundle_weights(self) -> set[fx.Node]:
+        """Casts of weights that are small -> a launch for several; returns their calls."""
+        calls = {
+            region: call
+            for call, region in self._regions.items()
+            if can_share(region) and all(is_primal(node) for node in _read(call, region))
+        }
+        done: set[fx.Node] = set()
+        for regions in bundles(calls):
+            if len(regions) > 1:
+                self._bundle([calls[region] for region in regions], regions)
+                done.update(calls[region] for region in regions)
+        return done
+
+    def _bundle(self, calls: Sequence[fx.Node], regions: Sequence[Region]) -> None:
+        bundle = emit_bundle(regions)
+        tensors: dict[str, Any] = {}
+        with self.graph.inserting_before(calls[0]):
+            for index, (call, region) in enumerate(zip(calls, regions, strict=True)):
+                items = self._items(call, region)
+                own = self._tensors(call, region, _outer(call, region), items)
+                tensors |= {f"{prefix(index)}{name}": tensor for name, tensor in own.items()}
+                self._replace_outputs(region, items, own)
+            self._launch(bundle_launch(bundle, tensors))
+        self._keep_source(NAME, bundle.text)
+
+    def _tensors(
+        self,
+        call: fx.Node,
+        region: Region,
+        outer: dict[fx.Node, fx.Node],
+        items: dict[fx.Node, fx.Node],
+    ) -> dict[str, Any]:
+        """What a region reads and writes, by the names of its kernel's arguments, without sums."""
+        tensors: dict[str, Any] = {node.name: outer[node] for node in region.inputs}
+        if _words(region):
+            tensors["words"] = self._words(region)
+        for i, cast in enumerate(region.casts):
+            tensors |= self._cast_tensors(i, cast, call, outer, items)
+        for i, group in enumerate(region.groups):
+            tensors[f"q_{i}"] = self._buffer(group.outputs["q"], call)
+            tensors[f"group_scale_inv_{i}"] = self._buffer(group.outputs["scale_inv"], call)
+        for i, value in enumerate(region.values):
+            tensors[f"value_{i}"] = self._buffer(value, call)
+        return tensors
 
     def _items(self, call: fx.Node, region: Region) -> dict[fx.Node, fx.Node]:
         """The nodes of this graph that stand for what the region's graph returns."""
@@ -296,6 +334,16 @@ class _Lowering:
         if isinstance(stride, int):
             return stride
         return emit(self.graph, aten.sym_stride.int, (tensor, dim), f"{tensor}_stride_{dim}")
+
+
+def _outer(call: fx.Node, region: Region) -> dict[fx.Node, fx.Node]:
+    """The nodes of the graph that a region's inputs stand for."""
+    return dict(zip(region.gm.graph.find_nodes(op="placeholder"), args_of(call), strict=True))
+
+
+def _read(call: fx.Node, region: Region) -> list[fx.Node]:
+    outer = _outer(call, region)
+    return [outer[node] for node in region.inputs]
 
 
 def _words(region: Region) -> int:

@@ -79,24 +79,26 @@ class Values:
     """The functions for a region's results.
 
     ``sums``: those that end in reductions over rows, in the order of their levels. ``last``: those
-    that return the results; one, or one for each branch of the region.
+    that return the results; one, or one for each branch of the region. ``suffix``: of their names,
+    which tells the regions of one file apart.
     """
 
-    def __init__(self, region: Region) -> None:
+    def __init__(self, region: Region, suffix: str = "") -> None:
         self.region = region
+        self.suffix = suffix
         self.totals: dict[tuple[fx.Node, str], Total] = {}
         self.symbols: set[sympy.Symbol] = set(region.space.size.free_symbols)
         self._names: set[str] = set()
         self._levels: dict[tuple[fx.Node, Position], int] = {}
         self._varying: dict[tuple[fx.Node, Position], set[sympy.Symbol]] = {}
         depth = max(self._level(r.node, r.position) for r in region.results)
-        self.sums = [Function(f"_sums_{i}", i) for i in range(depth)]
+        self.sums = [Function(f"_sums_{i}{suffix}", i) for i in range(depth)]
         for node, place in self._reductions():
             self._prepare(node, place)
         if region.branches:
             self.last = [self._branch(i, node) for i, (_, node) in enumerate(region.branches)]
         else:
-            self.last = [self._results(Function("_values", depth))]
+            self.last = [self._results(Function(f"_values{suffix}", depth))]
 
     def _results(self, function: Function) -> Function:
         for result in self.region.results:
@@ -107,7 +109,7 @@ class Values:
         return function
 
     def _branch(self, index: int, node: fx.Node) -> Function:
-        function = Function(f"_part_{index}", 0)
+        function = Function(f"_part_{index}{self.suffix}", 0)
         value = self._pull(function, node, (ROW, COL), ())
         function.returns.append(self._widened(function, value, node, (ROW, COL)))
         return function

@@ -99,6 +99,11 @@ def is_tangent(node: fx.Node) -> bool:
     return node.op == "placeholder" and node.name.startswith("tangents_")
 
 
+def is_primal(node: fx.Node) -> bool:
+    """Whether a forward's or backward's input is one of the model's: a parameter, mostly."""
+    return node.op == "placeholder" and node.name.startswith("primals_")
+
+
 def mutated_between_forward_and_backward(node: fx.Node) -> None:
     """Allow an input that is saved for backward to be written before backward runs."""
     node.meta["saved_tensor_with_no_vc_check"] = True

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fp8compile.backends.fused import Tile, run_region
+from fp8compile.backends.bundle import bundle_launch, emit_bundle, prefix, tile_of
+from fp8compile.backends.fused import Tile, prepare, run_region
+from fp8compile.backends.kernels.launch import Launch
 from fp8compile.backends.region import Region
 from fp8compile.passes import grow_regions
 from tests.helpers import trace_final
@@ -77,6 +79,18 @@ class _Calls(fx.Interpreter):
         names = [node.name for node in region.graph.find_nodes(op="placeholder")]
         self.cases.append(Case(region, dict(zip(names, args, strict=True))))
         return super().call_module(target, args, kwargs)
+
+
+def bundled(cases: list[Case]) -> tuple[Launch, list[dict[str, Tensor]]]:
+    """The launch that several regions share, and what it will write for each."""
+    tensors: dict[str, Any] = {}
+    results = []
+    for index, case in enumerate(cases):
+        (alone,), written = prepare(case.gm, case.inputs, tile=tile_of(case.region))
+        for name, tensor in alone.tensors.items():
+            tensors[prefix(index) + name.removesuffix("_ptr")] = tensor
+        results.append(written)
+    return bundle_launch(emit_bundle([case.region for case in cases]), tensors), results
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from fp8compile.backends.fused import Tile, prepare, tiles
 from fp8compile.backends.kernels.launch import Launch
 from fp8compile.backends.kernels.scaled_mm import TileConfig, candidates, scaled_mm_launch
 from fp8compile.backends.kernels.update_scales import update_scales_launch
-from tests.backends.common import Case, only_region
+from tests.backends.common import Case, bundled, only_region
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -120,6 +120,8 @@ def launches() -> Iterator[tuple[str, Launch]]:
         case = cast(x, E5M2, copies="row transposed", delayed=False)
         yield f"cast e5m2 {x}", cast_launch(case, tiles(case.region)[0])
     yield from region_launches()
+    cases = [cast(BF16, E4M3, copies=copies) for copies in ("row", "transposed", "row")]
+    yield "bundle", bundled(cases)[0]
     state = [meta(7), meta(7), meta(7), meta(16, 7), meta(7, dtype=torch.int32), meta(7)]
     yield "update_scales", update_scales_launch(*state, 3, slots=7, history_len=16)
 

@@ -1,0 +1,99 @@
+"""Several regions in one launch.
+
+The casts of weights wait for nothing, and every layer has four or so in forward and in backward.
+Where they are small, what a launch costs the host is more than what the kernel costs the GPU: so a
+few of them become one kernel, whose programs they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .emit import IMPORTS, PartSource, bytes_written, describe, emit_part
+from .fused import Tile, load, region_key, tiles
+from .kernels.launch import Launch
+from .region import Region
+
+MOST_REGIONS = 8
+MOST_BYTES = 32 * 2**20  # written by a bundle: they are alive from its first cast to its last GEMM
+_NUM_WARPS = 4
+NAME = "fp8_bundle"
+
+
+def bundles(regions: Iterable[Region]) -> list[list[Region]]:
+    """Group regions that may share a launch, in order; each is one for itself if it is large."""
+    found: list[list[Region]] = []
+    size = MOST_BYTES
+    for region in regions:
+        written = int(bytes_written(region))
+        if size + written > MOST_BYTES or len(found[-1]) == MOST_REGIONS:
+            found.append([])
+            size = 0
+        found[-1].append(region)
+        size += written
+    return found
+
+
+def can_share(region: Region) -> bool:
+    """Whether a region is one kernel of a fixed size, with a tile for the warps of a bundle."""
+    sizes = (region.space.m, region.space.n)
+    return (
+        all(size.is_number for size in sizes)
+        and not (region.sums or region.reduces or region.is_large)
+        and any(tile.num_warps == _NUM_WARPS for tile in tiles(region))
+    )
+
+
+def tile_of(region: Region) -> Tile:
+    """The tile of a region in a bundle."""
+    return next(tile for tile in tiles(region) if tile.num_warps == _NUM_WARPS)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The emitted file of a bundle, and how many programs it takes."""
+
+    text: str
+    programs: int
+
+
+def emit_bundle(regions: Sequence[Region]) -> Bundle:
+    """One kernel for all; regions that look alike share their functions."""
+    parts: dict[str, PartSource] = {}
+    heads, arguments, branches = [], [], []
+    first = 0
+    for index, region in enumerate(regions):
+        key = region_key(region)
+        if key not in parts:
+            parts[key] = emit_part(region, f"_{len(parts)}")
+            heads.append(describe(region, parts[key].name))
+        part, tile = parts[key], tile_of(region)
+        own = [f"{prefix(index)}{argument}" for argument in part.arguments]
+        arguments += own
+        given = ", ".join([f"program - {first}" if first else "program", *own])
+        programs = -(-int(region.space.m) // tile.block_m) * -(-int(region.space.n) // tile.block_n)
+        branches += [
+            f"    {'elif' if index else 'if'} program < {first + programs}:",
+            f"        {part.name}({given}, {tile.block_m}, {tile.block_n})",
+        ]
+        first += programs
+    kernel = ["@triton.jit", f"def {NAME}(", *(f"    {a}," for a in arguments), "):"]
+    kernel += ["    program = tl.program_id(0)", *branches]
+    functions = [part.text for part in parts.values()]
+    head = f'"""{NAME}: {len(regions)} regions.\n\n' + "\n\n".join(heads) + '\n"""'
+    return Bundle("\n\n\n".join([head, IMPORTS, *functions, "\n".join(kernel)]) + "\n", first)
+
+
+def prefix(index: int) -> str:
+    """What the names of a region's arguments begin with."""
+    return f"r{index}_"
+
+
+def bundle_launch(bundle: Bundle, tensors: Mapping[str, Any]) -> Launch:
+    """The launch of a bundle. ``tensors``: every pointer argument by name, without ``_ptr``."""
+    kernel = getattr(load(bundle.text), NAME)
+    chosen = {name: tensors[name.removesuffix("_ptr")] for name in kernel.arg_names}
+    grid = (bundle.programs, 1, 1)
+    return Launch(kernel, chosen, sizes={}, constants={}, grid=grid, num_warps=_NUM_WARPS)
