@@ -22,7 +22,7 @@ from ..internals import cache_folder
 from ..ir import args_of, format_graph
 from ..ops import GROUP
 from ..regions import shape_of
-from .emit import Source, emit, first_counter
+from .emit import Source, emit, search_apart, word_count
 from .kernels.launch import Launch, run
 from .region import Cast, Region
 
@@ -37,6 +37,11 @@ class Tile:
 
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_n}w{self.num_warps}"
+
+
+_SEARCH = Tile(32, 128, 4)
+_SEARCH_PROGRAMS = 4 * 132  # of an H100 SXM's or H200's multiprocessors
+_COLUMN_SUMS = Tile(64, 32, 4)  # of the rows of partial sums
 
 
 def tiles(region: Region) -> list[Tile]:
@@ -68,12 +73,6 @@ def _whole_rows(region: Region) -> list[Tile]:
     return [Tile(rows, whole, count) for count in dict.fromkeys(warps)]
 
 
-def word_count(region: Region, tile: Tile) -> int:
-    """The zeroed int32 through which the programs of a launch find an amax and complete sums."""
-    counters = _cdiv(int(region.space.n), tile.block_n) if region.sums else 0
-    return first_counter(region) + counters
-
-
 def launches(
     region: Region,
     source: Source,
@@ -84,8 +83,8 @@ def launches(
     n: Any,
     tile: Tile,
 ) -> list[Launch]:
-    """The launch of sums over rows, if they have a kernel of their own, and that of the kernel
-    that writes the results.
+    """The launches of a region, in order: sums over rows and the search for amax, if they have
+    kernels of their own; what writes the results; and what completes sums over columns.
 
     ``tensors`` holds every pointer argument of the emitted functions by name without ``_ptr``;
     ``sizes`` the values of symbolic sizes; ``m`` and ``n`` are the extent of the space.
@@ -96,8 +95,19 @@ def launches(
         rows = _whole_rows(region)[0]
         summing = getattr(module, source.sums_name)
         made.append(_launch(summing, tensors, sizes, rows, _cdiv(m, rows.block_m)))
-    programs = _cdiv(m, tile.block_m) * _cdiv(n, tile.block_n)
-    return [*made, _launch(getattr(module, source.name), tensors, sizes, tile, programs)]
+    if search_apart(region):
+        grid = _cdiv(m, _SEARCH.block_m) * _cdiv(n, _SEARCH.block_n)
+        programs = min(grid, _SEARCH_PROGRAMS) if isinstance(grid, int) else _SEARCH_PROGRAMS
+        search = getattr(module, source.amax_name)
+        made.append(_launch(search, tensors, sizes, _SEARCH, programs))
+    tiles_m = _cdiv(m, tile.block_m)
+    programs = tiles_m * _cdiv(n, tile.block_n)
+    made.append(_launch(getattr(module, source.name), tensors, sizes, tile, programs))
+    if region.sums:
+        completing = getattr(module, source.column_sums_name)
+        counted, programs = {**sizes, "tiles_m": tiles_m}, _cdiv(n, _COLUMN_SUMS.block_n)
+        made.append(_launch(completing, tensors, counted, _COLUMN_SUMS, programs))
+    return made
 
 
 def _launch(
@@ -182,8 +192,7 @@ def prepare(
     device = next(iter(inputs.values())).device
     tensors: dict[str, Any] = {node.name: inputs[node.name] for node in region.inputs}
     results: dict[str, Tensor] = {}
-    words = word_count(region, tile)
-    tensors["words"] = torch.zeros(words, dtype=torch.int32, device=device)
+    tensors["words"] = torch.zeros(word_count(region), dtype=torch.int32, device=device)
     for i, cast in enumerate(region.casts):
         tensors |= _cast_tensors(i, cast, inputs, device, results)
     for i, group in enumerate(region.groups):

@@ -22,7 +22,8 @@ from ..internals import emit_kernel_launch, emit_materialized, is_primal
 from ..ir import SCALED_MM, TRACK_AMAX, args_of, aten, emit, evaluate, size_expr, value_key
 from ..regions import hint
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
-from .fused import emit_once, launches, tiles, word_count
+from .emit import word_count
+from .fused import emit_once, launches, tiles
 from .kernels.launch import Launch
 from .kernels.scaled_mm import scaled_mm_launch
 from .kernels.update_scales import update_scales
@@ -347,7 +348,7 @@ def _read(call: fx.Node, region: Region) -> list[fx.Node]:
 
 
 def _words(region: Region) -> int:
-    return triton.cdiv(word_count(region, tiles(region)[0]), _ALIGNED) * _ALIGNED
+    return triton.cdiv(word_count(region), _ALIGNED) * _ALIGNED
 
 
 def _submodule(gm: fx.GraphModule, call: fx.Node) -> fx.GraphModule:

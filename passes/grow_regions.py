@@ -313,8 +313,6 @@ def _summed_position(node: fx.Node, value: fx.Node, space: Space) -> Position | 
     """The position of ``value`` where leading dimensions, all of a space's rows, are summed."""
     shape, count = shape_of(value), len(reduced_dims(node))
     rows, cols = sympy.prod(shape[:count]), sympy.prod(shape[count:])
-    if not cols.is_number:  # the programs count those that share columns, one counter a tile
-        return None
     if sympy.expand(rows - space.m) != 0 or sympy.expand(cols - space.n) != 0:
         return None
     return (*split(ROW, shape[:count]), *split(COL, shape[count:]))

@@ -158,18 +158,6 @@ def store_transposed(q_t_ptr, y0, y1, y2, y3, first_m, first_n, rows_left, cols_
 
 
 @triton.jit
-def column_sum(partial_ptr, rows, cols, in_n, N):
-    """The sum of `rows` rows of float32 `[rows, N]` that other programs have just stored."""
-    total = tl.zeros((32, cols.shape[1]), dtype=tl.float32)
-    for first in range(0, rows, 32):
-        row = first + tl.arange(0, 32)[:, None]
-        # Past the cache of this multiprocessor, which knows nothing of what others store.
-        at = partial_ptr + (row * N + cols)
-        total += tl.load(at, mask=(row < rows) & in_n, other=0.0, cache_modifier=".cg")
-    return tl.sum(total, axis=0)[None, :]
-
-
-@triton.jit
 def quantize_groups(x, FP8_MAX: tl.constexpr):
     """A tile ready to cast, with a scale per 128 elements of a row; and each scale's inverse."""
     ROWS: tl.constexpr = x.shape[0]

@@ -57,7 +57,7 @@ from training_step import Contender, Job, fp8, input_and_grad_output
 
 from fp8compile import compile as compiler
 from fp8compile.backends import TRITON
-from fp8compile.backends.emit import bytes_read, bytes_written
+from fp8compile.backends.emit import bytes_read, bytes_written, search_apart
 from fp8compile.backends.fused import emit_once, prepare, region_key, run_region
 from fp8compile.backends.kernels.launch import Launch, run
 from fp8compile.backends.region import Region
@@ -114,7 +114,8 @@ class Parts:
     def _add_region(self, gm: Any, way: str) -> None:
         region = Region.of(gm)
         self.regions.setdefault(region_key(region), Found(gm)).calls[way] += 1
-        self.launches[way] += Counter({FUSED: 1, SUMS: int(region.sums_apart)})
+        apart = {SUMS: region.sums_apart, SEARCH: search_apart(region), COLUMNS: region.sums}
+        self.launches[way] += Counter({FUSED: 1, **{k: int(bool(v)) for k, v in apart.items()}})
 
 
 def gemm_case(node: fx.Node) -> GemmCase:
@@ -155,17 +156,18 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 # ---- launches per layer --------------------------------------------------------------------------
-FUSED, SUMS, OTHER = "fused regions", "their sums over rows", "other"
-KINDS = (FUSED, SUMS, "GEMM", "attention", OTHER)
+FUSED, OTHER = "fused regions", "other"
+SUMS, SEARCH, COLUMNS = "their sums over rows", "search for amax", "sums over columns"
+KINDS = (FUSED, SUMS, SEARCH, COLUMNS, "GEMM", "attention", OTHER)
 MOVES = "only transposing"
 _VIEWS = "clone|permute|transpose|t|unsafe_view|view|reshape|contiguous|expand|unsqueeze|squeeze"
 
 
 def kind_of(kernel: str) -> str:
     """What a kernel of the compiled step is, by its name."""
-    ours = re.match(r"fp8_\w*?(_sums|)(_\d+)?$", kernel)
+    ours = re.match(r"fp8_\w*?(_amax|_column_sums|_sums|)(_\d+)?$", kernel)
     if ours:
-        return {"_sums": SUMS, "": FUSED}[ours[1]]
+        return {"_amax": SEARCH, "_column_sums": COLUMNS, "_sums": SUMS, "": FUSED}[ours[1]]
     category = category_of(kernel)
     return category if category in KINDS else OTHER
 
@@ -367,7 +369,7 @@ def row_of(found: Found, layers: int) -> Row:
         name=emit_once(region).name.removeprefix("fp8_"),
         calls={way: found.calls[way] / layers for way in WAYS},
         bytes=float(bytes_read(region) + bytes_written(region)),
-        kernels=2 if region.sums_apart else 1,
+        kernels=1 + region.sums_apart + search_apart(region) + bool(region.sums),
         size=f"{region.space.m}x{region.space.n}",
     )
 

@@ -86,8 +86,8 @@ def bundled(cases: list[Case]) -> tuple[Launch, list[dict[str, Tensor]]]:
     tensors: dict[str, Any] = {}
     results = []
     for index, case in enumerate(cases):
-        (alone,), written = prepare(case.gm, case.inputs, tile=tile_of(case.region))
-        for name, tensor in alone.tensors.items():
+        launches, written = prepare(case.gm, case.inputs, tile=tile_of(case.region))
+        for name, tensor in launches[-1].tensors.items():
             tensors[prefix(index) + name.removesuffix("_ptr")] = tensor
         results.append(written)
     return bundle_launch(emit_bundle([case.region for case in cases]), tensors), results

@@ -230,13 +230,19 @@ def test_without_a_scale_the_current_one_is_used(name: str, scales: list[float] 
     assert_close(case.run(), case.oracle())
 
 
-def test_the_search_for_amax_is_left_out_where_every_scale_is_known() -> None:
-    text = emit(make("plain", [30.0, 700.0]).region).text
-    assert re.search(
-        r"known = \(tl.load\(scale_0_ptr\) > 0\)\n    if not known:\n        _search\(", text
-    )
-    always = emit(make("plain", None).region).text
-    assert "known" not in always and re.search(r"\n    _search\(", always)
+@pytest.mark.parametrize("name", ["row_major_only", "plain"])
+def test_the_search_for_amax_is_left_out_where_every_scale_is_known(name: str) -> None:
+    text = emit(make(name, [30.0, 700.0]).region).text
+    assert "known = (tl.load(scale_0_ptr) > 0)\n    if not known:\n        _search(" in text
+    always = emit(make(name, None).region).text
+    assert "known" not in always and "\n    _search(" in always
+
+
+def test_only_kernels_of_large_tiles_look_for_a_missing_amax_themselves() -> None:
+    rows, tiled = (emit(make(name, [30.0]).region) for name in ("row_major_only", "plain"))
+    assert rows.amax_name not in rows.text
+    main = tiled.text.split(f"def {tiled.name}(")[1].split("@triton.jit")[0]
+    assert tiled.amax_name in tiled.text and "_search(" not in main
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

@@ -94,7 +94,8 @@ def test_kernels_benchmark_checks_every_region(
     [
         ("fp8_rsqrt_mean_2", "fused regions", False),
         ("fp8_cast_colsum_sums_0", "their sums over rows", False),
-        ("fp8_exp_cat", "fused regions", False),
+        ("fp8_cast_amax", "search for amax", False),
+        ("fp8_tanh_colsum_column_sums_12", "sums over columns", False),
         ("nvjet_sm90_qqtst_128x256_128x6_2x1_v_bz_TNT", "GEMM", False),
         ("triton_poi_fused__unsafe_view_clone_transpose_3", "other", True),
         ("triton_poi_fused_add_clone_transpose_3", "other", False),
