@@ -11,17 +11,16 @@ columns are left in part, one row of them per row of tiles; a last kernel adds u
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy
 
-from ..formats import Format
 from ..ir import args_of, format_graph
 from ..ops import GROUP
 from ..regions import shape_of
-from .region import Cast, Region, Result
-from .values import Function, Values, expr_text
+from .region import Region
+from .values import Values
+from .writer import Writer
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def emit(region: Region) -> Source:
     """The source of a region's kernels."""
     values = Values(region)
     name = kernel_name(region)
-    writer = _Writer(region, values, search_apart=search_apart(region))
+    writer = Writer(region, values, search_apart=search_apart(region))
     parts = [f'"""{describe(region, name)}\n"""', IMPORTS, *writer.functions(), writer.main(name)]
     if region.sums_apart:
         parts.append(writer.sums(f"{name}_sums"))
@@ -86,7 +85,7 @@ class PartSource:
 
 def emit_part(region: Region, suffix: str) -> PartSource:
     """The functions of a region that needs one launch; ``suffix`` tells it from others."""
-    writer = _Writer(region, Values(region, suffix), search_apart=False)
+    writer = Writer(region, Values(region, suffix), search_apart=False)
     name = f"_region{suffix}"
     text = "\n\n\n".join([*writer.functions(), writer.part(name)])
     return PartSource(name, writer.arguments(), text)
@@ -162,330 +161,3 @@ def describe(region: Region, name: str) -> str:
 
 def _size(count: sympy.Expr) -> str:
     return f"{float(count) / 1e6:.1f} MB" if count.is_number else f"{count} bytes"
-
-
-class _Writer:
-    """Writes the kernels around a region's functions."""
-
-    def __init__(self, region: Region, values: Values, *, search_apart: bool) -> None:
-        self.region = region
-        self.values = values
-        self.search_apart = search_apart
-        self.sizes = sorted(str(symbol) for symbol in values.symbols)
-        # Where a transposed copy is stored, a tile is computed as four interleaved sets of rows.
-        self.sets = "abcd" if region.transposes else ("",)
-
-    # --- the kernels ---------------------------------------------------------------------------
-
-    def functions(self) -> list[str]:
-        """What the kernels call."""
-        found = [function.text() for function in (*self.values.sums, *self.values.last)]
-        return [*found, self._search()] if self.region.casts else found
-
-    def main(self, name: str) -> str:
-        """The kernel that computes and stores one tile per program."""
-        tile = "tile = tl.program_id(0)"
-        if self.region.sums_apart:
-            # Backwards: what the kernel before this one has read last is still in the cache.
-            tile = "tile = tl.num_programs(0) - 1 - tl.program_id(0)"
-        return _function(name, self.arguments(), [tile, *self._tile()])
-
-    def part(self, name: str) -> str:
-        """The same as a function of a kernel whose programs other regions share."""
-        return _function(name, ["tile", *self.arguments()], self._tile())
-
-    def sums(self, name: str) -> str:
-        """The kernel that sums over whole rows, for one that computes tiles of columns."""
-        lines = [*self._extent(), "tile_m = tl.program_id(0)", "tile_n = 0"]
-        lines += [*self._first(), *self._rows(("",)), *self._cols()]
-        lines += [self._call(function, "", function.returns) for function in self.values.sums]
-        for i, total in enumerate(self.values.totals.values()):
-            lines.append(f"tl.store(totals_ptr + {i} * M + rows, {total.name}, mask=in_m)")
-        return _function(name, [*self._inputs(), "totals_ptr"], lines)
-
-    def amax(self, name: str) -> str:
-        """The kernel that finds the amax of the casts, unless all scales are known."""
-        return _function(name, [*self._read(), *self._scales()], self._search_if_needed())
-
-    def column_sums(self, name: str) -> str:
-        """The kernel that adds up the rows of partial sums, of all sums over columns at once."""
-        lines = [*self._extent(), "cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)"]
-        lines.append("in_n = cols < N")
-        for i in range(len(self.region.sums)):
-            lines.append(f"total_{i} = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)")
-        lines += ["for first in range(0, tiles_m, BLOCK_M):"]
-        lines += ["    row = first + tl.arange(0, BLOCK_M)[:, None]"]
-        lines += ["    mask = (row < tiles_m) & in_n[None, :]"]
-        for i in range(len(self.region.sums)):
-            load = f"tl.load(partial_{i}_ptr + (row * N + cols[None, :]), mask=mask, other=0.0)"
-            lines.append(f"    total_{i} += {load}")
-        for i in range(len(self.region.sums)):
-            lines.append(f"tl.store(sum_{i}_ptr + cols, tl.sum(total_{i}, axis=0), mask=in_n)")
-        arguments = [*self._sum_arguments(), *self.sizes, "tiles_m"]
-        return _function(name, arguments, lines)
-
-    def _totals(self, sets: Sequence[str]) -> list[str]:
-        """The sums over rows that the values depend on: from memory, or of this tile itself."""
-        if not self.region.sums_apart:
-            return [self._call(function, "", function.returns) for function in self.values.sums]
-        lines = []
-        for i, total in enumerate(self.values.totals.values()):
-            for letter in sets:
-                rows, in_m = _named("rows", letter), _named("in_m", letter)
-                load = f"tl.load(totals_ptr + {i} * M + {rows}, mask={in_m}, other=0.0)"
-                lines.append(f"{_named(total.name, letter)} = {load}")
-        return lines
-
-    def _tile(self) -> list[str]:
-        """Compute the results of one tile and store them."""
-        lines = [*self._extent(), "tiles_n = tl.cdiv(N, BLOCK_N)"]
-        lines += ["tile_m = tile // tiles_n", "tile_n = tile % tiles_n"]
-        lines += [*self._first(), *self._rows(self.sets), *self._cols()]
-        if self.region.casts and not self.search_apart:
-            lines += self._search_if_needed()
-        for i, cast in enumerate(self.region.casts):
-            lines += self._scale(i, cast)
-        lines += [*self._totals(self.sets), *self._results(self.sets)]
-        for result, variable in self._outputs():
-            lines += getattr(self, f"_store_{result.kind}")(result, variable)
-        for i, cast in enumerate(self.region.casts):
-            lines += self._track(i, cast)
-        return lines
-
-    def _results(self, sets: Sequence[str]) -> list[str]:
-        """Call the last function, or the one of the part that the tile lies in."""
-        if not self.region.branches:
-            names = [variable for _, variable in self._outputs()]
-            return [self._call(self.values.last[0], letter, names) for letter in sets]
-        lines = []
-        ends = [start for start, _ in self.region.branches[1:]]
-        for i, (function, (start, _)) in enumerate(
-            zip(self.values.last, self.region.branches, strict=True)
-        ):
-            word = "if" if i == 0 else "elif"
-            lines.append(f"{word} first_n < {ends[i]}:" if i < len(ends) else "else:")
-            for letter in sets:
-                call = self._call(function, letter, ["out_0"])
-                lines.append("    " + call.replace("cols", f"cols - {start}" if start else "cols"))
-        return lines
-
-    def _extent(self) -> list[str]:
-        m, n = self.region.space.m, self.region.space.n
-        lines = []
-        for name, size in (("M", m), ("N", n)):
-            kind = ": tl.constexpr" if size.is_number else ""
-            lines.append(f"{name}{kind} = {expr_text(size)}")
-        static = m.is_number and n.is_number
-        even = "(M % BLOCK_M == 0) and (N % BLOCK_N == 0)" if static else "False"
-        return [*lines, f"EVEN: tl.constexpr = {even}"]
-
-    def _first(self) -> list[str]:
-        return ["first_m = tile_m * BLOCK_M", "first_n = tile_n * BLOCK_N"]
-
-    def _rows(self, sets: Sequence[str]) -> list[str]:
-        first = "first_m.to(tl.int64)" if self.region.is_large else "first_m"
-        lines = []
-        for j, letter in enumerate(sets):
-            row = "tl.arange(0, BLOCK_M)[:, None]"
-            if len(sets) > 1:
-                row = f"tl.arange(0, BLOCK_M // {len(sets)})[:, None] * {len(sets)} + {j}"
-            lines.append(f"{_named('row_in_tile', letter)} = {row}")
-            lines.append(f"{_named('rows', letter)} = {first} + {_named('row_in_tile', letter)}")
-            lines.append(f"{_named('in_m', letter)} = {_named('rows', letter)} < M")
-        return lines
-
-    def _cols(self) -> list[str]:
-        return ["cols = first_n + tl.arange(0, BLOCK_N)[None, :]", "in_n = cols < N"]
-
-    def _scale(self, i: int, cast: Cast) -> list[str]:
-        known = f"tl.load(scale_{i}_ptr)" if cast.is_delayed else "0.0"
-        found = f"tl.load({_found(i)}).to(tl.float32, bitcast=True)"
-        lines = [f"scale_{i} = resolve_scale({known}, {found}, {cast.format.max})"]
-        if "scale_inv" in cast.outputs:
-            lines.append("if (tile_m == 0) & (tile_n == 0):")
-            lines.append(f"    tl.store(scale_inv_{i}_ptr, tl.div_rn(1.0, scale_{i}))")
-        return lines
-
-    def _call(self, function: Function, letter: str, returned: Sequence[str]) -> str:
-        same = {"cols", "in_n", *function.arguments}
-        arguments = [p if p in same else _named(p, letter) for p in function.parameters]
-        names = [_named(name, letter) for name in returned]
-        return f"{', '.join(names)} = {function.name}({', '.join(arguments)})"
-
-    def _outputs(self) -> list[tuple[Result, str]]:
-        return [(result, f"out_{i}") for i, result in enumerate(self.region.results)]
-
-    # --- stores --------------------------------------------------------------------------------
-
-    def _store_value(self, result: Result, variable: str) -> list[str]:
-        pointer, lines = f"value_{result.index}_ptr", []
-        for letter in self.sets:
-            rows, in_m = _named("rows", letter), _named("in_m", letter)
-            value = _named(variable, letter)
-            if self.region.is_matrix(result.node):
-                lines.append(
-                    f"tl.store({pointer} + ({rows} * N + cols), {value}, mask={in_m} & in_n)"
-                )
-            else:
-                lines.append("if tile_n == 0:")
-                lines.append(f"    tl.store({pointer} + {rows}, {value}, mask={in_m})")
-        return lines
-
-    def _store_sum(self, result: Result, variable: str) -> list[str]:
-        """One row of partial sums per row of tiles."""
-        terms = [f"inside({_named(variable, a)}, {_named('in_m', a)}, EVEN)" for a in self.sets]
-        pointer = f"partial_{result.index}_ptr + (tile_m * N + cols)"
-        return [
-            f"col_sum = tl.sum({' + '.join(terms)}, axis=0)",
-            f"tl.store({pointer}, col_sum[None, :], mask=in_n)",
-        ]
-
-    def _store_cast(self, result: Result, variable: str) -> list[str]:
-        i, cast = result.index, self.region.casts[result.index]
-        pitch = expr_text(shape_of(args_of(cast.node)[0])[1])
-        shift = "" if result.start == 0 else f" + {expr_text(result.start)}"
-        lines = [
-            f"{_named('y', a)} = saturate({_named(variable, a)}, scale_{i}, {cast.format.max})"
-            for a in self.sets
-        ]
-        if "fp8" in cast.outputs:
-            for a in self.sets:
-                rows, in_m = _named("rows", a), _named("in_m", a)
-                value = f"{_named('y', a)}.to(fp8_{i}_ptr.dtype.element_ty)"
-                at = f"fp8_{i}_ptr + ({rows} * {pitch} + cols{shift})"
-                lines.append(f"tl.store({at}, {value}, mask={in_m} & in_n)")
-        if "fp8_t" in cast.outputs:
-            lines.append("store_transposed(")
-            lines.append(f"    fp8_t_{i}_ptr, y_a, y_b, y_c, y_d, first_m, first_n{shift},")
-            lines.append("    M - first_m, N - first_n, M,")
-            lines.append(")")
-        return lines
-
-    def _store_group(self, result: Result, variable: str) -> list[str]:
-        """A cast with a scale per group of a row; the tile holds whole groups."""
-        i, fp8_max = result.index, Format.E4M3.max
-        columns = f"(first_n // {GROUP} + tl.arange(0, BLOCK_N // {GROUP})[None, :])"
-        lines = [f"group = {columns}"]
-        for a in self.sets:
-            y, inv = _named("y", a), _named("inv", a)
-            lines.append(f"{y}, {inv} = quantize_groups({_named(variable, a)}, {fp8_max})")
-        for a in self.sets:
-            rows, in_m = _named("rows", a), _named("in_m", a)
-            value = f"{_named('y', a)}.to(q_{i}_ptr.dtype.element_ty)"
-            lines.append(f"tl.store(q_{i}_ptr + ({rows} * N + cols), {value}, mask={in_m} & in_n)")
-            at = f"group_scale_inv_{i}_ptr + ({rows} * (N // {GROUP}) + group)"
-            mask = f"{in_m} & (group < N // {GROUP})"
-            lines.append(f"tl.store({at}, {_named('inv', a)}, mask={mask})")
-        return lines
-
-    def _track(self, i: int, cast: Cast) -> list[str]:
-        if "amax" not in cast.outputs:
-            return []
-        track = f'tl.atomic_max(amax_{i}_ptr, tile_amax(bits), sem="relaxed")'
-        return [*self._bits(i, self.sets), track]
-
-    def _bits(self, i: int, sets: Sequence[str]) -> list[str]:
-        """The magnitudes of all that a cast takes from this tile, each element's largest."""
-        bits = [
-            f"inside(magnitude_bits({_named(variable, a)}), {_named('in_m', a)} & in_n, EVEN)"
-            for result, variable in self._outputs()
-            if (result.kind, result.index) == ("cast", i)
-            for a in sets
-        ]
-        return [f"bits = {bits[0]}", *(f"bits = tl.maximum(bits, {b})" for b in bits[1:])]
-
-    # --- arguments -----------------------------------------------------------------------------
-
-    def _inputs(self) -> list[str]:
-        return [f"{node.name}_ptr" for node in self.region.inputs] + self.sizes
-
-    def _read(self) -> list[str]:
-        """What the values of a tile are computed from, and the words that programs share."""
-        totals = ["totals_ptr"] if self.region.sums_apart else []
-        words = ["words_ptr"] if self.region.casts else []
-        return [*self._inputs(), *totals, *words]
-
-    def _scales(self) -> list[str]:
-        casts = enumerate(self.region.casts)
-        return [f"scale_{i}_ptr" for i, cast in casts if cast.is_delayed]
-
-    def arguments(self) -> list[str]:
-        """What a kernel takes, besides the extent of its tiles."""
-        names = self._read() + self._scales()
-        for i, cast in enumerate(self.region.casts):
-            names += [f"{output}_{i}_ptr" for output in cast.outputs]
-        for i in range(len(self.region.groups)):
-            names += [f"q_{i}_ptr", f"group_scale_inv_{i}_ptr"]
-        names += [f"value_{i}_ptr" for i in range(len(self.region.values))]
-        return names + [f"partial_{i}_ptr" for i in range(len(self.region.sums))]
-
-    def _sum_arguments(self) -> list[str]:
-        sums = range(len(self.region.sums))
-        return [f"{name}_{i}_ptr" for i in sums for name in ("partial", "sum")]
-
-    # --- the search for amax -------------------------------------------------------------------
-
-    def _search_if_needed(self) -> list[str]:
-        call = f"{self._search_name}({', '.join([*self._read(), 'BLOCK_M', 'BLOCK_N'])})"
-        if not all(cast.is_delayed for cast in self.region.casts):
-            return [call]
-        scales = [f"(tl.load(scale_{i}_ptr) > 0)" for i in range(len(self.region.casts))]
-        return [f"known = {' & '.join(scales)}", "if not known:", f"    {call}"]
-
-    @property
-    def _search_name(self) -> str:
-        return f"_search{self.values.suffix}"
-
-    def _search(self) -> str:
-        """The function in which all programs find the amax of every cast before any goes on.
-
-        ``words_ptr``, zero at first: how many tiles are taken, how many are done, and the bits of
-        each cast's amax. A program takes tiles as long as there are any, so that those that
-        run never wait for one that does not run yet.
-        """
-        lines = [
-            *self._extent(),
-            "tiles_n = tl.cdiv(N, BLOCK_N)",
-            "tiles = tl.cdiv(M, BLOCK_M) * tiles_n",
-            "tile = tl.atomic_add(words_ptr, 1)",
-            "while tile < tiles:",
-            *(f"    {line}" for line in self._search_tile()),
-            f"    tl.atomic_add({_DONE}, 1)",
-            "    tile = tl.atomic_add(words_ptr, 1)",
-            f"while tl.atomic_add({_DONE}, 0) < tiles:",
-            "    pass",
-        ]
-        return _function(self._search_name, self._read(), lines)
-
-    def _search_tile(self) -> list[str]:
-        lines = ["tile_m = tile // tiles_n", "tile_n = tile % tiles_n", *self._first()]
-        lines += [*self._rows(("",)), *self._cols(), *self._totals(("",)), *self._results(("",))]
-        for i in range(len(self.region.casts)):
-            bits = self._bits(i, ("",))
-            lines += [*bits, "amax = tile_amax(bits).to(tl.int32, bitcast=True)"]
-            lines.append(f'tl.atomic_max({_found(i)}, amax, sem="relaxed")')
-        return lines
-
-
-_DONE = "words_ptr + 1"
-
-
-def word_count(region: Region) -> int:
-    """The zeroed int32 through which the programs of a region find the amax of its casts."""
-    return 2 + len(region.casts) if region.casts else 0
-
-
-def _found(i: int) -> str:
-    """Where the search for amax leaves what it has found for a cast."""
-    return f"words_ptr + {2 + i}"
-
-
-def _named(name: str, letter: str) -> str:
-    return f"{name}_{letter}" if letter else name
-
-
-def _function(name: str, arguments: Sequence[str], lines: Sequence[str]) -> str:
-    head = [f"    {argument}," for argument in arguments]
-    head += [f"    {constant}: tl.constexpr," for constant in ("BLOCK_M", "BLOCK_N")]
-    body = [f"    {line}" for line in lines]
-    return "\n".join(["@triton.jit", f"def {name}(", *head, "):", *body])

@@ -22,13 +22,13 @@ from ..internals import emit_kernel_launch, emit_materialized, is_primal
 from ..ir import SCALED_MM, TRACK_AMAX, args_of, aten, emit, evaluate, size_expr, value_key
 from ..regions import hint
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
-from .emit import word_count
 from .fused import emit_once, launches, tiles
 from .kernels.launch import Launch
 from .kernels.scaled_mm import scaled_mm_launch
 from .kernels.update_scales import update_scales
 from .region import Cast, Region
 from .tuning import CUBLASLT, GemmShape, choose_gemm
+from .writer import word_count
 
 _ALIGNED = 4  # words: parts of a buffer that start at multiples of it can share a compiled kernel
 

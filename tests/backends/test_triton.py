@@ -1,0 +1,86 @@
+"""Whole final graphs, lowered to kernel launches; what they compute is tested per region."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fp8compile.backends import triton as lowering
+from fp8compile.backends.triton import lower_to_triton
+from fp8compile.compile import compile_graph
+from fp8compile.internals import is_tangent
+from fp8compile.options import parse_options
+from fp8compile.passes import drop_unused_outputs, grow_regions
+from tests.helpers import interpret
+from tests.models import MLP
+
+
+@pytest.fixture(autouse=True)
+def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(lowering, "choose_gemm", lambda shape, device_index: None)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def lowered(model: nn.Module, x: Tensor, **kwargs: Any) -> dict[str, fx.GraphModule]:
+    """The forward and the backward graph as Inductor gets them on a GPU."""
+    found: dict[str, fx.GraphModule] = {}
+
+    def keep(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Callable[..., Any]:
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(gm.graph, {}))
+        copy = fx.GraphModule(gm, graph)
+        drop_unused_outputs(copy)
+        grow_regions(copy)
+        lower_to_triton(copy)
+        way = "backward" if any(is_tangent(node) for node in gm.graph.nodes) else "forward"
+        found[way] = copy
+        return interpret(gm, example_inputs)
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        return compile_graph(gm, example_inputs, parse_options({}), inner_compile=keep)
+
+    torch.compile(model, backend=backend, **kwargs)(x).sum().backward()
+    return found
+
+
+def launched(gm: fx.GraphModule) -> Counter[str]:
+    """How often each kernel is launched, by name."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    count: Counter[str] = Counter()
+    for node in gm.graph.nodes:
+        if "triton_kernel" in str(node.target):
+            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+            count[kernel.fn.fn.__name__] += 1
+    return count
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_nothing_of_the_fp8_ir_is_left(dynamic: bool) -> None:
+    graphs = lowered(MLP(bias=True).bfloat16(), torch.randn(32, 64).bfloat16(), dynamic=dynamic)
+    assert set(graphs) == {"forward", "backward"}
+    for gm in graphs.values():
+        gm.graph.lint()
+        assert not [n for n in gm.graph.nodes if n.op == "call_module"]
+        assert not [n for n in gm.graph.nodes if "fp8." in str(n.target)]
+        assert sum("_scaled_mm" in str(n.target) for n in gm.graph.nodes) >= 2
+
+
+def test_the_launches_of_a_block() -> None:
+    graphs = lowered(MLP(bias=True).bfloat16(), torch.randn(32, 64).bfloat16())
+    # Both weights in one; the norm; the activation.
+    assert sorted(launched(graphs["forward"])) == ["fp8_bundle", "fp8_exp", "fp8_rsqrt_mean"]
+    backward = launched(graphs["backward"])
+    assert backward["fp8_bundle"] == 1 and set(backward.values()) == {1}
+    # The sums for bias gradients are completed by a kernel each, those of gate and up by one.
+    completing = [name for name in backward if name.endswith("_column_sums")]
+    assert completing == [f"{name.removesuffix('_column_sums')}_column_sums" for name in completing]
+    assert all(name.removesuffix("_column_sums") in backward for name in completing)
+    assert len(completing) == 2
