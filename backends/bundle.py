@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .emit import IMPORTS, PartSource, bytes_written, describe, emit_part
-from .fused import Tile, load, region_key, tiles
+from .fused import Tile, load, region_key, tiles, written
 from .kernels.launch import Launch
 from .region import Region
 
@@ -53,16 +53,17 @@ def tile_of(region: Region) -> Tile:
 
 @dataclass(frozen=True)
 class Bundle:
-    """The emitted file of a bundle, and how many programs it takes."""
+    """The emitted file of a bundle, how many programs it takes, and the arguments it writes."""
 
     text: str
     programs: int
+    writes: frozenset[str]
 
 
 def emit_bundle(regions: Sequence[Region]) -> Bundle:
     """One kernel for all; regions that look alike share their functions."""
     parts: dict[str, PartSource] = {}
-    heads, arguments, branches = [], [], []
+    heads, arguments, branches, writes = [], [], [], set()
     first = 0
     for index, region in enumerate(regions):
         key = region_key(region)
@@ -72,6 +73,7 @@ def emit_bundle(regions: Sequence[Region]) -> Bundle:
         part, tile = parts[key], tile_of(region)
         own = [f"{prefix(index)}{argument}" for argument in part.arguments]
         arguments += own
+        writes |= {f"{prefix(index)}{name}" for name in written(region, part.arguments)}
         given = ", ".join([f"program - {first}" if first else "program", *own])
         programs = -(-int(region.space.m) // tile.block_m) * -(-int(region.space.n) // tile.block_n)
         branches += [
@@ -83,7 +85,8 @@ def emit_bundle(regions: Sequence[Region]) -> Bundle:
     kernel += ["    program = tl.program_id(0)", *branches]
     functions = [part.text for part in parts.values()]
     head = f'"""{NAME}: {len(regions)} regions.\n\n' + "\n\n".join(heads) + '\n"""'
-    return Bundle("\n\n\n".join([head, IMPORTS, *functions, "\n".join(kernel)]) + "\n", first)
+    text = "\n\n\n".join([head, IMPORTS, *functions, "\n".join(kernel)]) + "\n"
+    return Bundle(text, first, frozenset(writes))
 
 
 def prefix(index: int) -> str:
@@ -95,5 +98,12 @@ def bundle_launch(bundle: Bundle, tensors: Mapping[str, Any]) -> Launch:
     """The launch of a bundle. ``tensors``: every pointer argument by name, without ``_ptr``."""
     kernel = getattr(load(bundle.text), NAME)
     chosen = {name: tensors[name.removesuffix("_ptr")] for name in kernel.arg_names}
-    grid = (bundle.programs, 1, 1)
-    return Launch(kernel, chosen, sizes={}, constants={}, grid=grid, num_warps=_NUM_WARPS)
+    return Launch(
+        kernel,
+        chosen,
+        sizes={},
+        constants={},
+        grid=(bundle.programs, 1, 1),
+        writes=bundle.writes,
+        num_warps=_NUM_WARPS,
+    )

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -94,25 +94,41 @@ def launches(
     made = []
     if region.sums_apart:
         rows = _whole_rows(region)[0]
-        summing = getattr(module, source.sums_name)
-        made.append(_launch(summing, tensors, sizes, rows, _cdiv(m, rows.block_m)))
+        summing, writes = getattr(module, source.sums_name), {"totals_ptr"}
+        made.append(_launch(summing, tensors, sizes, rows, _cdiv(m, rows.block_m), writes))
     if search_apart(region):
         grid = _cdiv(m, _SEARCH.block_m) * _cdiv(n, _SEARCH.block_n)
         programs = min(grid, _SEARCH_PROGRAMS) if isinstance(grid, int) else _SEARCH_PROGRAMS
         search = getattr(module, source.amax_name)
-        made.append(_launch(search, tensors, sizes, _SEARCH, programs))
+        made.append(_launch(search, tensors, sizes, _SEARCH, programs, {"words_ptr"}))
     tiles_m = _cdiv(m, tile.block_m)
     programs = tiles_m * _cdiv(n, tile.block_n)
-    made.append(_launch(getattr(module, source.name), tensors, sizes, tile, programs))
+    main = getattr(module, source.name)
+    writes = written(region, main.arg_names) - {"totals_ptr"}
+    writes -= {"words_ptr"} if search_apart(region) else set()
+    made.append(_launch(main, tensors, sizes, tile, programs, writes))
     if region.sums:
         completing = getattr(module, source.column_sums_name)
+        writes = {f"sum_{i}_ptr" for i in range(len(region.sums))}
         counted, programs = {**sizes, "tiles_m": tiles_m}, _cdiv(n, _COLUMN_SUMS.block_n)
-        made.append(_launch(completing, tensors, counted, _COLUMN_SUMS, programs))
+        made.append(_launch(completing, tensors, counted, _COLUMN_SUMS, programs, writes))
     return made
 
 
+def written(region: Region, arguments: Iterable[str]) -> set[str]:
+    """The pointers among a kernel's arguments that are neither inputs nor scales."""
+    read = {f"{node.name}_ptr" for node in region.inputs}
+    read |= {f"scale_{i}_ptr" for i in range(len(region.casts))}
+    return {name for name in arguments if name.endswith("_ptr")} - read
+
+
 def _launch(
-    kernel: Any, tensors: Mapping[str, Any], sizes: Mapping[str, Any], tile: Tile, programs: Any
+    kernel: Any,
+    tensors: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    tile: Tile,
+    programs: Any,
+    writes: set[str],
 ) -> Launch:
     return Launch(
         kernel=kernel,
@@ -120,6 +136,7 @@ def _launch(
         sizes=dict(sizes),
         constants={"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
         grid=(programs, 1, 1),
+        writes=frozenset(writes),
         num_warps=tile.num_warps,
     )
 

@@ -296,6 +296,7 @@ class _Lowering:
             constants={**unused, **sizes, **launch.constants},
             grid=tuple(_unwrap(g) for g in launch.grid),
             descriptors=launch.descriptors,
+            writes=launch.writes,
         )
         for new in node.all_input_nodes:
             _evaluate_missing(new)

@@ -24,7 +24,7 @@ from torch._higher_order_ops.triton_kernel_wrap import (
     kernel_side_table,
     triton_kernel_wrapper_mutation,
 )
-from torch._inductor import inductor_prims
+from torch._inductor import dependencies, inductor_prims
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import (
     CustomGraphPass,
@@ -33,6 +33,7 @@ from torch._inductor.custom_graph_pass import (
 )
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._ordered_set import OrderedSet
 
 _FORCE_STRIDE_ORDER = inductor_prims.force_stride_order
 
@@ -143,44 +144,57 @@ def compile_with_inductor(
 @functools.wraps(compile_fx_inner)
 def _compile_fx_inner(*args: Any, **kwargs: Any) -> Any:
     """Inductor's code generation, for the backward too, which is compiled when it first runs."""
-    with _kernels_analysed_once():
+    with _told_what_kernels_write():
         return compile_fx_inner(*args, **kwargs)
 
 
-_analysed: dict[Any, Any] = {}
+_writes: dict[Any, frozenset[str]] = {}  # kernel -> the arguments that it writes
 
 
 @contextlib.contextmanager
-def _kernels_analysed_once() -> Iterator[None]:
-    """Let Inductor find out which arguments a kernel writes once per kernel, not per launch.
+def _told_what_kernels_write() -> Iterator[None]:
+    """Tell Inductor which arguments a kernel writes, if that was said when it was launched.
 
-    2.11 to 2.15: for every launch it lowers the kernel to Triton's IR, about 0.1 s, to name the
-    arguments that are written; these depend on the kernel, its constants and dtypes only.
+    2.11 to 2.15: to find out, it lowers the kernel to Triton's IR, about 0.1 s for every launch.
     """
     with contextlib.ExitStack() as stack:
-        for name in ("identify_mutated_tensors", "identify_accessed_tensors"):  # to 2.11, from 2.12
+        for name, answer in (
+            ("identify_mutated_tensors", _as_names),  # to 2.11
+            ("identify_accessed_tensors", _as_accesses),  # from 2.12
+        ):
             if hasattr(triton_kernel_wrap, name):
-                once = _analysing_once(getattr(triton_kernel_wrap, name))
-                stack.enter_context(mock.patch.object(triton_kernel_wrap, name, once))
+                told = _telling(getattr(triton_kernel_wrap, name), answer)
+                stack.enter_context(mock.patch.object(triton_kernel_wrap, name, told))
         yield
 
 
-def _analysing_once(analyse: Callable[..., Any]) -> Callable[..., Any]:
-    def once(kernel: Any, kwargs: Mapping[str, Any], descriptors: Any) -> Any:
-        described = tuple((name, _described(value)) for name, value in sorted(kwargs.items()))
-        function = getattr(kernel, "fn", None)  # of an Autotuner, which stands for its function
-        key = (function if hasattr(function, "fn") else kernel, described, repr(descriptors))
-        if key not in _analysed:
-            _analysed[key] = analyse(kernel, kwargs, descriptors)
-        return _analysed[key]
+def _telling(analyse: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:
+    def told(kernel: Any, kwargs: Mapping[str, Any], descriptors: Any) -> Any:
+        writes = _writes.get(_function_of(kernel))
+        if writes is None:
+            return analyse(kernel, kwargs, descriptors)
+        return answer([name for name in kwargs if name in writes], list(kwargs))
 
-    return once
+    return told
 
 
-def _described(value: Any) -> Any:
-    """What the analysis can depend on: a tensor's dtype, the value of anything else."""
-    dtype = getattr(value, "dtype", None)
-    return str(dtype) if dtype is not None else repr(value)
+def _as_names(writes: list[str], arguments: list[str]) -> list[str]:
+    return writes
+
+
+def _as_accesses(writes: list[str], arguments: list[str]) -> Any:
+    """Every argument may be read; nothing is fused behind the kernel."""
+    reads, written = (
+        OrderedSet(dependencies.StarDep(name) for name in names) for names in (arguments, writes)
+    )
+    accesses = dependencies.ReadWrites(reads=reads, writes=written, index_exprs=OrderedSet())
+    return triton_kernel_wrap.TensorAccesses(accesses, can_fuse_epilogue=False)
+
+
+def _function_of(kernel: Any) -> Any:
+    """The kernel itself, which an Autotuner stands for."""
+    function = getattr(kernel, "fn", None)
+    return function if hasattr(function, "fn") else kernel
 
 
 @functools.cache
@@ -252,13 +266,17 @@ def emit_kernel_launch(
     constants: Mapping[str, Any],
     grid: tuple[Any, ...],
     descriptors: Mapping[str, Sequence[int]],
+    writes: frozenset[str] | None = None,
 ) -> fx.Node:
     """A Triton kernel launch as a graph node, which Inductor inlines into its wrapper code.
 
     ``kernel``: a ``JITFunction`` or an ``Autotuner`` of one config. ``descriptors``: the block
-    shapes of those ``tensors`` that the kernel takes as TMA descriptors.
+    shapes of those ``tensors`` that the kernel takes as TMA descriptors. ``writes``: those that it
+    writes; None leaves it to Inductor to find out.
     2.11 to 2.15: the operator and its side table are private.
     """
+    if writes is not None:
+        _writes[_function_of(kernel)] = writes
     metadata = {
         name: create_tma_stable_metadata(list(block)) for name, block in descriptors.items()
     }

@@ -25,6 +25,7 @@ class Launch:
         constants: kernel argument -> compile-time constant.
         grid: number of programs per axis; may hold proxies.
         descriptors: those of `tensors` that are passed as TMA descriptors -> block shape.
+        writes: those of `tensors` that the kernel writes; None: whoever must know finds out.
     """
 
     kernel: Any
@@ -33,6 +34,7 @@ class Launch:
     constants: dict[str, int | float | bool]
     grid: tuple[Any, ...]
     descriptors: dict[str, list[int]] = field(default_factory=dict)
+    writes: frozenset[str] | None = None
     num_warps: int = 4
     num_stages: int = 3
 

@@ -194,6 +194,7 @@ def scaled_mm_launch(
             "b_desc": [config.block_n, config.block_k],
             "c_desc": [config.block_m, store_n],
         },
+        writes=frozenset({"c_desc"}),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
