@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import triton
+
 from .emit import IMPORTS, PartSource, bytes_written, describe, emit_part
 from .fused import Tile, load, region_key, tiles, written
 from .kernels.launch import Launch
@@ -37,10 +39,13 @@ def bundles(regions: Iterable[Region]) -> list[list[Region]]:
 
 
 def can_share(region: Region) -> bool:
-    """Whether a region is one kernel of a fixed size, with a tile for the warps of a bundle."""
+    """Whether a region is one kernel of a fixed size, with a tile for the warps of a bundle, and
+    has to search for an amax at its first steps only.
+    """
     sizes = (region.space.m, region.space.n)
     return (
         all(size.is_number for size in sizes)
+        and all(cast.is_delayed for cast in region.casts)
         and not (region.sums or region.reduces or region.is_large)
         and any(tile.num_warps == _NUM_WARPS for tile in tiles(region))
     )
@@ -75,7 +80,8 @@ def emit_bundle(regions: Sequence[Region]) -> Bundle:
         arguments += own
         writes |= {f"{prefix(index)}{name}" for name in written(region, part.arguments)}
         given = ", ".join([f"program - {first}" if first else "program", *own])
-        programs = -(-int(region.space.m) // tile.block_m) * -(-int(region.space.n) // tile.block_n)
+        m, n = int(region.space.m), int(region.space.n)
+        programs = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
         branches += [
             f"    {'elif' if index else 'if'} program < {first + programs}:",
             f"        {part.name}({given}, {tile.block_m}, {tile.block_n})",

@@ -40,7 +40,6 @@ class Tile:
         return f"{self.block_m}x{self.block_n}w{self.num_warps}"
 
 
-_SEARCH = Tile(32, 128, 4)
 _SEARCH_PROGRAMS = 4 * 132  # of an H100 SXM's or H200's multiprocessors
 _COLUMN_SUMS = Tile(64, 32, 4)  # of the rows of partial sums
 
@@ -74,6 +73,12 @@ def _whole_rows(region: Region) -> list[Tile]:
     return [Tile(rows, whole, count) for count in dict.fromkeys(warps)]
 
 
+def _search_tile(region: Region) -> Tile:
+    """The tile of the kernel that finds the amax: whole rows where it sums over them itself."""
+    whole = region.reduces and not region.sums_apart
+    return _whole_rows(region)[0] if whole else Tile(32, 128, 4)
+
+
 def launches(
     region: Region,
     source: Source,
@@ -97,10 +102,11 @@ def launches(
         summing, writes = getattr(module, source.sums_name), {"totals_ptr"}
         made.append(_launch(summing, tensors, sizes, rows, _cdiv(m, rows.block_m), writes))
     if search_apart(region):
-        grid = _cdiv(m, _SEARCH.block_m) * _cdiv(n, _SEARCH.block_n)
+        found_by = _search_tile(region)
+        grid = _cdiv(m, found_by.block_m) * _cdiv(n, found_by.block_n)
         programs = min(grid, _SEARCH_PROGRAMS) if isinstance(grid, int) else _SEARCH_PROGRAMS
         search = getattr(module, source.amax_name)
-        made.append(_launch(search, tensors, sizes, _SEARCH, programs, {"words_ptr"}))
+        made.append(_launch(search, tensors, sizes, found_by, programs, {"words_ptr"}))
     tiles_m = _cdiv(m, tile.block_m)
     programs = tiles_m * _cdiv(n, tile.block_n)
     main = getattr(module, source.name)

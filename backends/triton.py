@@ -72,7 +72,7 @@ class _Lowering:
         if regions:
             with self.graph.inserting_before(regions[0][0]):
                 like = regions[0][0].all_input_nodes[0]
-                words = sum(_words(region) for _, region in regions)
+                words = sum(_padded_words(region) for _, region in regions)
                 self._zeros = self._empty((words,), torch.int32, like, 0)
 
     def _take_tracking(self) -> dict[fx.Node, fx.Node]:
@@ -148,7 +148,7 @@ class _Lowering:
     ) -> dict[str, Any]:
         """What a region reads and writes, by the names of its kernel's arguments, without sums."""
         tensors: dict[str, Any] = {node.name: outer[node] for node in region.inputs}
-        if _words(region):
+        if _padded_words(region):
             tensors["words"] = self._words(region)
         for i, cast in enumerate(region.casts):
             tensors |= self._cast_tensors(i, cast, call, outer, items)
@@ -190,7 +190,7 @@ class _Lowering:
 
     def _words(self, region: Region) -> fx.Node:
         """A region's part of the zeroed words."""
-        first, self._taken = self._taken, self._taken + _words(region)
+        first, self._taken = self._taken, self._taken + _padded_words(region)
         args = (self._zeros, 0, first, self._taken)
         return emit(self.graph, aten.slice.Tensor, args, f"words_{first}")
 
@@ -348,7 +348,7 @@ def _read(call: fx.Node, region: Region) -> list[fx.Node]:
     return [outer[node] for node in region.inputs]
 
 
-def _words(region: Region) -> int:
+def _padded_words(region: Region) -> int:
     return triton.cdiv(word_count(region), _ALIGNED) * _ALIGNED
 
 

@@ -35,7 +35,8 @@ class Writer:
     def functions(self) -> list[str]:
         """What the kernels call."""
         found = [function.text() for function in (*self.values.sums, *self.values.last)]
-        return [*found, self._search()] if self.region.casts else found
+        inside = self.region.casts and not self.search_apart
+        return [*found, self._search()] if inside else found
 
     def main(self, name: str) -> str:
         """The kernel that computes and stores one tile per program."""
@@ -60,7 +61,20 @@ class Writer:
 
     def amax(self, name: str) -> str:
         """The kernel that finds the amax of the casts, unless all scales are known."""
-        return _function(name, [*self._read(), *self._scales()], self._search_if_needed())
+        casts = range(len(self.region.casts))
+        lines = [*self._extent(), *self._tile_counts()]
+        if self._known():
+            lines.append(f"tiles = tl.where({self._known()}, 0, tiles)")
+        zeros = "tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)"
+        lines += [f"bits_{i} = {zeros}" for i in casts]
+        lines.append("for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):")
+        lines += [f"    {line}" for line in self._values_of_tile()]
+        for i in casts:
+            lines += [f"    {line}" for line in self._bits(i, ("",))]
+            lines.append(f"    bits_{i} = tl.maximum(bits_{i}, bits)")
+        for i in casts:
+            lines += self._leave_amax(i, f"bits_{i}")
+        return _function(name, [*self._read(), *self._scales()], lines)
 
     def column_sums(self, name: str) -> str:
         """The kernel that adds up the rows of partial sums, of all sums over columns at once."""
@@ -280,12 +294,15 @@ class Writer:
 
     # --- the search for amax -------------------------------------------------------------------
 
+    def _known(self) -> str:
+        """Whether every cast has a scale from earlier steps; "" where that is never so."""
+        if not all(cast.is_delayed for cast in self.region.casts):
+            return ""
+        return " & ".join(f"(tl.load(scale_{i}_ptr) > 0)" for i in range(len(self.region.casts)))
+
     def _search_if_needed(self) -> list[str]:
         call = f"{self._search_name}({', '.join([*self._read(), 'BLOCK_M', 'BLOCK_N'])})"
-        if not all(cast.is_delayed for cast in self.region.casts):
-            return [call]
-        scales = [f"(tl.load(scale_{i}_ptr) > 0)" for i in range(len(self.region.casts))]
-        return [f"known = {' & '.join(scales)}", "if not known:", f"    {call}"]
+        return [f"known = {self._known()}", "if not known:", f"    {call}"]
 
     @property
     def _search_name(self) -> str:
@@ -298,13 +315,12 @@ class Writer:
         each cast's amax. A program takes tiles as long as there are any, so that those that
         run never wait for one that does not run yet.
         """
-        lines = [
-            *self._extent(),
-            "tiles_n = tl.cdiv(N, BLOCK_N)",
-            "tiles = tl.cdiv(M, BLOCK_M) * tiles_n",
-            "tile = tl.atomic_add(words_ptr, 1)",
-            "while tile < tiles:",
-            *(f"    {line}" for line in self._search_tile()),
+        lines = [*self._extent(), *self._tile_counts(), "tile = tl.atomic_add(words_ptr, 1)"]
+        lines.append("while tile < tiles:")
+        lines += [f"    {line}" for line in self._values_of_tile()]
+        for i in range(len(self.region.casts)):
+            lines += [f"    {x}" for x in (*self._bits(i, ("",)), *self._leave_amax(i, "bits"))]
+        lines += [
             f"    tl.atomic_add({_DONE}, 1)",
             "    tile = tl.atomic_add(words_ptr, 1)",
             f"while tl.atomic_add({_DONE}, 0) < tiles:",
@@ -312,14 +328,17 @@ class Writer:
         ]
         return _function(self._search_name, self._read(), lines)
 
-    def _search_tile(self) -> list[str]:
+    def _tile_counts(self) -> list[str]:
+        return ["tiles_n = tl.cdiv(N, BLOCK_N)", "tiles = tl.cdiv(M, BLOCK_M) * tiles_n"]
+
+    def _values_of_tile(self) -> list[str]:
         lines = ["tile_m = tile // tiles_n", "tile_n = tile % tiles_n", *self._first()]
-        lines += [*self._rows(("",)), *self._cols(), *self._totals(("",)), *self._results(("",))]
-        for i in range(len(self.region.casts)):
-            bits = self._bits(i, ("",))
-            lines += [*bits, "amax = tile_amax(bits).to(tl.int32, bitcast=True)"]
-            lines.append(f'tl.atomic_max({_found(i)}, amax, sem="relaxed")')
-        return lines
+        lines += [*self._rows(("",)), *self._cols()]
+        return [*lines, *self._totals(("",)), *self._results(("",))]
+
+    def _leave_amax(self, i: int, bits: str) -> list[str]:
+        amax = f"tile_amax({bits}).to(tl.int32, bitcast=True)"
+        return [f'tl.atomic_max({_found(i)}, {amax}, sem="relaxed")']
 
 
 _DONE = "words_ptr + 1"

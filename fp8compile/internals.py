@@ -101,8 +101,11 @@ def is_tangent(node: fx.Node) -> bool:
 
 
 def is_primal(node: fx.Node) -> bool:
-    """Whether a forward's or backward's input is one of the model's: a parameter, mostly."""
-    return node.op == "placeholder" and node.name.startswith("primals_")
+    """Whether a final graph's input is one of the model's: a parameter, mostly.
+
+    All versions: AOTAutograd calls them ``primals_1`` in training, ``arg0_1`` in inference.
+    """
+    return node.op == "placeholder" and node.name.startswith(("primals_", "arg"))
 
 
 def mutated_between_forward_and_backward(node: fx.Node) -> None:

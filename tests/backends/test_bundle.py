@@ -12,13 +12,12 @@ from torch import Tensor
 from fp8compile.backends import bundle
 from fp8compile.backends.bundle import bundles, can_share, emit_bundle
 from fp8compile.backends.kernels.launch import run
-from fp8compile.backends.region import Region
 from fp8compile.backends.triton import lower_to_triton
 from fp8compile.passes import grow_regions
 from tests.backends.common import Case, assert_close, bundled, only_region, quantize
 from tests.helpers import trace_final
 
-SCALES = {"known": [30.0, 700.0], "unknown": [0.0, 0.0], "current": None}
+SCALES = {"known": [30.0, 700.0], "unknown": [0.0, 0.0], "one unknown": [30.0, 0.0]}
 
 
 def row_major(scales: str, *shape: int) -> Case:
@@ -32,16 +31,15 @@ def transposed(scales: str, *shape: int) -> Case:
 def joined(scales: str, *widths: int) -> Case:
     """Weights of GEMMs that are merged."""
 
-    def fn(a: Tensor, b: Tensor, scale: Tensor | None) -> tuple[Tensor, ...]:
+    def fn(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return quantize(torch.cat([a, b]), scale)[1:]
 
     return weight(fn, scales, a=(widths[0], 48), b=(widths[1], 48))
 
 
 def weight(fn: Any, scales: str, **shapes: tuple[int, ...]) -> Case:
-    known = SCALES[scales]
     inputs = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
-    return only_region(fn, **inputs, scale=None if known is None else torch.tensor(known))
+    return only_region(fn, **inputs, scale=torch.tensor(SCALES[scales]))
 
 
 @pytest.mark.parametrize("scales", SCALES)
@@ -84,6 +82,8 @@ def test_what_needs_more_than_one_launch_or_counters_is_left_alone() -> None:
     assert can_share(row_major("known", 32, 32).region)
     assert not can_share(weight(norm, "known", x=(32, 32)).region)
     assert not can_share(weight(bias, "known", x=(32, 32)).region)
+    current = only_region(lambda w: quantize(w, None)[0::2], w=torch.randn(32, 32))
+    assert not can_share(current.region)
 
 
 def test_casts_of_parameters_are_launched_together() -> None:
@@ -95,7 +95,7 @@ def test_casts_of_parameters_are_launched_together() -> None:
     shapes = {"primals_1": (32, 48), "primals_2": (64, 32), "saved": (32, 32)}
     gm = trace_final(fn, **{n: torch.randn(s) for n, s in shapes.items()}, scale=torch.ones(1))
     grow_regions(gm)
-    assert len([Region.of(m) for m in gm.children()]) == 3  # type: ignore[arg-type]
+    assert len([*gm.children()]) == 3
     sources = lower_to_triton(gm)
     names = Counter(name.rpartition("_")[0] for name in sources)
     assert names == {"fp8_bundle": 1, "fp8_cast": 1}

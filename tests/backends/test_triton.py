@@ -46,7 +46,9 @@ def lowered(model: nn.Module, x: Tensor, **kwargs: Any) -> dict[str, fx.GraphMod
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         return compile_graph(gm, example_inputs, parse_options({}), inner_compile=keep)
 
-    torch.compile(model, backend=backend, **kwargs)(x).sum().backward()
+    output = torch.compile(model, backend=backend, **kwargs)(x)
+    if output.requires_grad:
+        output.sum().backward()
     return found
 
 
@@ -84,3 +86,9 @@ def test_the_launches_of_a_block() -> None:
     assert completing == [f"{name.removesuffix('_column_sums')}_column_sums" for name in completing]
     assert all(name.removesuffix("_column_sums") in backward for name in completing)
     assert len(completing) == 2
+
+
+def test_weights_are_cast_in_one_launch_in_inference_too() -> None:
+    with torch.no_grad():
+        graphs = lowered(MLP(bias=True).bfloat16(), torch.randn(32, 64).bfloat16())
+    assert sorted(launched(graphs["forward"])) == ["fp8_bundle", "fp8_exp", "fp8_rsqrt_mean"]
