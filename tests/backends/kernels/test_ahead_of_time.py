@@ -7,13 +7,14 @@ replaces `@triton.jit`; so one subprocess without it compiles all kernels and re
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -323,11 +324,23 @@ def test_casts_are_hardware_casts(reports: dict[str, Report]) -> None:
             assert ".ftz" not in report["ptx"], name
 
 
+def report(launch: Launch) -> Report:
+    """What is to be known of a launch: of its code, and of what it writes."""
+    declared = None if launch.writes is None else sorted(launch.writes)
+    return {**compile_launch(launch), "declared": declared, "written": written(launch)}
+
+
+NAMED: dict[str, Launch] = {}
+
+
+def report_named(name: str) -> Report:
+    return report(NAMED[name])
+
+
 if __name__ == "__main__":
-    with ThreadPoolExecutor(2) as pool:
-        named = dict(launches())
-        results = dict(zip(named, pool.map(compile_launch, named.values()), strict=True))
-    for name, launch in named.items():  # the analysis is not made for several threads
-        declared = None if launch.writes is None else sorted(launch.writes)
-        results[name] |= {"declared": declared, "written": written(launch)}
+    NAMED |= dict(launches())
+    # Processes: Triton parses a kernel's source, which Python 3.11 cannot do in two threads at once
+    # (gh-106905). They inherit the launches, which cannot be pickled.
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+        results = dict(zip(NAMED, pool.map(report_named, NAMED), strict=True))
     print(json.dumps(results))
