@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..internals import cache_folder
 from ..ir import args_of, format_graph
-from ..ops import GROUP
+from ..ops import GROUP, padded
 from ..regions import shape_of
 from .emit import Source, emit, search_apart
 from .kernels.launch import Launch, run
@@ -254,8 +254,8 @@ def _cast_tensors(
 ) -> dict[str, Tensor]:
     m, n = (int(size) for size in shape_of(args_of(cast.node)[0]))
     made = {
-        "fp8": lambda: torch.empty(m, n, dtype=cast.format.dtype, device=device),
-        "fp8_t": lambda: torch.empty(n, m, dtype=cast.format.dtype, device=device),
+        "fp8": lambda: torch.empty(m, padded(n), dtype=cast.format.dtype, device=device),
+        "fp8_t": lambda: torch.empty(n, padded(m), dtype=cast.format.dtype, device=device),
         "scale_inv": lambda: torch.empty(1, device=device),
         "amax": lambda: torch.zeros(1, device=device),
     }

@@ -18,9 +18,9 @@ from torch import fx
 
 from .. import ops
 from ..errors import PassError
-from ..internals import emit_kernel_launch, emit_materialized, is_primal
+from ..internals import FloorDiv, emit_kernel_launch, emit_materialized, is_primal
 from ..ir import SCALED_MM, TRACK_AMAX, args_of, aten, emit, evaluate, size_expr, value_key
-from ..regions import hint
+from ..regions import hint, is_aligned
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
 from .fused import emit_once, launches, tiles
 from .kernels.launch import Launch
@@ -230,6 +230,9 @@ class _Lowering:
                 for dim, size in enumerate(value.shape):
                     if size_expr(size) == expr and node < before:
                         return self._size(node, dim)
+        if isinstance(expr, FloorDiv):
+            value, divisor = (_proxy(self._extent(part, before)) for part in expr.args)
+            return _unwrap(value // divisor)
         if expr.is_Mul or expr.is_Add:
             parts = [_proxy(self._extent(part, before)) for part in expr.args]
             combine = operator.mul if expr.is_Mul else operator.add
@@ -259,6 +262,7 @@ class _Lowering:
                     k=_proxy(k),
                     config=config,
                     fast_accum=fast_accum,
+                    aligned=shape.aligned,
                     num_sms=_multiprocessors(a.meta["val"].device.index or 0),
                 )
                 self._launch(launch)
@@ -377,6 +381,7 @@ def _gemm_shape(node: fx.Node) -> GemmShape:
         out=out_dtype,
         bias=None if bias is None else bias.meta["val"].dtype,
         fast_accum=bool(fast_accum),
+        aligned=is_aligned(size_expr(n)),
     )
 
 

@@ -35,7 +35,9 @@ Choice = TileConfig | None  # None stands for cuBLASLt
 
 @dataclass(frozen=True)
 class GemmShape:
-    """What a choice depends on. ``m``, ``n``, ``k``: hints where they are symbolic."""
+    """What a choice depends on. ``m``, ``n``, ``k``: hints where they are symbolic; ``aligned``:
+    whether n is known to be a multiple of 16.
+    """
 
     m: int
     n: int
@@ -45,6 +47,7 @@ class GemmShape:
     out: torch.dtype
     bias: torch.dtype | None
     fast_accum: bool
+    aligned: bool = True
 
     def __str__(self) -> str:
         def short(dtype: torch.dtype | None) -> str:
@@ -53,12 +56,16 @@ class GemmShape:
         formats = f"{Format.of(self.left)}x{Format.of(self.right)}"
         accum = "fast" if self.fast_accum else "precise"
         types = f"{formats} {short(self.out)} bias={short(self.bias)}"
-        return f"{self.m}x{self.n}x{self.k} {types} {accum}"
+        rows = "" if self.aligned else " unaligned"
+        return f"{self.m}x{self.n}x{self.k} {types} {accum}{rows}"
 
 
 def cublaslt_supports(shape: GemmShape) -> bool:
-    """cuBLASLt adds a bias only in the output's dtype, and none to a float32 output."""
-    return shape.bias is None or (shape.bias == shape.out and shape.out != torch.float32)
+    """cuBLASLt wants N to be a multiple of 16, and adds a bias only in the output's dtype, and
+    none to a float32 output.
+    """
+    adds = shape.bias is None or (shape.bias == shape.out and shape.out != torch.float32)
+    return shape.aligned and adds
 
 
 @functools.cache
@@ -84,16 +91,15 @@ def time_choices(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
     one = torch.ones(1, device=device)
     bias = None if shape.bias is None else torch.randn(shape.n, device=device).to(shape.bias)
     runs: dict[Choice, Callable[[], Tensor]] = {}
-    out, fast = shape.out, shape.fast_accum
+    out, fast, aligned = shape.out, shape.fast_accum, shape.aligned
     if cublaslt_supports(shape):
         runs[None] = lambda: torch._scaled_mm(
             a, b.t(), one, one, bias, out_dtype=out, use_fast_accum=fast
         )
     timed = _TIMED_CONFIGS if runs else _TIMED_CONFIGS_ALONE
-    for config in candidates(shape.m, shape.n, shape.k, fast_accum=fast)[:timed]:
-        runs[config] = functools.partial(
-            scaled_mm, a, b, one, one, bias, out_dtype=out, config=config, fast_accum=fast
-        )
+    for config in candidates(shape.m, shape.n, shape.k, fast_accum=fast, aligned=aligned)[:timed]:
+        run = functools.partial(scaled_mm, a, b, one, one, bias, out_dtype=out, aligned=aligned)
+        runs[config] = functools.partial(run, config=config, fast_accum=fast)
     return _fastest(runs)
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from ..formats import Format
 from ..ir import args_of
-from ..ops import GROUP
-from ..regions import shape_of
+from ..ops import ALIGNMENT, GROUP
+from ..regions import is_aligned, shape_of
 from .region import Cast, Region, Result
 from .values import Function, Values, expr_text
 
@@ -211,22 +211,29 @@ class Writer:
 
     def _store_cast(self, result: Result, variable: str) -> list[str]:
         i, cast = result.index, self.region.casts[result.index]
-        pitch = expr_text(shape_of(args_of(cast.node)[0])[1])
+        width = shape_of(args_of(cast.node)[0])[1]
+        pads_rows = "fp8" in cast.outputs and not is_aligned(width)
+        pads_columns = "fp8_t" in cast.outputs and not is_aligned(self.region.space.m)
+        pitch = _padded(expr_text(width)) if pads_rows else expr_text(width)
         shift = "" if result.start == 0 else f" + {expr_text(result.start)}"
-        lines = [
-            f"{_named('y', a)} = saturate({_named(variable, a)}, scale_{i}, {cast.format.max})"
-            for a in self.sets
-        ]
+        lines = []
+        for a in self.sets:
+            y = f"saturate({_named(variable, a)}, scale_{i}, {cast.format.max})"
+            outside = [_named("in_m", a)] * pads_columns + ["in_n"] * pads_rows
+            y = f"inside({y}, {' & '.join(outside)}, EVEN)" if outside else y
+            lines.append(f"{_named('y', a)} = {y}")
         if "fp8" in cast.outputs:
+            in_row = f"(cols < {pitch})" if pads_rows else "in_n"
             for a in self.sets:
                 rows, in_m = _named("rows", a), _named("in_m", a)
                 value = f"{_named('y', a)}.to(fp8_{i}_ptr.dtype.element_ty)"
                 at = f"fp8_{i}_ptr + ({rows} * {pitch} + cols{shift})"
-                lines.append(f"tl.store({at}, {value}, mask={in_m} & in_n)")
+                lines.append(f"tl.store({at}, {value}, mask={in_m} & {in_row})")
         if "fp8_t" in cast.outputs:
+            height = _padded("M") if pads_columns else "M"
             lines.append("store_transposed(")
             lines.append(f"    fp8_t_{i}_ptr, y_a, y_b, y_c, y_d, first_m, first_n{shift},")
-            lines.append("    M - first_m, N - first_n, M,")
+            lines.append(f"    {height} - first_m, N - first_n, {height},")
             lines.append(")")
         return lines
 
@@ -352,6 +359,11 @@ def word_count(region: Region) -> int:
 def _found(i: int) -> str:
     """Where the search for amax leaves what it has found for a cast."""
     return f"words_ptr + {2 + i}"
+
+
+def _padded(size: str) -> str:
+    """The length of a row of an FP8 copy: what lies behind the values is zero."""
+    return f"(({size} + {ALIGNMENT - 1}) // {ALIGNMENT} * {ALIGNMENT})"
 
 
 def _named(name: str, letter: str) -> str:

@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def small_llama() -> LlamaForCausalLM:
-    """Sizes divisible by 16, which FP8 wants; two query heads share a key head."""
+    """Two query heads share a key head."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,

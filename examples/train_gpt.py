@@ -41,7 +41,7 @@ HEAD_DIM = 32
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the model and of its training. FP8 wants widths divisible by 16."""
+    """Sizes of the model and of its training."""
 
     layers: int
     width: int

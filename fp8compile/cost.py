@@ -21,7 +21,7 @@ MARGIN = sympy.Rational(98, 100)  # FP8 pays below this share of the time in hig
 COSTS = "fp8_costs"  # key in a graph's meta: (site index, Gemm) -> GemmCost
 _TILE_M, _TILE_N = 128, 256
 _CAST_EFFICIENCY = sympy.Rational(85, 100)  # of the copy roof, reached by hand-written casts
-_ALIGNMENT = 16  # tokens; wgrad contracts over them
+_ALIGNMENT = 16  # tokens; wgrad contracts over them, and pads them to a multiple
 _MAX_TILES = 1024  # how far beyond its token count a site's crossover is looked for
 
 Size: TypeAlias = sympy.Expr  # an Integer, or TOKENS

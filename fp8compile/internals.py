@@ -34,6 +34,7 @@ from torch._inductor.custom_graph_pass import (
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._ordered_set import OrderedSet
+from torch.utils._sympy.functions import FloorDiv as FloorDiv  # ``//`` in a symbolic size
 
 _FORCE_STRIDE_ORDER = inductor_prims.force_stride_order
 

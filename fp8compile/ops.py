@@ -3,7 +3,8 @@
 Every kernel is tested against these bodies, and the reference backend simply runs them, so a
 result on a CPU predicts the result on a GPU. All operands of ``fp8::scaled_mm`` are K-major
 (row-major ``[rows, K]``), because that is what Hopper's tensor cores take; ``fp8::quantize``
-therefore offers a row-major and a transposed copy, and no view ever touches an FP8 tensor.
+therefore offers a row-major and a transposed copy, and no view ever touches an FP8 tensor. K is
+padded with zeros to a multiple of 16, so that a GEMM may have any size.
 """
 
 from __future__ import annotations
@@ -12,10 +13,19 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .formats import Format
 
+ALIGNMENT = 16  # elements, and bytes: a row of an FP8 copy, for TMA and for cuBLASLt
 _F32_MAX = torch.finfo(torch.float32).max
+
+
+def padded(size: int | torch.SymInt) -> int | torch.SymInt:
+    """The size rounded up to a multiple of 16; unchanged where it is known to be one."""
+    if statically_known_true(size % ALIGNMENT == 0):
+        return size
+    return (size + (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
 
 
 @torch.library.custom_op("fp8::quantize", mutates_args=())
@@ -38,8 +48,9 @@ def quantize(
         row_major, transposed: which copies to write; the others come back empty.
 
     Returns:
-        ``q`` (``[M, N]``), ``q_t`` (``[N, M]``, contiguous), ``scale_inv`` (``f32[1]``) and
-        ``amax`` (``f32[1]``, infinite if any value is not finite).
+        ``q`` (``[M, N]``), ``q_t`` (``[N, M]``), both contiguous and with rows padded with zeros to
+        a multiple of 16 elements, ``scale_inv`` (``f32[1]``) and ``amax`` (``f32[1]``, infinite if
+        any value is not finite).
 
     A finite value saturates at the format's maximum; a NaN or infinite value becomes NaN, so that
     it stays visible. The current scale is ``FP8_MAX / amax`` (arXiv 2209.05433, section 3.1), and
@@ -55,8 +66,8 @@ def quantize(
     y = (f * used).clamp(-fp8_max, fp8_max)
     q = torch.where(f.isfinite(), y, torch.nan).to(format)
     return (
-        q.contiguous() if row_major else q.new_empty(0),
-        q.t().clone(memory_format=torch.contiguous_format) if transposed else q.new_empty(0),
+        _with_padded_rows(q) if row_major else q.new_empty(0),
+        _with_padded_rows(q.t()) if transposed else q.new_empty(0),
         used.reciprocal().reshape(1),
         amax.reshape(1).clone(),
     )
@@ -73,11 +84,20 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m, n = x.shape
     return (
-        x.new_empty((m, n) if row_major else (0,), dtype=format),
-        x.new_empty((n, m) if transposed else (0,), dtype=format),
+        x.new_empty((m, padded(n)) if row_major else (0,), dtype=format),
+        x.new_empty((n, padded(m)) if transposed else (0,), dtype=format),
         x.new_empty((1,), dtype=torch.float32),
         x.new_empty((1,), dtype=torch.float32),
     )
+
+
+def _with_padded_rows(q: Tensor) -> Tensor:
+    rows, columns = q.shape
+    if columns % ALIGNMENT == 0:
+        return q.clone(memory_format=torch.contiguous_format)
+    copy = q.new_zeros((rows, padded(columns)))
+    copy[:, :columns] = q
+    return copy
 
 
 def current_scale(amax: Tensor, fp8_max: float | Tensor) -> Tensor:
@@ -142,7 +162,7 @@ def scaled_mm(
     """``(a @ b.T) * a_scale_inv * b_scale_inv + bias``, with both operands K-major.
 
     Args:
-        a: ``[M, K]`` FP8, contiguous. b: ``[N, K]`` FP8, contiguous.
+        a: ``[M, K]`` FP8, contiguous. b: ``[N, K]`` FP8, contiguous. K is a multiple of 16.
         a_scale_inv, b_scale_inv: ``f32[1]``. bias: ``[N]``, float, or None.
         out_dtype: bfloat16, float16 or float32. fast_accum: see Recipe; ignored here.
 

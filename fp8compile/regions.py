@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from .ir import DEQUANTIZE_GROUPS, QUANTIZE, QUANTIZE_GROUPS, args_of, aten, size_expr
-from .ops import GROUP
+from .ops import ALIGNMENT, GROUP
 
 prims = torch.ops.prims
 
@@ -465,6 +465,11 @@ def cast_shape(cast: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
     return sympy.prod(rows), n
 
 
+def is_aligned(size: sympy.Expr) -> bool:
+    """Whether a size is known to be a multiple of 16: a row of that many is not padded."""
+    return bool(sympy.Mod(size, ALIGNMENT) == 0)
+
+
 def cast_parts(cast: fx.Node, space: Space) -> list[Part]:
     """The parts of a cast that a kernel over ``space`` writes: one, or those of a concatenation."""
     value = args_of(cast)[0]
@@ -476,7 +481,10 @@ def cast_parts(cast: fx.Node, space: Space) -> list[Part]:
 
 
 def concatenated_columns(value: fx.Node) -> list[fx.Node]:
-    """The matrices that a matrix is the concatenation of, if they have the same width; or []."""
+    """The matrices that a matrix is the concatenation of, if they have the same width; or [].
+
+    The width is a multiple of 16: then nothing has to be padded between them.
+    """
     if (
         value.target is not aten.cat.default
         or len(value.args) < 2
@@ -484,7 +492,8 @@ def concatenated_columns(value: fx.Node) -> list[fx.Node]:
     ):
         return []
     pieces = list(args_of(value)[0])
-    return pieces if len({shape_of(piece) for piece in pieces}) == 1 else []
+    same = len({shape_of(piece) for piece in pieces}) == 1
+    return pieces if same and is_aligned(shape_of(pieces[0])[1]) else []
 
 
 def casts_of(gm: fx.GraphModule) -> Iterator[fx.Node]:

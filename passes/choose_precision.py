@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -15,7 +14,6 @@ from ..ir import SCALED_MM, GemmInfo, gemm_info, gemms, operands
 from ..recipe import Recipe, Scaling
 from .site_costs import predict_groups
 
-ALIGNMENT = 16  # elements; one 16-byte row of an FP8 operand, the unit of a TMA load
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -30,9 +28,9 @@ def choose_precision(
     """Give every GEMM that cannot or shall not run in FP8 its reason.
 
     Before:
-        mm : bf16[16, 17] = aten.mm(x, permute)  # mm fprop = input x weight^T
+        mm : bf16[16, 64] = aten.mm(x, permute)  # mm fprop = input x weight^T
     After:
-        mm : bf16[16, 17] = aten.mm(x, permute)  # mm fprop, not in FP8: N = 17 is not divisible by 16
+        mm : bf16[16, 64] = aten.mm(x, permute)  # mm fprop, not in FP8: skipped by the user
 
     ``skips(fqn)`` says which sites the user asked to keep in high precision. With ``device``, what
     each GEMM costs there is predicted (for the scaling of ``recipe``), and those that FP8 would
@@ -40,11 +38,11 @@ def choose_precision(
     sites that take the same input, are decided as a whole, for the sizes of the traced call.
 
     Requires: find_gemms.
-    Ensures: a GEMM without a reason has K and N divisible by 16, no empty dimension, and operands
-        in bfloat16, float16 or float32.
+    Ensures: a GEMM without a reason has no dimension that is known to be empty, and operands in
+        bfloat16, float16 or float32.
     Leaves alone: GEMMs that have a reason already.
     Numerics: exact.
-    """  # noqa: E501
+    """
     rewrites = 0
     for node, info in list(gemms(gm)):
         if not info.is_fp8 or node.target is SCALED_MM:
@@ -93,14 +91,8 @@ def _reason(node: fx.Node, info: GemmInfo, skips: Callable[[str], bool] | None) 
         return "the operands' dtypes differ"
     m, k = left.meta["val"].shape
     n = right.meta["val"].shape[1]
-    for name, size in (("M", m), ("N", n), ("K", k)):
-        if statically_known_true(size == 0):
-            return f"{name} is 0"
-    for name, size, expr in (("K", k, info.k), ("N", n, info.n)):
-        if not statically_known_true(size % ALIGNMENT == 0):
-            verb = "is" if isinstance(expr, sympy.Integer) else "may be"
-            return f"{name} = {expr} {verb} not divisible by {ALIGNMENT}"
-    return None
+    empty = [n for n, size in (("M", m), ("N", n), ("K", k)) if statically_known_true(size == 0)]
+    return f"{empty[0]} is 0" if empty else None
 
 
 SKIPPED = "skipped by the user"

@@ -28,6 +28,7 @@ from ..ir import (
     size_expr,
     value_key,
 )
+from ..ops import ALIGNMENT
 from ..recipe import Gemm, Operand
 
 # Which operands a GEMM takes, and which of them transposed: how nn.Linear and x @ w.t() are traced.
@@ -63,8 +64,9 @@ def merge_gemms(gm: fx.GraphModule) -> int:
     Ensures: a group is merged in all directions or in none; ``meta["val"]`` is right behind the
         slices, which are strided; the weights are concatenated again in backward, so that no copy
         of them is kept.
-    Leaves alone: a group of which a GEMM stays in high precision or uses another's result, whose
-        dgrads are not summed in one place, or of which a view of an output is returned.
+    Leaves alone: a group of which a GEMM stays in high precision, uses another's result, or has an
+        output whose width is not a multiple of 16; whose dgrads are not summed in one place; or of
+        which a view of an output is returned.
     Numerics: reorders (dgrad adds its parts in the GEMM).
     """
     changed: set[fx.Node] = set()
@@ -158,9 +160,14 @@ def _is_plain(node: fx.Node) -> bool:
         and node.target in (aten.mm.default, aten.addmm.default)
         and not node.kwargs
         and edges in _LAYOUTS[info.gemm]
-        and isinstance(node.meta["val"].shape[1], int)
+        and _is_aligned(node.meta["val"].shape[1])
         and all(bias.meta["val"].shape == node.meta["val"].shape[1:] for bias in _biases([node]))
     )
+
+
+def _is_aligned(width: int | torch.SymInt) -> bool:
+    """Whether a part of a merged output that wide starts and ends where wide loads may."""
+    return isinstance(width, int) and width % ALIGNMENT == 0
 
 
 def _biases(fprops: Sequence[fx.Node]) -> list[fx.Node]:

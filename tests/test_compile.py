@@ -411,8 +411,6 @@ EXACT: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], torch.dtype, st
         torch.complex64,
         "complex64",
     ),
-    "k_17": (lambda: nn.Linear(17, 48), (16, 17), torch.float32, "K = 17 is not divisible by 16"),
-    "n_10": (lambda: nn.Linear(32, 10), (16, 32), torch.float32, "N = 10 is not divisible by 16"),
 }
 
 
@@ -429,20 +427,21 @@ def test_left_alone_forward_is_exact_and_has_a_reason(case: str) -> None:
     assert out.dtype is dtype
 
 
-def test_k_17_stops_all_three_gemms() -> None:
-    with pytest.warns(UserWarning, match="no GEMM of this graph") as warned:
-        rows = assert_as_eager(nn.Linear(17, 48), normal(16, 17), fp8_gemms=0)
-    assert len([w for w in warned if "no GEMM" in str(w.message)]) == 1
-    assert [row.reason[:6] for row in rows] == ["K = 17", "N = 17", "N = 17"]
+@pytest.mark.parametrize(
+    ("tokens", "features", "out"),
+    [(16, 17, 48), (16, 32, 10), (37, 32, 48), (37, 17, 10)],
+)
+def test_sizes_that_are_no_multiple_of_16(tokens: int, features: int, out: int) -> None:
+    assert_as_eager(nn.Linear(features, out), normal(tokens, features), fp8_gemms=3)
 
 
-def test_n_10_still_runs_its_aligned_gemm() -> None:
-    rows = assert_as_eager(nn.Linear(32, 10), normal(16, 32), fp8_gemms=1)
-    assert {row.gemm: row.reason for row in rows} == {
-        "fprop": "N = 10 is not divisible by 16",
-        "dgrad": "K = 10 is not divisible by 16",
-        "wgrad": "",
-    }
+@pytest.mark.parametrize("tokens", [(2, 37), (37,)], ids=str)
+def test_unknown_token_counts_are_merged_and_in_fp8_like_known_ones(tokens: tuple[int]) -> None:
+    model, x = MLP(32, 64), normal(*tokens, 32)
+    torch._dynamo.mark_dynamic(x, len(tokens) - 1)
+    rows = assert_as_eager(model, x, fp8_gemms=6)
+    assert {row.fqn for row in rows} == {"{gate,up}", "down"}
+    assert any(isinstance(row.m, str) for row in rows), "nothing was dynamic"
 
 
 @pytest.mark.filterwarnings("ignore:no GEMM of this graph")

@@ -254,15 +254,24 @@ def test_nothing_to_rewrite_is_an_error_under_strict() -> None:
         compile_interpreted(nn.GELU(), {"strict": True})(torch.randn(16))
 
 
+class HalfDouble(nn.Sequential):
+    """Two sites: ``0`` in float32, ``1`` in float64."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(32, 64), nn.Linear(64, 16).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](self[0](x).double())
+
+
 def test_strict_names_site_and_reason() -> None:
-    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10))
-    with raises(StrictError, match=r"1 fprop: N = 10 is not divisible by 16") as message:
-        compile_interpreted(model, {"strict": True})(torch.randn(16, 32))
+    with raises(StrictError, match=r"1 fprop: dtype float64 has no FP8 form") as message:
+        compile_interpreted(HalfDouble(), {"strict": True})(torch.randn(16, 32))
     assert "  0 fprop" not in message[0]
 
 
 def test_strict_accepts_what_was_skipped_on_purpose() -> None:
-    model, x = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10)), torch.randn(16, 32)
+    model, x = HalfDouble(), torch.randn(16, 32)
     out = compile_interpreted(model, {"strict": True, "skip": ["1"]})(x)
     assert 20 <= sqnr_db(model(x).detach(), out.detach()) < 60
 
@@ -331,10 +340,9 @@ def test_declined_is_neither_an_error_nor_a_warning(
 
 
 def test_strict_still_names_what_cannot_be_fp8() -> None:
-    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10))
     options = {"strict": True, "decline_slower": "H200"}
-    with raises(StrictError, match=r"1 fprop: N = 10 is not divisible by 16") as message:
-        compile_interpreted(model, options)(torch.randn(16, 32))
+    with raises(StrictError, match=r"1 fprop: dtype float64 has no FP8 form") as message:
+        compile_interpreted(HalfDouble(), options)(torch.randn(16, 32))
     assert SLOWER not in message[0]
 
 

@@ -132,29 +132,20 @@ def pack_fp8(y0, y1, y2, y3, dtype: tl.constexpr):
 def store_transposed(q_t_ptr, y0, y1, y2, y3, first_m, first_n, rows_left, cols_left, M):
     """Store a tile transposed; `y0` to `y3` (`[rows / 4, cols]`) hold every fourth row of it.
 
-    One thread holds four rows of each of its columns, and packs those four bytes into a word.
-    Moving words between threads, not bytes, makes every access to memory 16 bytes wide (which needs
-    M to be a multiple of 16), and avoids `tl.trans` on FP8, which some releases of Triton
-    miscompile.
+    `M`, the length of a row of the copy, is a multiple of 16: one thread holds four rows of each of
+    its columns, and packs those four bytes into a word. Moving words between threads, not bytes,
+    makes every access to memory 16 bytes wide, and avoids `tl.trans` on FP8, which some releases of
+    Triton miscompile.
     """
     dtype: tl.constexpr = q_t_ptr.dtype.element_ty
     words = pack_fp8(y0, y1, y2, y3, dtype)
     word = tl.arange(0, y0.shape[0])[:, None]
     col = tl.arange(0, y0.shape[1])[None, :]
-    in_n = col < cols_left
-    if M % 16 == 0:
-        pitch = (M // 16) * 4  # M // 4, in a form that shows it to be a multiple of 4
-        mask = (word < (rows_left // 16) * 4) & in_n
-        words_ptr = q_t_ptr.to(tl.pointer_type(tl.int32))
-        words_ptr += first_n.to(tl.int64) * pitch + first_m // 4
-        tl.store(words_ptr + tl.trans(col * pitch + word), tl.trans(words), mask=tl.trans(mask))
-    else:
-        bytes_ptr = q_t_ptr.to(tl.pointer_type(tl.uint8))
-        bytes_ptr += first_n.to(tl.int64) * M + first_m
-        for j in tl.static_range(4):
-            byte = ((words >> (8 * j)) & 0xFF).to(tl.uint8)
-            mask = (word * 4 + j < rows_left) & in_n
-            tl.store(bytes_ptr + (col * M + word * 4 + j), byte, mask=mask)
+    pitch = (M // 16) * 4  # M // 4, in a form that shows it to be a multiple of 4
+    mask = (word < (rows_left // 16) * 4) & (col < cols_left)
+    words_ptr = q_t_ptr.to(tl.pointer_type(tl.int32))
+    words_ptr += first_n.to(tl.int64) * pitch + first_m // 4
+    tl.store(words_ptr + tl.trans(col * pitch + word), tl.trans(words), mask=tl.trans(mask))
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 Both operands are K-major (row-major `[rows, K]`), as the tensor cores want them. One program per
 streaming multiprocessor walks over the output tiles; TMA moves every tile, so the shapes need not
-be multiples of the tile, and loads of the next tile overlap the epilogue of this one. Bytes: M*K +
+be multiples of the tile, and loads of the next tile overlap the epilogue of this one. An output
+whose rows TMA cannot write, because N is no multiple of 16, is stored by the threads. Bytes: M*K +
 N*K read, M*N of the output type written. FLOPs: 2*M*N*K.
 """
 
@@ -31,18 +32,23 @@ def _tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _store_tile(c_desc, acc, bias_ptr, row, col, N, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _store_tile(c, acc, bias_ptr, row, col, M, N, HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr):
+    cols = col + tl.arange(0, acc.shape[1])
     if HAS_BIAS:
-        cols = col + tl.arange(0, BLOCK_N)
         acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    c_desc.store([row, col], acc.to(c_desc.dtype))
+    if ALIGNED:
+        c.store([row, col], acc.to(c.dtype))
+    else:
+        rows = row + tl.arange(0, acc.shape[0])[:, None]
+        at = rows.to(tl.int64) * N + cols[None, :]
+        tl.store(c + at, acc.to(c.dtype.element_ty), mask=(rows < M) & (cols < N)[None, :])
 
 
 @triton.jit
 def _scaled_mm_kernel(
     a_desc,
     b_desc,
-    c_desc,
+    c,
     a_scale_inv_ptr,
     b_scale_inv_ptr,
     bias_ptr,
@@ -57,6 +63,7 @@ def _scaled_mm_kernel(
     EPILOGUE_SUBTILE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FAST_ACCUM: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -87,10 +94,10 @@ def _scaled_mm_kernel(
             HALF: tl.constexpr = BLOCK_N // 2
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1))
             left, right = tl.split(halves)
-            _store_tile(c_desc, left, bias_ptr, row, col, N, HALF, HAS_BIAS)
-            _store_tile(c_desc, right, bias_ptr, row, col + HALF, N, HALF, HAS_BIAS)
+            _store_tile(c, left, bias_ptr, row, col, M, N, HAS_BIAS, ALIGNED)
+            _store_tile(c, right, bias_ptr, row, col + HALF, M, N, HAS_BIAS, ALIGNED)
         else:
-            _store_tile(c_desc, acc, bias_ptr, row, col, N, BLOCK_N, HAS_BIAS)
+            _store_tile(c, acc, bias_ptr, row, col, M, N, HAS_BIAS, ALIGNED)
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,14 @@ _FAST_CONFIGS = {
     TileConfig(64, 128, num_warps=4, num_stages=6): 0.6,
     TileConfig(64, 64, block_k=256, num_warps=4, num_stages=5): 0.4,
 }
+# What the threads store has to be moved between them first, whole: halves take more registers.
+_UNALIGNED_CONFIGS = {
+    TileConfig(128, 256, epilogue_subtile=False): 1.0,
+    TileConfig(128, 128, num_stages=4, epilogue_subtile=False): 0.85,
+    TileConfig(128, 64, num_warps=4, num_stages=6): 0.6,
+    TileConfig(64, 128, num_warps=4, num_stages=6): 0.6,
+    TileConfig(64, 64, block_k=256, num_warps=4, num_stages=5): 0.4,
+}
 # Promotion to float32 needs a second accumulator, for which larger tiles have no registers left.
 _PRECISE_CONFIGS = {
     TileConfig(128, 128, num_stages=5): 0.85,
@@ -130,7 +145,9 @@ _PRECISE_CONFIGS = {
 }
 
 
-def candidates(m: int, n: int, k: int, *, fast_accum: bool = True) -> list[TileConfig]:
+def candidates(
+    m: int, n: int, k: int, *, fast_accum: bool = True, aligned: bool = True
+) -> list[TileConfig]:
     """The configurations worth timing for this shape, best guess first."""
 
     def cost(item: tuple[TileConfig, float]) -> float:
@@ -139,7 +156,8 @@ def candidates(m: int, n: int, k: int, *, fast_accum: bool = True) -> list[TileC
         area = config.block_m * config.block_n
         return triton.cdiv(tiles, SMS) * area * triton.cdiv(k, config.block_k) / efficiency
 
-    configs = _FAST_CONFIGS if fast_accum else _PRECISE_CONFIGS
+    fast = _FAST_CONFIGS if aligned else _UNALIGNED_CONFIGS
+    configs = fast if fast_accum else _PRECISE_CONFIGS
     return [config for config, _ in sorted(configs.items(), key=cost)]
 
 
@@ -156,23 +174,25 @@ def scaled_mm_launch(
     k: Any,
     config: TileConfig,
     fast_accum: bool,
+    aligned: bool,
     num_sms: int,
 ) -> Launch:
     """The launch of one GEMM.
 
     Args:
         a, b: FP8, `[m, k]` and `[n, k]`, contiguous; k a multiple of 16; not both E5M2.
-        out: `[m, n]`, contiguous; a row must take a multiple of 16 bytes.
+        out: `[m, n]`, contiguous. aligned: whether n is known to be a multiple of 16.
         a_scale_inv, b_scale_inv: `f32[1]`.
         bias: `[n]`, any float type, added in float32; or None.
     """
     store_n = config.block_n // 2 if config.epilogue_subtile else config.block_n
+    stored_by_tma = {"c": [config.block_m, store_n]} if aligned else {}
     return Launch(
         kernel=_scaled_mm_kernel,
         tensors={
             "a_desc": a,
             "b_desc": b,
-            "c_desc": out,
+            "c": out,
             "a_scale_inv_ptr": a_scale_inv,
             "b_scale_inv_ptr": b_scale_inv,
             "bias_ptr": bias,
@@ -187,14 +207,15 @@ def scaled_mm_launch(
             "EPILOGUE_SUBTILE": config.epilogue_subtile,
             "HAS_BIAS": bias is not None,
             "FAST_ACCUM": fast_accum,
+            "ALIGNED": aligned,
         },
         grid=(_programs(m, n, config, num_sms), 1, 1),
         descriptors={
             "a_desc": [config.block_m, config.block_k],
             "b_desc": [config.block_n, config.block_k],
-            "c_desc": [config.block_m, store_n],
+            **stored_by_tma,
         },
-        writes=frozenset({"c_desc"}),
+        writes=frozenset({"c"}),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -216,11 +237,13 @@ def scaled_mm(
     out_dtype: torch.dtype,
     config: TileConfig | None = None,
     fast_accum: bool = True,
+    aligned: bool | None = None,
     num_sms: int = SMS,
 ) -> Tensor:
     """Multiply now. See `scaled_mm_launch` for what the operands must be."""
     (m, k), n = a.shape, b.shape[0]
-    _check_operands(a, b, n * out_dtype.itemsize)
+    _check_operands(a, b)
+    aligned = n % 16 == 0 if aligned is None else aligned
     out = a.new_empty((m, n), dtype=out_dtype)
     launch = scaled_mm_launch(
         a,
@@ -232,15 +255,16 @@ def scaled_mm(
         m=m,
         n=n,
         k=k,
-        config=config or candidates(m, n, k, fast_accum=fast_accum)[0],
+        config=config or candidates(m, n, k, fast_accum=fast_accum, aligned=aligned)[0],
         fast_accum=fast_accum,
+        aligned=aligned,
         num_sms=num_sms,
     )
     run(launch)
     return out
 
 
-def _check_operands(a: Tensor, b: Tensor, out_row_bytes: int) -> None:
+def _check_operands(a: Tensor, b: Tensor) -> None:
     if a.dtype == b.dtype == torch.float8_e5m2:
         raise ValueError("scaled_mm: E5M2 x E5M2 is not supported; give one operand as E4M3")
     if a.shape[1] != b.shape[1] or a.shape[1] % 16:
@@ -250,7 +274,3 @@ def _check_operands(a: Tensor, b: Tensor, out_row_bytes: int) -> None:
         )
     if not (a.is_contiguous() and b.is_contiguous()):
         raise ValueError("scaled_mm: operands must be row-major [rows, K]")
-    if out_row_bytes % 16:
-        raise ValueError(
-            f"scaled_mm: a row of the output takes {out_row_bytes} bytes, not a multiple of 16"
-        )

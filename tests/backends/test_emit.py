@@ -147,6 +147,10 @@ def joined_rows(a: Tensor, b: Tensor, c: Tensor, scale: Tensor | None) -> Output
     return quantize(torch.cat([a, b, c]), scale)
 
 
+def joined_columns(a: Tensor, b: Tensor, scale: Tensor | None) -> Outputs:
+    return quantize(torch.cat([a.exp(), b], 1), scale)
+
+
 def head_slice(x: Tensor, scale: Tensor | None) -> Outputs:
     """Views of all kinds."""
     y = x.permute(1, 0, 2)[:, 1:, ::2].unsqueeze(2).expand(-1, -1, 3, -1)
@@ -155,6 +159,12 @@ def head_slice(x: Tensor, scale: Tensor | None) -> Outputs:
 
 FUNCTIONS: dict[str, tuple[Callable[..., Outputs], dict[str, tuple[int, ...]]]] = {
     "plain": (plain, {"x": (50, 80)}),
+    "padded_rows": (plain, {"x": (32, 75)}),
+    "padded_columns": (plain, {"x": (49, 80)}),
+    "padded_in_both": (residual_add, {"x": (49, 75), "y": (49, 75), "z": (49, 75)}),
+    "padded_norm": (norm, {"x": (19, 77), "w": (77,)}),
+    "padded_parts": (joined_columns, {"a": (33, 60), "b": (33, 60)}),
+    "padded_branches": (joined_columns, {"a": (20, 128), "b": (20, 75)}),
     "row_major_only": (row_major_only, {"x": (33, 300)}),
     "residual_add": (residual_add, {"x": (48, 96), "y": (48, 96), "z": (48, 96)}),
     "norm": (norm, {"x": (19, 80), "w": (80,)}),

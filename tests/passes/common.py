@@ -31,10 +31,12 @@ class Linear(nn.Module):
 class Pair(nn.Module):
     """Two linear layers on one input, called ``w1`` and ``w2``; what is done with their outputs."""
 
-    def __init__(self, combine: Callable[[Tensor, Tensor], object] | None = None) -> None:
+    def __init__(
+        self, combine: Callable[[Tensor, Tensor], object] | None = None, width: int = 48
+    ) -> None:
         super().__init__()
         self.w1 = nn.Parameter(torch.randn(64, 32, dtype=torch.bfloat16))
-        self.w2 = nn.Parameter(torch.randn(48, 32, dtype=torch.bfloat16))
+        self.w2 = nn.Parameter(torch.randn(width, 32, dtype=torch.bfloat16))
         self.combine = combine or (lambda a, b: (a.tanh(), b.sigmoid()))
 
     def forward(self, x: Tensor) -> object:

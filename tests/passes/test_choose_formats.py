@@ -34,9 +34,9 @@ def test_another_recipe() -> None:
 
 
 def test_leaves_gemms_in_high_precision_alone() -> None:
-    gm = fprop(n=17)
+    gm = fprop()
     find_gemms(gm)
-    choose_precision(gm)
+    choose_precision(gm, skips=lambda fqn: True)
     assert check_pass(gm, lambda g: choose_formats(g, recipe=RECIPES["delayed"])) == 0
     assert formats(gm) == {"fprop": "None x None"}
 

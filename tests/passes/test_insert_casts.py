@@ -17,9 +17,9 @@ from tests.passes.common import aten, before, check_pass, fprop, lines_of
 RECIPE = RECIPES["current"]
 
 
-def rewrite(gm: fx.GraphModule) -> int:
+def rewrite(gm: fx.GraphModule, skip: bool = False) -> int:
     find_gemms(gm)
-    choose_precision(gm)
+    choose_precision(gm, skips=lambda fqn: skip)
     choose_formats(gm, recipe=RECIPE)
     return check_pass(gm, lambda g: insert_casts(g, recipe=RECIPE))
 
@@ -44,9 +44,9 @@ return mm_fp8""",  # noqa: E501
 
 
 def test_leaves_gemms_in_high_precision_alone() -> None:
-    gm = fprop(n=17)
+    gm = fprop()
     text = lines_of(gm)
-    assert rewrite(gm) == 0
+    assert rewrite(gm, skip=True) == 0
     assert [line.split(" #")[0] for line in lines_of(gm).splitlines()] == text.splitlines()
 
 

@@ -8,7 +8,7 @@ from fp8compile import RECIPES
 from fp8compile.ir import TRACK_AMAX
 from fp8compile.passes import joint_passes
 from fp8compile.passes.pipeline import pass_name
-from tests.passes.common import before, check_pass, linear_joint, lines_of, pair_joint
+from tests.passes.common import Pair, before, check_pass, linear_joint, lines_of, pair_joint
 
 
 def test_forward_and_backward_write_to_tensors_of_their_own() -> None:
@@ -26,8 +26,8 @@ track_amax_bwd : none = fp8.track_amax(amax_bwd, [tangents_1_amax], [2])""",
 
 
 def test_sites_with_one_input_share_their_slots_merged_or_not() -> None:
-    for tokens, casts in ((16, 3), (24, 5)):  # with 24 the wgrads stay as they are, and so do all
-        gm, run = before("track_amax", pair_joint(tokens=tokens))
+    for width, casts in ((48, 3), (40, 5)):  # a width of 40 is not merged
+        gm, run = before("track_amax", pair_joint(Pair(width=width)))
         assert check_pass(gm, run) == casts
         slots = [n.args[2] for n in gm.graph.nodes if n.target is TRACK_AMAX]
         assert [set(direction) for direction in slots] == [{0, 1}, {2}]
