@@ -26,7 +26,7 @@ from .cost import DEVICES, Device
 from .dump import Dump
 from .errors import OptionError, StrictError
 from .ir import SLOTS_PER_SITE, Site
-from .modules import SiteNames, calling_module, owner_of
+from .modules import SiteNames, calling_module, calling_replicas, owner_of
 from .options import Options, parse_options
 from .passes import (
     StateNodes,
@@ -225,6 +225,7 @@ class CompiledGraph:
         training = torch.is_grad_enabled() and (owner is None or owner.training)
         if training and not state.observed:
             state.stepped_by = frozenset(id(args[i]) for i in self._trainable)
+            state.replicas = calling_replicas()
         return self._run(*args, *(state.observing() if training else state.reading()))
 
     def _find_state(self, args: Sequence[Any]) -> ScalingState:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import gc
 import re
 import sys
-from types import FrameType
+from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .internals import source_name
 
@@ -19,18 +21,27 @@ from .internals import source_name
 def calling_module(parameter: Tensor) -> nn.Module | None:
     """The outermost module on the call stack that holds the parameter, or None."""
     found: nn.Module | None = None
-    frame: FrameType | None = sys._getframe(1)
+    for module in _calling_modules():
+        if module is not found and any(p is parameter for p in module.parameters()):
+            found = module
+    return found
+
+
+def calling_replicas() -> Any:
+    """The process group of the DistributedDataParallel that is being called, or None."""
+    called = (m for m in _calling_modules() if isinstance(m, DistributedDataParallel))
+    return next((module.process_group for module in called), None)
+
+
+def _calling_modules() -> Iterator[nn.Module]:
+    """The modules on the call stack, innermost first, as the user made them."""
+    frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name in ("_wrapped_call_impl", "_call_impl", "__call__"):
             module = frame.f_locals.get("self")
-            if (
-                isinstance(module, nn.Module)
-                and module is not found
-                and any(p is parameter for p in module.parameters())
-            ):
-                found = module
-        frame = frame.f_back
-    return None if found is None else getattr(found, "_orig_mod", found)
+            if isinstance(module, nn.Module):
+                yield getattr(module, "_orig_mod", module)
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def owner_of(parameter: Tensor) -> nn.Module | None:

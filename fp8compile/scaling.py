@@ -5,17 +5,21 @@ Inside a compiled graph the state is only read (``scale``) and max-accumulated (
 amax has been seen yet; the cast then uses current scaling, so that the first step is right.
 
 A ScalingState belongs to the list of weights that a compiled graph multiplies with. It is found
-through them at run time, because one compiled graph may serve many modules.
+through them at run time, because one compiled graph may serve many modules. The replicas of a
+DistributedDataParallel take the largest amax of all, in one collective per optimizer step, and so
+have the same scales.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
@@ -33,8 +37,12 @@ class ScalingState:
 
     ``scale``, ``amax_fwd``, ``amax_bwd``: ``f32[slots]``. ``history``: ``f32[history_len, slots]``,
     a ring that ``position`` points into. ``events``: ``i32[slots]``, how often an amax was not
-    finite. ``weights``: for each site its weight, or None where it has no parameter.
+    finite. ``weights``: for each site its weight, or None where it has no parameter. ``replicas``:
+    the process group that trains copies of the weights on other data, or None. ``number``: states
+    are created, and so numbered, in the same order in every replica.
     """
+
+    _numbers = itertools.count()
 
     def __init__(
         self, weights: Sequence[Tensor | None], recipe: Recipe, device: torch.device
@@ -55,6 +63,8 @@ class ScalingState:
         self.updates = 0
         self.observed = False  # whether a training call has run since the last update
         self.stepped_by: frozenset[int] = frozenset()  # ids of the parameters that train with it
+        self.replicas: Any = None
+        self.number = next(self._numbers)
         self._scratch: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -89,9 +99,7 @@ class ScalingState:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Roll the history and recompute the scales, if a training call has run since the last."""
-        if not self.observed:
-            return
+        """Roll the history and recompute the scales."""
         # The scale may be saved for a backward that is still to come; that one is welcome to use
         # the new scale for its gradients, so the version counter must not object.
         with torch.autograd._unsafe_preserve_version_counter((self.scale, self.amax_bwd)):
@@ -245,10 +253,30 @@ def _after_optimizer_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     if not any(state.observed for state in _all_states):
         return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for state in list(_all_states):
-        # A graph without trainable parameters of its own moves with whatever is trained.
-        if state.observed and (not state.stepped_by or not stepped.isdisjoint(state.stepped_by)):
-            state.update()
+    # A graph without trainable parameters of its own moves with whatever is trained.
+    _update(s for s in _all_states if not s.stepped_by or not stepped.isdisjoint(s.stepped_by))
+
+
+def _update(states: Iterable[ScalingState]) -> None:
+    """End the step of those states that a training call has run with since their last update."""
+    observed = sorted((s for s in states if s.observed), key=lambda state: state.number)
+    for group in dict.fromkeys(state.replicas for state in observed):
+        if group is not None:
+            _take_largest_amax([s for s in observed if s.replicas is group], group)
+    for state in observed:
+        state.update()
+
+
+@torch.no_grad()
+def _take_largest_amax(states: Sequence[ScalingState], group: Any) -> None:
+    """Let all replicas have the largest amax of any, with one collective and no host sync."""
+    parts = [amax for state in states for amax in (state.amax_fwd, state.amax_bwd)]
+    flat = torch.cat(parts)
+    dist.all_reduce(flat, dist.ReduceOp.MAX, group=group)
+    # A backward that is still to come may have saved them; a larger amax does it no harm.
+    with torch.autograd._unsafe_preserve_version_counter(tuple(parts)):
+        for part, largest in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
+            part.copy_(largest)
 
 
 def update_scales(model: nn.Module | None = None) -> None:
@@ -258,8 +286,7 @@ def update_scales(model: nn.Module | None = None) -> None:
     Optimizers of ``torch.optim`` do this by themselves; calling it as well does no harm, for a
     state that has seen no training call since its last update stays as it is.
     """
-    for state in list(_all_states) if model is None else states_of(model):
-        state.update()
+    _update(list(_all_states) if model is None else states_of(model))
 
 
 # --- saving and loading -------------------------------------------------------------------------

@@ -1,0 +1,106 @@
+"""DistributedDataParallel: two processes train as one that accumulates both gradients."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fp8compile
+from tests.helpers import compile_interpreted
+from tests.models import MLP
+
+STEPS, WORLD = 4, 2
+pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return MLP(64, 128)
+
+
+def batch(step: int, rank: int) -> Tensor:
+    """The ranks see inputs of different sizes and magnitudes."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return (1 + rank) * torch.randn(16 * (2 - rank), 64, generator=generator)
+
+
+def results(model: nn.Module) -> dict[str, Tensor]:
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return weights | fp8compile.state_dict(model)
+
+
+WRAPPED: dict[str, Callable[[nn.Module], Any]] = {
+    "compiled, then wrapped": lambda model: DistributedDataParallel(compile_interpreted(model)),
+    "wrapped, then compiled": lambda model: compile_interpreted(DistributedDataParallel(model)),
+}
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    """A process of its own, which saves what it has found for every way of wrapping."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    torch.save(
+        {how: train_one_rank(rank, wrap) for how, wrap in WRAPPED.items()}, f"{folder}/{rank}"
+    )
+    dist.destroy_process_group()
+
+
+def train_one_rank(rank: int, wrap: Callable[[nn.Module], Any]) -> tuple[dict[str, Tensor], int]:
+    """Weights and scaling state after STEPS steps, and how many collectives there were."""
+    torch._dynamo.reset()
+    model = make_model()
+    run = wrap(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
+        for step in range(STEPS):
+            run(batch(step, rank)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return results(model), reduce.call_count
+
+
+def train_alone() -> dict[str, Tensor]:
+    """The plain loop: both batches one after the other, the mean of their gradients."""
+    model = make_model()
+    compiled = compile_interpreted(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(STEPS):
+        for rank in range(WORLD):
+            compiled(batch(step, rank)).square().mean().backward()
+        for parameter in model.parameters():
+            parameter.grad /= WORLD
+        optimizer.step()
+        optimizer.zero_grad()
+    return results(model)
+
+
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process has found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port, str(folder)), nprocs=WORLD)
+    return [torch.load(folder / str(rank)) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_two_processes_train_like_one(how: str, by_rank: list[dict[str, Any]]) -> None:
+    (first, reductions), (second, _) = (found[how] for found in by_rank)
+    assert reductions == STEPS, "one collective per step"
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"the replicas differ in {name}"
+    for name, value in train_alone().items():
+        torch.testing.assert_close(first[name], value, rtol=2e-3, atol=1e-4, msg=name)
