@@ -26,7 +26,7 @@ from .cost import DEVICES, Device
 from .dump import Dump
 from .errors import OptionError, StrictError
 from .ir import SLOTS_PER_SITE, Site
-from .modules import SiteNames, calling_module, calling_replicas, owner_of
+from .modules import SiteNames, calling_module, calling_replicas, calling_shards, owner_of
 from .options import Options, parse_options
 from .passes import (
     StateNodes,
@@ -88,6 +88,8 @@ def compile_graph(
     predict_for = _predict_for(options, kernels, device, report=on_joint is not None)
     compiler = GraphCompiler(options, sites, kernels, on_joint, predict_for)
     stateful = bool(sites) and options.recipe.scaling is Scaling.DELAYED
+    if stateful:
+        _check_not_sharded(options)
     state_examples: list[Tensor] = []
     if stateful:
         state_examples = [torch.zeros(SLOTS_PER_SITE * len(sites), device=device) for _ in range(3)]
@@ -271,6 +273,17 @@ def _check_skip(
             raise OptionError(
                 f"skip={glob!r} matches nothing; the sites are {sorted(s.fqn for s in sites)}"
             )
+
+
+def _check_not_sharded(options: Options) -> None:
+    """Raise OptionError where a weight's scaling state could neither move nor be saved."""
+    shards = calling_shards()
+    if shards:
+        raise OptionError(
+            f"FSDP shards {shards}: its optimizer does not hold the weights that the graph "
+            f"multiplies with, so the scales of the recipe {options.recipe.name!r} would never "
+            "move; choose options={'recipe': 'current'}"
+        )
 
 
 def _predict_for(

@@ -33,6 +33,13 @@ def calling_replicas() -> Any:
     return next((module.process_group for module in called), None)
 
 
+def calling_shards() -> str:
+    """The class of a module that is being called and that FSDP shards, or ""."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not there: nothing is sharded
+    kinds = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    return next((type(m).__name__ for m in _calling_modules() if isinstance(m, kinds)), "")
+
+
 def _calling_modules() -> Iterator[nn.Module]:
     """The modules on the call stack, innermost first, as the user made them."""
     frame = sys._getframe(1)

@@ -1,4 +1,6 @@
-"""DistributedDataParallel: two processes train as one that accumulates both gradients."""
+"""Two processes: DistributedDataParallel trains as one process that accumulates both gradients;
+FSDP2 trains with current scaling.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fp8compile
 from tests.helpers import compile_interpreted
-from tests.models import MLP
+from tests.models import MLP, sqnr_db
 
 STEPS, WORLD = 4, 2
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
@@ -45,13 +49,12 @@ WRAPPED: dict[str, Callable[[nn.Module], Any]] = {
 
 
 def work(rank: int, port: int, folder: str) -> None:
-    """A process of its own, which saves what it has found for every way of wrapping."""
+    """A process of its own, which saves what it has found for every way of distributing."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    torch.save(
-        {how: train_one_rank(rank, wrap) for how, wrap in WRAPPED.items()}, f"{folder}/{rank}"
-    )
+    found: dict[str, Any] = {how: train_one_rank(rank, wrap) for how, wrap in WRAPPED.items()}
+    torch.save({**found, "sharded": call_sharded(rank)}, f"{folder}/{rank}")
     dist.destroy_process_group()
 
 
@@ -67,6 +70,18 @@ def train_one_rank(rank: int, wrap: Callable[[nn.Module], Any]) -> tuple[dict[st
             optimizer.step()
             optimizer.zero_grad()
     return results(model), reduce.call_count
+
+
+def call_sharded(rank: int) -> tuple[str, Tensor, dict[str, Tensor]]:
+    """What delayed scaling says to FSDP2; and the output and gradients with current scaling."""
+    torch._dynamo.reset()
+    model = fully_shard(make_model(), mesh=init_device_mesh("cpu", (WORLD,)))
+    with pytest.raises(Exception, match="FSDP shards") as error:
+        compile_interpreted(model)(batch(0, rank))
+    output = compile_interpreted(model, {"recipe": "current"})(batch(0, rank))
+    output.square().mean().backward()
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    return str(error.value), output.detach(), gradients
 
 
 def train_alone() -> dict[str, Tensor]:
@@ -104,3 +119,18 @@ def test_two_processes_train_like_one(how: str, by_rank: list[dict[str, Any]]) -
         assert torch.equal(value, second[name]), f"the replicas differ in {name}"
     for name, value in train_alone().items():
         torch.testing.assert_close(first[name], value, rtol=2e-3, atol=1e-4, msg=name)
+
+
+def test_fsdp2_trains_with_current_scaling_and_delayed_scaling_says_so(
+    by_rank: list[dict[str, Any]],
+) -> None:
+    model = make_model()
+    for rank in range(WORLD):
+        model(batch(0, rank)).square().mean().div(WORLD).backward()
+    for rank, found in enumerate(by_rank):
+        message, output, gradients = found["sharded"]
+        assert "choose options={'recipe': 'current'}" in message
+        assert 25 <= sqnr_db(model(batch(0, rank)).detach(), output) < 60
+        assert gradients.keys() == dict(model.named_parameters()).keys()
+        for name, parameter in model.named_parameters():
+            assert sqnr_db(parameter.grad, gradients[name]) >= 18, name
