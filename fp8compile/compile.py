@@ -176,10 +176,11 @@ class GraphCompiler:
         if self.options.strict and left_out:
             lines = "\n  ".join(f"{r.fqn} {r.gemm}: {r.reason}" for r in left_out)
             raise StrictError(f"strict=True, but these stay in high precision:\n  {lines}")
+        others = other_rows(unsited_matmuls(gm))
         if not any(row.is_fp8 for row in rows):
-            _nothing_to_do(self.options, rows)
+            _nothing_to_do(self.options, rows + others)
         if self.on_joint is not None:
-            self.on_joint(rows + other_rows(unsited_matmuls(gm)))
+            self.on_joint(rows + others)
 
     def finish(self, seconds: float) -> None:
         """Say in one line what was compiled."""

@@ -45,7 +45,8 @@ class Site:
     its weight among the graph's inputs, or None. ``weight_first``: whether the weight is the
     left operand. ``reason``: why it stays in high precision whatever its shapes, or None.
     ``leader``: the first site that takes the same input, by its index. They share its scaling
-    state, so that it fits graphs that merge their GEMMs and graphs that do not.
+    state, so that it fits graphs that merge their GEMMs and graphs that do not. ``position``: which
+    matmul of its call it is, for a call that makes several, such as multi-head attention.
     """
 
     index: int
@@ -54,6 +55,12 @@ class Site:
     weight_first: bool = False
     reason: str | None = None
     leader: int | None = None
+    position: int = 0
+
+    @property
+    def call(self) -> int:
+        """The index of the first site of its call, which is what the nodes are tagged with."""
+        return self.index - self.position
 
     def slot(self, operand: Operand) -> int:
         """Where this site's scaling state for an operand lies in the graph's flat tensors."""

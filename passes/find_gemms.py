@@ -22,6 +22,10 @@ from ..recipe import Gemm, Operand
 
 _GEMM_OPS = (aten.mm.default, aten.addmm.default)
 _UNTAGGED = "a 1-D operand, or no call of linear, matmul, mm or addmm"
+_FAST_PATH = (
+    "PyTorch's fast path for inference is one operator; turn it off with "
+    "torch.backends.mha.set_fastpath_enabled(False)"
+)
 
 
 def find_gemms(gm: fx.GraphModule, *, sites: Sequence[Site] | None = None) -> int:
@@ -47,21 +51,21 @@ def find_gemms(gm: fx.GraphModule, *, sites: Sequence[Site] | None = None) -> in
     for node in gm.graph.nodes:
         if node.target not in _GEMM_OPS or "fp8" in node.meta:
             continue
-        site = _site_of(node, sites, len(known))
-        if site is None:
-            continue
-        info = _describe(node, site, known)
+        candidates = _sites_of(node, sites, len(known))
+        described = (_describe(node, site, known) for site in candidates)
+        info = next((info for info in described if info is not None), None)
         if info is not None:
             node.meta["fp8"] = info
             found += 1
     return found
 
 
-def _site_of(node: fx.Node, sites: Sequence[Site] | None, next_index: int) -> Site | None:
+def _sites_of(node: fx.Node, sites: Sequence[Site] | None, next_index: int) -> list[Site]:
+    """The sites of the call that a GEMM comes from; the GEMMs of a call come in their order."""
     if sites is None:
-        return None if is_backward(node) else Site(next_index, fqn=node.name)
-    index = (node.meta.get("custom") or {}).get(SITE_TAG)
-    return None if index is None else sites[index]
+        return [] if is_backward(node) else [Site(next_index, fqn=node.name)]
+    call = (node.meta.get("custom") or {}).get(SITE_TAG)
+    return [site for site in sites if site.call == call]
 
 
 def _describe(
@@ -127,6 +131,8 @@ def unsited_matmuls(gm: fx.GraphModule) -> list[tuple[fx.Node, str]]:
         aten.addmv.default: "matrix-vector product",
         aten.mm.default: _UNTAGGED,
         aten.addmm.default: _UNTAGGED,
+        aten._transformer_encoder_layer_fwd.default: _FAST_PATH,
+        aten._native_multi_head_attention.default: _FAST_PATH,
     }
     return [
         (node, reasons[node.target])

@@ -6,6 +6,7 @@ forward and backward. The number put there is how a backward GEMM finds its site
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from ..ir import SITE_TAG, Site, args_of
 _LINEAR = (F.linear, torch._C._nn.linear)
 _MATMUL = (torch.matmul, torch.mm, operator.matmul, torch.Tensor.matmul, torch.Tensor.mm)
 _ADDMM = (torch.addmm, torch.Tensor.addmm)
+_ATTENTION = F.multi_head_attention_forward
 _METHODS = {"matmul": 0, "__matmul__": 0, "mm": 0, "addmm": 1}
 # The bodies of these higher-order operators are traced into the surrounding graph.
 _INLINED = ("tag_activation_checkpoint",)
@@ -40,6 +42,7 @@ def tag_sites(
     Requires: a graph of torch-level calls, as Dynamo gives it to a backend.
     Ensures: sites are numbered in graph order; inside activation-checkpointed regions too. Those
         with the same input have the same leader.
+        A call of ``multi_head_attention_forward`` has a site for each of its projections.
     Leaves alone: matmuls of two batched operands (attention), 1-D operands, einsum; calls inside
         control flow (cond, while_loop, scan) become sites with a reason.
     Numerics: exact.
@@ -63,22 +66,25 @@ def _tag(
     reason: str | None,
 ) -> None:
     for node in gm.graph.nodes:
-        found = _matmul_operands(node)
-        if found is not None:
-            left_origin, right_origin = (_origin(side, outer) for side in found)
+        matmuls = _matmuls(node)
+        if matmuls:
+            node.meta["custom"] = {**node.meta.get("custom", {}), SITE_TAG: len(sites)}
+        for position, (left, right) in enumerate(matmuls):
+            left_origin, right_origin = (_origin(side, outer) for side in (left, right))
             weight_first = _is_parameter(left_origin) and not _is_parameter(right_origin)
             weight = left_origin if weight_first else right_origin
+            shared = right if weight_first else left
             site = Site(
                 index=len(sites),
                 fqn=name_of(node, weight),
                 weight=placeholders.index(weight) if weight in placeholders else None,
                 weight_first=weight_first,
                 reason=reason,
-                leader=leaders.setdefault(found[weight_first], len(sites)),
+                leader=leaders.setdefault(shared, len(sites)) if shared else len(sites),
+                position=position,
             )
-            node.meta["custom"] = {**node.meta.get("custom", {}), SITE_TAG: site.index}
             sites.append(site)
-        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
             inlined = node.target.name() in _INLINED
             inner_reason = reason or (None if inlined else f"inside {node.target.name()}")
             for body, args in _bodies(gm, node):
@@ -87,6 +93,30 @@ def _tag(
                 operands = args[len(args) - len(inner) :]
                 bound = {n: _origin(a, outer) for n, a in zip(inner, operands, strict=True)}
                 _tag(body, bound, placeholders, sites, leaders, name_of, inner_reason)
+
+
+def _matmuls(node: fx.Node) -> list[tuple[Any, ...]]:
+    """The operands of every matmul with a 2-D right operand that a call makes, in order."""
+    if node.op == "call_function" and node.target is _ATTENTION:
+        return _projections(node)
+    found = _matmul_operands(node)
+    return [] if found is None else [found]
+
+
+def _projections(node: fx.Node) -> list[tuple[Any, ...]]:
+    """Those of multi-head attention: one for each input that differs, then the output's."""
+    call = inspect.signature(_ATTENTION).bind(*node.args, **node.kwargs)
+    call.apply_defaults()
+    arguments = call.arguments
+    query, key, value = (arguments[name] for name in ("query", "key", "value"))
+    if arguments["use_separate_proj_weight"]:
+        weights = [arguments[f"{name}_proj_weight"] for name in "qkv"]
+        projections = list(zip((query, key, value), weights, strict=True))
+    else:  # PyTorch multiplies an input with all its weights at once
+        inputs = [query] if query is key is value else [query, key]
+        inputs += [] if key is value else [value]
+        projections = [(each, arguments["in_proj_weight"]) for each in inputs]
+    return [*projections, (None, arguments["out_proj_weight"])]
 
 
 def _matmul_operands(node: fx.Node) -> tuple[Any, ...] | None:
