@@ -8,11 +8,12 @@ splits it; ``GraphCompiler.lowered`` puts in the kernels; Inductor compiles the 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,20 +25,21 @@ from . import internals
 from .backends import TRITON, device_constants, kernel_name, lower, resolve_kernels
 from .cost import DEVICES, Device
 from .dump import Dump
-from .errors import OptionError, StrictError
+from .errors import OptionError, PassError, StrictError
 from .ir import SLOTS_PER_SITE, Site
 from .modules import SiteNames, calling_module, calling_replicas, calling_shards, owner_of
-from .options import Options, parse_options
+from .options import FALLBACK, Options, parse_options
 from .passes import (
     StateNodes,
     drop_unused_outputs,
     grow_regions,
     joint_passes,
+    naming_errors,
     run_passes,
     tag_sites,
 )
 from .passes.choose_precision import SKIPPED, SLOWER
-from .passes.find_gemms import unsited_matmuls
+from .passes.find_gemms import NO_FP8_FORM, unsited_matmuls
 from .recipe import Scaling
 from .report import Row, gemm_rows, other_rows
 from .scaling import ScalingState, find_state
@@ -103,8 +105,7 @@ def compile_graph(
         lowered=compiler.lowered,
         key=compiler.cache_key(),
         patches=options.inductor,
-        # A dump needs the passes to run; code that is not Inductor's must not be cached as such.
-        use_caches=options.dump is None and inner_compile is None,
+        use_caches=_may_be_cached(options, inner_compile),
         inner_compile=inner_compile,
     )
     compiler.finish(time.perf_counter() - start)
@@ -121,6 +122,7 @@ class GraphCompiler:
     on_joint: Callable[[list[Row]], None] | None = None
     predict_for: Device | None = None
     rows: list[Row] = field(default_factory=list)
+    fell_back: bool = False
 
     def __post_init__(self) -> None:
         self.dump = Dump(self.options.dump) if self.options.dump else None
@@ -133,6 +135,10 @@ class GraphCompiler:
 
     def joint(self, gm: fx.GraphModule) -> None:
         """Rewrite the joint graph, or the only graph when there is no backward."""
+        with self._undoing(gm, "stays in its own precision"):
+            self._rewrite(gm)
+
+    def _rewrite(self, gm: fx.GraphModule) -> None:
         state = None
         if self.sites and self.options.recipe.scaling is Scaling.DELAYED:
             state = StateNodes(*internals.last_inputs(gm, len(STATE_INPUTS)))
@@ -157,26 +163,44 @@ class GraphCompiler:
     def lowered(self, gm: fx.GraphModule) -> None:
         """Put the kernels into a forward, backward or inference graph."""
         direction = "backward" if _is_backward_graph(gm) else "forward"
-        drop_unused_outputs(gm)
-        if self.kernels == TRITON:
-            grow_regions(gm)
-        if self.dump is not None:
-            self.dump.graph(direction, gm)
-        sources = lower(gm, self.kernels)
+        sources: dict[str, str] = {}
+        with self._undoing(gm, "runs the reference bodies of its FP8 operators"):
+            drop_unused_outputs(gm)
+            if self.kernels == TRITON:
+                with naming_errors(f"grow_regions ({direction})"):
+                    grow_regions(gm)
+            if self.dump is not None:
+                self.dump.graph(direction, gm)
+            with naming_errors(f"lowering ({direction})"):
+                sources = lower(gm, self.kernels)
         gm.recompile()
         if self.dump is not None and sources:
             self.dump.graph(f"{direction}.kernels", gm)
             for name, source in sources.items():
                 self.dump.text(f"{name}.py", source)
 
+    @contextlib.contextmanager
+    def _undoing(self, gm: fx.GraphModule, then: str) -> Iterator[None]:
+        """Under ``on_error="fallback"`` a pass that fails leaves the graph as it was."""
+        if self.options.on_error != FALLBACK:
+            yield
+            return
+        before = internals.copy_of(gm.graph)
+        try:
+            yield
+        except PassError as error:
+            gm.graph, self.fell_back = before, True
+            warnings.warn(f"{error}\non_error='fallback': the graph {then}", stacklevel=2)
+
     def _report(self, gm: fx.GraphModule) -> None:
         rows = gemm_rows(gm, partial(kernel_name, kernels=self.kernels))
         self.rows = rows
+        others = other_rows(unsited_matmuls(gm))
         left_out = [row for row in rows if row.reason and not _by_choice(row)]
+        left_out += [row for row in others if row.reason not in NO_FP8_FORM]
         if self.options.strict and left_out:
             lines = "\n  ".join(f"{r.fqn} {r.gemm}: {r.reason}" for r in left_out)
             raise StrictError(f"strict=True, but these stay in high precision:\n  {lines}")
-        others = other_rows(unsited_matmuls(gm))
         if not any(row.is_fp8 for row in rows):
             _nothing_to_do(self.options, rows + others)
         if self.on_joint is not None:
@@ -184,7 +208,7 @@ class GraphCompiler:
 
     def finish(self, seconds: float) -> None:
         """Say in one line what was compiled."""
-        if not self.rows:  # Inductor had it all in its cache
+        if not self.rows and not self.fell_back:  # Inductor had it all in its cache
             log.info("%d sites, compiled before, %.1f s", len(self.sites), seconds)
             return
         log.info(
@@ -239,6 +263,13 @@ class CompiledGraph:
             owner = None if anchor is None else owner_of(anchor)
             self._owner = None if owner is None else weakref.ref(owner)
         return self._state
+
+
+def _may_be_cached(options: Options, inner_compile: Callable[..., Any] | None) -> bool:
+    """Not with a dump, which needs the passes to run; nor what is not Inductor's code; nor a graph
+    that may have fallen back: from the cache it would do so without a word.
+    """
+    return options.dump is None and inner_compile is None and options.on_error != FALLBACK
 
 
 def _is_parameter(value: Any) -> bool:

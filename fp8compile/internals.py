@@ -59,6 +59,14 @@ def clone_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return clone
 
 
+def copy_of(graph: fx.Graph) -> fx.Graph:
+    """A copy of a final or joint graph, with each node's meta copied."""
+    copy, nodes = fx.Graph(), {}  # type: ignore[var-annotated]
+    copy.output(copy.graph_copy(graph, nodes))
+    copy.output_node().meta = graph.output_node().meta.copy()
+    return copy
+
+
 def add_input(gm: fx.GraphModule, name: str, example: Tensor) -> fx.Node:
     """Append a graph input that AOTAutograd takes for a static one, like a parameter.
 

@@ -16,6 +16,7 @@ from .errors import OptionError
 from .recipe import RECIPES, Recipe, get_recipe
 
 KERNELS = ("auto", "triton", "reference")
+RAISE, FALLBACK = ON_ERROR = ("raise", "fallback")
 SAVE_ACTIVATIONS = ("default", "fp8")
 DUMP_VARIABLE = "FP8COMPILE_DUMP"
 # Inductor's settings that the backend works through.
@@ -36,7 +37,9 @@ class Options:
     precision what FP8 is predicted not to make faster, where Triton kernels run; the name of a
     device from ``DEVICES``: decide as on that one, whatever runs. ``save_activations``: "fp8"
     keeps for backward in FP8, with a scale per 1x128 group, what norms and activations need there;
-    "default" keeps it in the model's dtype.
+    "default" keeps it in the model's dtype. ``on_error``: what happens where a pass fails: "raise"
+    a PassError, or "fallback", with a warning: the graph stays in its own precision, or runs the
+    reference bodies of its FP8 operators if it is its kernels that could not be written.
     """
 
     recipe: Recipe = RECIPES["delayed"]
@@ -47,6 +50,7 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     decline_slower: bool | str = True
     save_activations: str = "default"
+    on_error: str = RAISE
 
     def skips(self, fqn: str) -> bool:
         """Whether the site of that name was asked to stay in high precision."""
@@ -88,6 +92,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
         save_activations=_one_of(
             "save_activations", given.get("save_activations", "default"), SAVE_ACTIVATIONS
         ),
+        on_error=_one_of("on_error", given.get("on_error", RAISE), ON_ERROR),
     )
 
 

@@ -7,7 +7,7 @@ from .find_gemms import find_gemms
 from .grow_regions import grow_regions
 from .insert_casts import insert_casts
 from .merge_gemms import merge_gemms
-from .pipeline import StateNodes, joint_passes, run_passes
+from .pipeline import StateNodes, joint_passes, naming_errors, run_passes
 from .plan_saved import plan_saved
 from .share_casts import share_casts
 from .store_activations import store_activations
@@ -24,6 +24,7 @@ __all__ = [
     "insert_casts",
     "joint_passes",
     "merge_gemms",
+    "naming_errors",
     "plan_saved",
     "run_passes",
     "share_casts",

@@ -21,6 +21,8 @@ from ..ir import (
 from ..recipe import Gemm, Operand
 
 _GEMM_OPS = (aten.mm.default, aten.addmm.default)
+_BATCHED, _CONVOLUTION = "batched matmul of two activations", "convolution"
+NO_FP8_FORM = (_BATCHED, _CONVOLUTION)  # nothing that a user could expect to run in FP8
 _UNTAGGED = "a 1-D operand, or no call of linear, matmul, mm or addmm"
 _FAST_PATH = (
     "PyTorch's fast path for inference is one operator; turn it off with "
@@ -124,9 +126,9 @@ def _scaled_addmm(node: fx.Node) -> str | None:
 def unsited_matmuls(gm: fx.GraphModule) -> list[tuple[fx.Node, str]]:
     """Matmuls and convolutions that belong to no site, each with the reason it is left alone."""
     reasons = {
-        aten.bmm.default: "batched matmul of two activations",
-        aten.baddbmm.default: "batched matmul of two activations",
-        aten.convolution.default: "convolution",
+        aten.bmm.default: _BATCHED,
+        aten.baddbmm.default: _BATCHED,
+        aten.convolution.default: _CONVOLUTION,
         aten.mv.default: "matrix-vector product",
         aten.addmv.default: "matrix-vector product",
         aten.mm.default: _UNTAGGED,

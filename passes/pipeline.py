@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -93,19 +94,26 @@ def run_passes(
     for run in passes:
         name = pass_name(run)
         start = time.perf_counter()
-        try:
+        with naming_errors(name):
             counts[name] = run(gm)
-        except Fp8CompileError:
-            raise
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}"
-            raise PassError(name, message, _node_at_fault(error)) from error
         verify(gm, name, known)
         log.debug("%s: %d rewrites, %.3f s", name, counts[name], time.perf_counter() - start)
         if after_each is not None:
             after_each(name, gm)
     gm.recompile()
     return counts
+
+
+@contextlib.contextmanager
+def naming_errors(pass_name: str) -> Iterator[None]:
+    """Turn an exception that is not ours into a PassError that names pass, node and source line."""
+    try:
+        yield
+    except Fp8CompileError:
+        raise
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        raise PassError(pass_name, message, _node_at_fault(error)) from error
 
 
 def _node_at_fault(error: Exception) -> fx.Node | None:

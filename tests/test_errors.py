@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import fp8compile
 from fp8compile import Fp8CompileError, PassError
 from fp8compile.errors import source_line
+from fp8compile.internals import is_tangent
 from fp8compile.ir import QUANTIZE, SCALED_MM
 from fp8compile.passes import run_passes
 from tests.helpers import compile_interpreted, trace
@@ -119,6 +121,68 @@ def node_with(**meta: Any) -> fx.Node:
     node = fx.Graph().placeholder("x")
     node.meta.update(meta)
     return node
+
+
+# --- on_error="fallback" ------------------------------------------------------------------------
+
+
+def fail(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+    gm.graph.find_nodes(op="placeholder")[0].name = "half rewritten"
+    raise KeyError("lost")
+
+
+@pytest.mark.parametrize("inductor", [False, True], ids=["interpreted", "inductor"])
+def test_a_graph_whose_rewrite_failed_stays_in_its_own_precision(
+    inductor: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "share_casts", fail)
+    model, x = Model(), torch.randn(16, 32)
+    options = {"on_error": "fallback"}
+    compiled = (
+        torch.compile(model, backend="fp8", options=options)
+        if inductor
+        else compile_interpreted(model, options)
+    )
+    with pytest.warns(UserWarning, match="the graph stays in its own precision") as warned:
+        out = compiled(x)
+    (text,) = [str(w.message) for w in warned if "on_error" in str(w.message)]
+    assert text.startswith("pass fail failed") and "KeyError: 'lost'" in text
+    torch.testing.assert_close(out, model(x))
+    (gradient,) = torch.autograd.grad(out.sum(), [model.fc.weight])
+    (expected,) = torch.autograd.grad(model(x).sum(), [model.fc.weight])
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_graph_whose_kernels_could_not_be_written_runs_the_reference(
+    direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("fp8compile.compile")
+    lower = module.lower
+
+    def fail_in_one(gm: fx.GraphModule, kernels: str) -> Any:
+        is_backward = any(is_tangent(node) for node in gm.graph.nodes)
+        return fail(gm) if is_backward is (direction == "backward") else lower(gm, kernels)
+
+    model, x = Model(), torch.randn(16, 32)
+    plain = compile_interpreted(model)(x)
+    (expected,) = torch.autograd.grad(plain.sum(), [model.fc.weight])
+    monkeypatch.setattr(module, "lower", fail_in_one)
+    torch._dynamo.reset()
+    options = {"on_error": "fallback", "inductor": {"fx_graph_cache": False}}
+    compiled = torch.compile(copy.deepcopy(model), backend="fp8", options=options)
+    with pytest.warns(UserWarning, match=rf"pass lowering \({direction}\) failed") as warned:
+        out = compiled(x)
+        (gradient,) = torch.autograd.grad(out.sum(), [compiled.fc.weight])
+    assert sum("on_error='fallback'" in str(w.message) for w in warned) == 1
+    torch.testing.assert_close(out, plain)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_options_that_are_wrong_are_errors_all_the_same() -> None:
+    compiled = compile_interpreted(Model(), {"on_error": "fallback", "strict": True, "skip": ["x"]})
+    with pytest.raises(BackendCompilerFailed, match="matches nothing"):
+        compiled(torch.randn(16, 32))
 
 
 def test_source_line() -> None:

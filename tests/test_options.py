@@ -270,6 +270,24 @@ def test_strict_names_site_and_reason() -> None:
     assert "  0 fprop" not in message[0]
 
 
+def test_strict_names_matmuls_that_belong_to_no_site() -> None:
+    class Vector(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + super().forward(x[0])
+
+    with raises(StrictError, match=r"\(other: 1 x aten\.\w+\) : a 1-D operand") as message:
+        compile_interpreted(Vector(32, 64), {"strict": True})(torch.randn(16, 32))
+    assert "fprop" not in message[0]
+
+
+def test_strict_accepts_matmuls_of_activations() -> None:
+    class Scores(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) @ x.transpose(1, 2)
+
+    compile_interpreted(Scores(32, 32), {"strict": True})(torch.randn(2, 16, 32))
+
+
 def test_strict_accepts_what_was_skipped_on_purpose() -> None:
     model, x = HalfDouble(), torch.randn(16, 32)
     out = compile_interpreted(model, {"strict": True, "skip": ["1"]})(x)
