@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,21 @@ from .recipe import Operand, Recipe
 _SCALE, _HISTORY = ".scale", ".amax_history"
 
 
+class Events(NamedTuple):
+    """In how many steps an operand's amax was not finite, or its delayed scale was too large."""
+
+    not_finite: int
+    saturated: int
+
+
 class ScalingState:
     """The delayed-scaling state of one graph's sites: flat tensors with ``SLOTS_PER_SITE`` slots a
     site, of which one is used per operand.
 
     ``scale``, ``amax_fwd``, ``amax_bwd``: ``f32[slots]``. ``history``: ``f32[history_len, slots]``,
-    a ring that ``position`` points into. ``events``: ``i32[slots]``, how often an amax was not
-    finite. ``weights``: for each site its weight, or None where it has no parameter.
+    a ring that ``position`` points into. ``events``: ``i32[2, slots]``, how often an amax was not
+    finite, and how often one was too large for the scale that was used. ``weights``: for each site
+    its weight, or None where it has no parameter.
     """
 
     def __init__(
@@ -47,7 +55,7 @@ class ScalingState:
             torch.zeros(slots, device=device) for _ in range(3)
         )
         self.history = torch.zeros(recipe.history_len, slots, device=device)
-        self.events = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.events = torch.zeros(len(Events._fields), slots, dtype=torch.int32, device=device)
         fp8_max = [recipe.format_of(operand).max for operand in Operand]
         unused = [1.0] * (SLOTS_PER_SITE - len(fp8_max))
         self.fp8_max = torch.tensor((fp8_max + unused) * len(weights), device=device)
@@ -260,6 +268,29 @@ def update_scales(model: nn.Module | None = None) -> None:
     """
     for state in list(_all_states) if model is None else states_of(model):
         state.update()
+
+
+# --- what went wrong ----------------------------------------------------------------------------
+
+
+def events(model: nn.Module) -> dict[str, Events]:
+    """What went wrong so far with the delayed scales of a model, by name; empty if nothing did.
+
+    The key is the name of a site's weight, as in ``state_dict``, and an operand:
+    ``layers.0.wq.weight.grad_output``. Sites with the same input share their scales, and stand
+    under the name of the first. ``not_finite`` counts the steps whose amax was inf or NaN: the
+    scale did not move. ``saturated`` counts those whose values had outgrown the scale so far that
+    clipping changed them by more than rounding does; the next step's scale is right again.
+    """
+    counts: dict[str, Tensor] = {}
+    for key, state, site in named_states(model):
+        counts[key] = counts.get(key, 0) + state.events[:, _slots_of(site)].cpu()
+    return {
+        f"{key}.{operand}": Events(*found)
+        for key, both in counts.items()
+        for operand, found in zip(Operand, both.t().tolist(), strict=True)
+        if any(found)
+    }
 
 
 # --- saving and loading -------------------------------------------------------------------------
