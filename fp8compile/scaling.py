@@ -63,6 +63,7 @@ class ScalingState:
         self.updates = 0
         self.observed = False  # whether a training call has run since the last update
         self.stepped_by: frozenset[int] = frozenset()  # ids of the parameters that train with it
+        self.owners: list[weakref.ref[nn.Module]] | None = None  # whose weights; None: not looked
         self._scratch: tuple[Tensor, Tensor] | None = None
 
     @property
