@@ -250,13 +250,19 @@ def _install_hook() -> None:
         _hook = register_optimizer_step_post_hook(_after_optimizer_step)
 
 
+def _known_states() -> list[ScalingState]:
+    with _lock:  # another thread may be compiling a model of its own
+        return list(_all_states)
+
+
 def _after_optimizer_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    if not any(state.observed for state in _all_states):
+    states = [state for state in _known_states() if state.observed]
+    if not states:
         return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for state in list(_all_states):
+    for state in states:
         # A graph without trainable parameters of its own moves with whatever is trained.
-        if state.observed and (not state.stepped_by or not stepped.isdisjoint(state.stepped_by)):
+        if not state.stepped_by or not stepped.isdisjoint(state.stepped_by):
             state.update()
 
 
@@ -267,7 +273,7 @@ def update_scales(model: nn.Module | None = None) -> None:
     Optimizers of ``torch.optim`` do this by themselves; calling it as well does no harm, for a
     state that has seen no training call since its last update stays as it is.
     """
-    for state in list(_all_states) if model is None else states_of(model):
+    for state in _known_states() if model is None else states_of(model):
         state.update()
 
 

@@ -52,8 +52,8 @@ def plain_loop(
     call: Callable[..., Tensor] | None = None,
 ) -> list[float]:
     """The plain loop, in FP8; returns its losses."""
-    call = call or compile_interpreted(model)
-    optimizer = optimizer or sgd(model)
+    call = compile_interpreted(model) if call is None else call
+    optimizer = sgd(model) if optimizer is None else optimizer
     losses = []
     for x in batches:
         loss = loss_of(call(x))
