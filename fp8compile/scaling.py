@@ -44,6 +44,7 @@ class ScalingState:
     its weight, or None where it has no parameter.
     """
 
+    @torch.inference_mode(False)  # the first call may be one of inference; training goes on with it
     def __init__(
         self, weights: Sequence[Tensor | None], recipe: Recipe, device: torch.device
     ) -> None:
@@ -93,7 +94,8 @@ class ScalingState:
     def reading(self) -> tuple[Tensor, Tensor, Tensor]:
         """The graph inputs of a call that must not leave a trace (eval): amax goes nowhere."""
         if self._scratch is None:
-            self._scratch = (torch.zeros_like(self.amax_fwd), torch.zeros_like(self.amax_bwd))
+            with torch.inference_mode(False):
+                self._scratch = (torch.zeros_like(self.amax_fwd), torch.zeros_like(self.amax_bwd))
         return self.scale, *self._scratch
 
     @torch.no_grad()
