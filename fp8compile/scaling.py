@@ -275,8 +275,15 @@ def update_scales(model: nn.Module | None = None) -> None:
     Optimizers of ``torch.optim`` do this by themselves; calling it as well does no harm, for a
     state that has seen no training call since its last update stays as it is.
     """
-    for state in _known_states() if model is None else states_of(model):
+    for state in _known_states() if model is None else _trained_with(model):
         state.update()
+
+
+def _trained_with(model: nn.Module) -> list[ScalingState]:
+    """The states of a model, and of graphs that compute their weights from its parameters."""
+    own = {id(parameter) for parameter in model.parameters()}
+    computed = [state for state in _known_states() if not own.isdisjoint(state.stepped_by)]
+    return states_of(model) + computed  # the second update of a state does nothing
 
 
 # --- what went wrong ----------------------------------------------------------------------------

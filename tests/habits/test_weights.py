@@ -294,6 +294,20 @@ def test_a_parametrized_weight_has_delayed_scales_too() -> None:
     assert sqnr_db(100 * model(x).detach(), grown.detach()) < 5
 
 
+def test_update_scales_reaches_the_state_of_computed_weights() -> None:
+    """A loop without an optimizer, and a graph none of whose weights is a parameter."""
+    model, other = (parametrizations.weight_norm(nn.Linear(WIDTH, HIDDEN)) for _ in range(2))
+    x = batch()
+    calls = [compile_interpreted(m) for m in (model, other)]
+    for call in calls:
+        loss_of(call(x)).backward()
+    fp8compile.update_scales(other)  # not this one's
+    assert_near(model(100 * x), calls[0](100 * x))  # it has no scale yet
+    fp8compile.update_scales(model)
+    model.zero_grad()
+    assert sqnr_db(model(1e4 * x).detach(), calls[0](1e4 * x).detach()) < 5
+
+
 def test_a_weight_under_a_cast_is_the_parameter_itself() -> None:
     class Cast(nn.Module):
         def __init__(self) -> None:
