@@ -208,7 +208,8 @@ def _inherit(state: ScalingState) -> None:
         raise ScalingStateError(
             f"the loaded scaling state has entries for {len(parked)} of this graph's "
             f"{len(parked) + len(missing)} sites; missing are the sites number {missing}. Save it "
-            "from a model that was compiled with the same options"
+            "from a model that was compiled with the same options and holds all of the graph's "
+            "modules: nn.ModuleList([teacher, student]) for two that are compiled together"
         )
     for index, entry in parked:
         if entry[_HISTORY].shape[0] != state.recipe.history_len:

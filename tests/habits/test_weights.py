@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fp8compile
+from fp8compile import ScalingStateError
 from fp8compile.scaling import states_of
 from tests.habits.common import (
     EMULATED,
@@ -155,6 +156,30 @@ def test_a_resumed_run_is_the_uninterrupted_one(dynamic: bool | None, at: str) -
     assert plain_loop(resumed, batches[4:], optimizer, compiled) == expected
     assert_equal(resumed.state_dict(), model.state_dict())
     assert_equal(fp8compile.state_dict(resumed), fp8compile.state_dict(model))
+
+
+def test_a_teacher_and_a_student_in_one_graph_are_saved_together() -> None:
+    """They share the scale of their input: the state of the student alone is not enough."""
+
+    def new_pair() -> tuple[nn.ModuleList, Callable[..., Any]]:
+        torch._dynamo.reset()
+        pair = nn.ModuleList([mlp().requires_grad_(False).eval(), mlp()])
+        return pair, compile_interpreted(lambda x: pair[1](x) - pair[0](x))
+
+    (pair, call), x = new_pair(), batch()
+    plain_loop(pair[1], [x] * 3, call=call)
+    saved = copy.deepcopy(pair.state_dict()), fp8compile.state_dict(pair)
+    expected = plain_loop(pair[1], [x] * 2, call=call)
+    again, call = new_pair()
+    again.load_state_dict(saved[0])
+    fp8compile.load_state_dict(again, saved[1])
+    assert plain_loop(again[1], [x] * 2, call=call) == expected
+
+    alone, call = new_pair()
+    of_student = {k.removeprefix("1."): v for k, v in saved[1].items() if k.startswith("1.")}
+    fp8compile.load_state_dict(alone[1], of_student)
+    with pytest.raises(ScalingStateError, match="all of the graph's modules"):
+        call(x)
 
 
 # --- copies -------------------------------------------------------------------------------------
