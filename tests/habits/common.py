@@ -64,6 +64,21 @@ def plain_loop(
     return losses
 
 
+def step_in_backward(model: nn.Module, lr: float = 0.1) -> list[torch.optim.Optimizer]:
+    """One optimizer per parameter, which steps as soon as its gradient is there."""
+    optimizers = []
+    for parameter in model.parameters():
+        optimizer = torch.optim.SGD([parameter], lr=lr)
+        optimizers.append(optimizer)
+
+        def step(p: Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        parameter.register_post_accumulate_grad_hook(step)
+    return optimizers
+
+
 def only_state(model: nn.Module) -> ScalingState:
     states = states_of(model)
     assert len(states) == 1

@@ -77,7 +77,7 @@ def test_uneven_micro_batches_share_one_state(sizes: tuple[int, ...]) -> None:
 def test_the_order_of_micro_batches_does_not_matter_to_the_scales() -> None:
     models = twins(mlp())
     x, y = batch(), 5 * batch()
-    for model, order in zip(models, ([x, y, x], [y, x, x]), strict=True):
+    for model, order in zip(models, ([x, y], [y, x]), strict=True):
         accumulate(compile_interpreted(model), sgd(model, lr=0.0), order)
     assert_same_scaling(*models)
 

@@ -305,7 +305,7 @@ def test_a_rollout_before_the_training(context: type, mode: str) -> None:
             with context():
                 assert_near(model(x), compiled(x))
             if mode == "eval":  # and once with gradients, which leaves no trace either
-                loss_of(compiled(x)).backward()
+                loss_of(compiled(100 * x)).backward()
             model.train()
             model.zero_grad()
         plain_loop(model, [x, x], call=compiled)

@@ -28,6 +28,7 @@ from tests.habits.common import (
     only_state,
     plain_loop,
     sgd,
+    step_in_backward,
     twins,
 )
 from tests.helpers import compile_interpreted
@@ -152,6 +153,19 @@ def test_an_update_between_forward_and_recomputation() -> None:
     for model in models:
         fp8compile.update_scales(model)
     assert only_state(models[0]).updates == 2 and only_state(models[1]).updates == 3
+
+
+@pytest.mark.parametrize("way", ["non_reentrant", "reentrant"])
+def test_optimizers_in_backward_step_between_the_recomputations(way: str) -> None:
+    """The second block has stepped, and its scales have moved, when the first is computed again."""
+    blocks: list[nn.Module] = [mlp(), mlp()]
+    plain, checkpointed = models = Around(copy.deepcopy(blocks), None), Around(blocks, way)
+    batches = [(1 + step) * batch() for step in range(3)]
+    plain_loop(plain, [x.requires_grad_() for x in batches], call=plain)
+    step_in_backward(checkpointed)
+    for x in batches:
+        loss_of(checkpointed(x)).backward()
+    assert_same_training(*models)
 
 
 class Dropped(nn.Module):

@@ -22,6 +22,7 @@ from tests.habits.common import (
     only_state,
     plain_loop,
     sgd,
+    step_in_backward,
     twins,
 )
 from tests.helpers import compile_interpreted
@@ -151,21 +152,6 @@ def test_a_step_that_is_skipped_carries_its_amax_on() -> None:
 
 
 # --- optimizers inside backward -----------------------------------------------------------------
-
-
-def step_in_backward(model: nn.Module, lr: float = 0.1) -> list[torch.optim.Optimizer]:
-    """One optimizer per parameter, which steps as soon as its gradient is there."""
-    optimizers = []
-    for parameter in model.parameters():
-        optimizer = torch.optim.SGD([parameter], lr=lr)
-        optimizers.append(optimizer)
-
-        def step(p: Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
-            optimizer.step()
-            optimizer.zero_grad()
-
-        parameter.register_post_accumulate_grad_hook(step)
-    return optimizers
 
 
 @pytest.mark.parametrize("graphs", ["one", "several"])
