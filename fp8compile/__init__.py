@@ -10,7 +10,7 @@ from .errors import (
 )
 from .formats import Format
 from .recipe import RECIPES, Gemm, Operand, Recipe, Scaling
-from .scaling import load_state_dict, state_dict, update_scales
+from .scaling import Events, events, load_state_dict, state_dict, update_scales
 
 __version__ = "0.1.0"
 
@@ -26,6 +26,7 @@ def __getattr__(name: str) -> object:
 
 __all__ = [
     "RECIPES",
+    "Events",
     "Format",
     "Fp8CompileError",
     "Gemm",
@@ -38,6 +39,7 @@ __all__ = [
     "ScalingStateError",
     "StrictError",
     "__version__",
+    "events",
     "explain",
     "load_state_dict",
     "state_dict",

@@ -27,7 +27,7 @@ from .cost import DEVICES, Device
 from .dump import Dump
 from .errors import OptionError, PassError, StrictError
 from .ir import SLOTS_PER_SITE, Site
-from .modules import SiteNames, calling_module, calling_replicas, calling_shards, owner_of
+from .modules import SiteNames, calling_module, calling_replicas, calling_shards, owners_of
 from .options import FALLBACK, Options, parse_options
 from .passes import (
     StateNodes,
@@ -244,12 +244,10 @@ class CompiledGraph:
             i for i, x in enumerate(example_inputs) if _is_parameter(x) and x.requires_grad
         ]
         self._state: ScalingState | None = None
-        self._owner: weakref.ref[nn.Module] | None = None
 
     def __call__(self, *args: Any) -> Any:
         state = self._find_state(args)
-        owner = None if self._owner is None else self._owner()
-        training = torch.is_grad_enabled() and (owner is None or owner.training)
+        training = torch.is_grad_enabled() and _in_training_mode(state)
         if training and not state.observed:
             state.stepped_by = frozenset(id(args[i]) for i in self._trainable)
             state.replicas = calling_replicas()
@@ -257,12 +255,20 @@ class CompiledGraph:
 
     def _find_state(self, args: Sequence[Any]) -> ScalingState:
         weights = [None if i is None else args[i] for i in self._weights]
-        if self._state is None or not self._state.belongs_to(weights, self._recipe):
-            self._state = find_state(weights, self._recipe, self._device)
-            anchor = next((w for w in weights if w is not None), None)
-            owner = None if anchor is None else owner_of(anchor)
-            self._owner = None if owner is None else weakref.ref(owner)
-        return self._state
+        # Another thread may replace it meanwhile: one graph serves many modules.
+        state = self._state
+        if state is None or not state.belongs_to(weights, self._recipe):
+            state = self._state = find_state(weights, self._recipe, self._device)
+        if state.owners is None:
+            owners = owners_of([w for w in weights if w is not None])
+            state.owners = [weakref.ref(owner) for owner in owners]
+        return state
+
+
+def _in_training_mode(state: ScalingState) -> bool:
+    """Whether a module with one of the weights is: a frozen part may be in eval mode for good."""
+    owners = [owner for ref in state.owners or () if (owner := ref()) is not None]
+    return not owners or any(owner.training for owner in owners)
 
 
 def _may_be_cached(options: Options, inner_compile: Callable[..., Any] | None) -> bool:

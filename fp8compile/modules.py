@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -51,20 +51,28 @@ def _calling_modules() -> Iterator[nn.Module]:
         frame = frame.f_back  # type: ignore[assignment]
 
 
-def owner_of(parameter: Tensor) -> nn.Module | None:
-    """The module that has the parameter as its own attribute, or None."""
-    root = calling_module(parameter)
-    for module in () if root is None else root.modules():
-        if any(p is parameter for p in module._parameters.values()):
-            return module
-    # A function was compiled: no module is called, but one still refers to its parameter.
-    for holder in gc.get_referrers(parameter):
-        for owner in gc.get_referrers(holder) if isinstance(holder, dict) else ():
-            candidates = gc.get_referrers(owner) if isinstance(owner, dict) else [owner]
-            for module in candidates:
-                if isinstance(module, nn.Module) and module._parameters is holder:
-                    return module
-    return None
+def owners_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
+    """The modules that have one of the parameters as their own attribute."""
+    wanted = {id(parameter) for parameter in parameters}
+    root = calling_module(parameters[0]) if parameters else None
+    owners = [] if root is None else _owners_among(root.modules(), wanted)
+    held = {id(p) for owner in owners for p in owner._parameters.values()}
+    missing = [parameter for parameter in parameters if id(parameter) not in held]
+    return owners + (_owners_by_reference(missing) if missing else [])
+
+
+def _owners_among(modules: Iterable[nn.Module], wanted: set[int]) -> list[nn.Module]:
+    return [m for m in modules if not wanted.isdisjoint(map(id, m._parameters.values()))]
+
+
+def _owners_by_reference(parameters: Sequence[Tensor]) -> list[nn.Module]:
+    """Where a function was compiled no module is called, but one still refers to its parameter."""
+    holders = [found for found in gc.get_referrers(*parameters) if isinstance(found, dict)]
+    above = gc.get_referrers(*holders) if holders else []
+    attributes = [found for found in above if isinstance(found, dict)]
+    above += gc.get_referrers(*attributes) if attributes else []
+    modules = {id(found): found for found in above if isinstance(found, nn.Module)}
+    return _owners_among(modules.values(), {id(parameter) for parameter in parameters})
 
 
 class SiteNames:

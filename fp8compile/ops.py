@@ -201,6 +201,10 @@ def _(amax: Tensor, values: Sequence[Tensor], slots: Sequence[int]) -> None:
     return None
 
 
+# A value is saturated in earnest when the clamp changes it by more than rounding to E4M3 ever does.
+SATURATED = 1 + 2**-4
+
+
 @torch.library.custom_op(
     "fp8::update_scales",
     mutates_args=("scale", "amax_fwd", "amax_bwd", "history", "events"),
@@ -217,12 +221,14 @@ def update_scales(
     """End a step of delayed scaling on the flat state of a graph; see ScalingState for shapes.
 
     Writes the step's amax into ``history[position]``, sets each scale to ``fp8_max`` over the
-    largest amax in the history, and clears both amax tensors. An amax that is not finite counts
-    as an event and is not recorded; a slot whose history holds no amax keeps its scale.
+    largest amax in the history, and clears both amax tensors. A slot whose history holds no amax
+    keeps its scale. An amax that is not finite is not recorded, and counts as an event in
+    ``events[0]``; one that this step's scale was too large for counts in ``events[1]``.
     """
     amax = torch.maximum(amax_fwd, amax_bwd)
     finite = amax.isfinite()
-    events += (~finite).int()
+    events[0] += (~finite).int()
+    events[1] += (finite & (amax * scale > SATURATED * fp8_max)).int()
     history[position] = torch.where(finite, amax, 0.0)
     largest = history.amax(0)
     scale.copy_(torch.where(largest > 0, current_scale(largest, fp8_max), scale))

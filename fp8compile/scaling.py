@@ -16,7 +16,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,19 +31,28 @@ from .recipe import Operand, Recipe
 _SCALE, _HISTORY = ".scale", ".amax_history"
 
 
+class Events(NamedTuple):
+    """In how many steps an operand's amax was not finite, or its delayed scale was too large."""
+
+    not_finite: int
+    saturated: int
+
+
 class ScalingState:
     """The delayed-scaling state of one graph's sites: flat tensors with ``SLOTS_PER_SITE`` slots a
     site, of which one is used per operand.
 
     ``scale``, ``amax_fwd``, ``amax_bwd``: ``f32[slots]``. ``history``: ``f32[history_len, slots]``,
-    a ring that ``position`` points into. ``events``: ``i32[slots]``, how often an amax was not
-    finite. ``weights``: for each site its weight, or None where it has no parameter. ``replicas``:
-    the process group that trains copies of the weights on other data, or None. ``number``: states
-    are created, and so numbered, in the same order in every replica.
+    a ring that ``position`` points into. ``events``: ``i32[2, slots]``, how often an amax was not
+    finite, and how often one was too large for the scale that was used. ``weights``: for each site
+    its weight, or None where it has no parameter. ``replicas``: the process group that trains
+    copies of the weights on other data, or None. ``number``: states are created, and so numbered,
+    in the same order in every replica.
     """
 
     _numbers = itertools.count()
 
+    @torch.inference_mode(False)  # the first call may be one of inference; training goes on with it
     def __init__(
         self, weights: Sequence[Tensor | None], recipe: Recipe, device: torch.device
     ) -> None:
@@ -55,7 +64,7 @@ class ScalingState:
             torch.zeros(slots, device=device) for _ in range(3)
         )
         self.history = torch.zeros(recipe.history_len, slots, device=device)
-        self.events = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.events = torch.zeros(len(Events._fields), slots, dtype=torch.int32, device=device)
         fp8_max = [recipe.format_of(operand).max for operand in Operand]
         unused = [1.0] * (SLOTS_PER_SITE - len(fp8_max))
         self.fp8_max = torch.tensor((fp8_max + unused) * len(weights), device=device)
@@ -65,6 +74,7 @@ class ScalingState:
         self.stepped_by: frozenset[int] = frozenset()  # ids of the parameters that train with it
         self.replicas: Any = None
         self.number = next(self._numbers)
+        self.owners: list[weakref.ref[nn.Module]] | None = None  # whose weights; None: not looked
         self._scratch: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -94,7 +104,8 @@ class ScalingState:
     def reading(self) -> tuple[Tensor, Tensor, Tensor]:
         """The graph inputs of a call that must not leave a trace (eval): amax goes nowhere."""
         if self._scratch is None:
-            self._scratch = (torch.zeros_like(self.amax_fwd), torch.zeros_like(self.amax_bwd))
+            with torch.inference_mode(False):
+                self._scratch = (torch.zeros_like(self.amax_fwd), torch.zeros_like(self.amax_bwd))
         return self.scale, *self._scratch
 
     @torch.no_grad()
@@ -205,7 +216,8 @@ def _inherit(state: ScalingState) -> None:
         raise ScalingStateError(
             f"the loaded scaling state has entries for {len(parked)} of this graph's "
             f"{len(parked) + len(missing)} sites; missing are the sites number {missing}. Save it "
-            "from a model that was compiled with the same options"
+            "from a model that was compiled with the same options and holds all of the graph's "
+            "modules: nn.ModuleList([teacher, student]) for two that are compiled together"
         )
     for index, entry in parked:
         if entry[_HISTORY].shape[0] != state.recipe.history_len:
@@ -249,17 +261,24 @@ def _install_hook() -> None:
         _hook = register_optimizer_step_post_hook(_after_optimizer_step)
 
 
+def _known_states() -> list[ScalingState]:
+    with _lock:  # another thread may be compiling a model of its own
+        return list(_all_states)
+
+
 def _after_optimizer_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    if not any(state.observed for state in _all_states):
+    states = [state for state in _known_states() if state.observed]
+    if not states:
         return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     # A graph without trainable parameters of its own moves with whatever is trained.
-    _update(s for s in _all_states if not s.stepped_by or not stepped.isdisjoint(s.stepped_by))
+    _update(s for s in states if not s.stepped_by or not stepped.isdisjoint(s.stepped_by))
 
 
 def _update(states: Iterable[ScalingState]) -> None:
     """End the step of those states that a training call has run with since their last update."""
-    observed = sorted((s for s in states if s.observed), key=lambda state: state.number)
+    by_number = {state.number: state for state in states if state.observed}
+    observed = [by_number[number] for number in sorted(by_number)]
     for group in dict.fromkeys(state.replicas for state in observed):
         if group is not None:
             _take_largest_amax([s for s in observed if s.replicas is group], group)
@@ -286,7 +305,37 @@ def update_scales(model: nn.Module | None = None) -> None:
     Optimizers of ``torch.optim`` do this by themselves; calling it as well does no harm, for a
     state that has seen no training call since its last update stays as it is.
     """
-    _update(list(_all_states) if model is None else states_of(model))
+    _update(_known_states() if model is None else _trained_with(model))
+
+
+def _trained_with(model: nn.Module) -> list[ScalingState]:
+    """The states of a model, and of graphs that compute their weights from its parameters."""
+    own = {id(parameter) for parameter in model.parameters()}
+    computed = [state for state in _known_states() if not own.isdisjoint(state.stepped_by)]
+    return states_of(model) + computed
+
+
+# --- what went wrong ----------------------------------------------------------------------------
+
+
+def events(model: nn.Module) -> dict[str, Events]:
+    """What went wrong so far with the delayed scales of a model, by name; empty if nothing did.
+
+    The key is the name of a site's weight, as in ``state_dict``, and an operand:
+    ``layers.0.wq.weight.grad_output``. Sites with the same input share their scales, and stand
+    under the name of the first. ``not_finite`` counts the steps whose amax was inf or NaN: the
+    scale did not move. ``saturated`` counts those whose values had outgrown the scale so far that
+    clipping changed them by more than rounding does; the next step's scale is right again.
+    """
+    counts: dict[str, Tensor] = {}
+    for key, state, site in named_states(model):
+        counts[key] = counts.get(key, 0) + state.events[:, _slots_of(site)].cpu()
+    return {
+        f"{key}.{operand}": Events(*found)
+        for key, both in counts.items()
+        for operand, found in zip(Operand, both.t().tolist(), strict=True)
+        if any(found)
+    }
 
 
 # --- saving and loading -------------------------------------------------------------------------

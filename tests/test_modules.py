@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fp8compile
-from fp8compile.modules import SiteNames, calling_module, owner_of
+from fp8compile.modules import SiteNames, calling_module, owners_of
 from tests.models import Llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
@@ -32,7 +32,7 @@ class Asks(nn.Module):
         self.found: Any = None
 
     def forward(self, parameter: Tensor) -> None:
-        self.found = calling_module(parameter), owner_of(parameter)
+        self.found = calling_module(parameter), owners_of([parameter])
 
 
 def test_calling_module_is_the_outermost_that_holds_the_parameter() -> None:
@@ -54,10 +54,18 @@ def test_calling_module_is_the_outermost_that_holds_the_parameter() -> None:
 
     root = nn.Sequential(Middle())
     Stranger()(leaf.weight)
-    assert leaf.found == (root, leaf)
+    assert leaf.found == (root, [leaf])
     Stranger()(nn.Parameter(torch.ones(1)))
-    assert leaf.found == (None, None)
+    assert leaf.found == (None, [])
     assert calling_module(leaf.weight) is None  # nothing is being called here
+
+
+def test_owners_of_weights_of_several_models_that_nobody_calls() -> None:
+    student, teacher = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8)
+    weights = [student[0].weight, student[1].weight, teacher.weight, nn.Parameter(torch.ones(1))]
+    found = owners_of(weights)
+    assert {id(owner) for owner in found} == {id(student[0]), id(student[1]), id(teacher)}
+    assert owners_of([]) == []
 
 
 def test_calling_module_looks_behind_a_compiled_model() -> None:

@@ -210,7 +210,7 @@ def state(slots: int, history: int = 4) -> dict[str, Any]:
     zeros = {name: torch.zeros(slots) for name in ("scale", "amax_fwd", "amax_bwd")}
     return zeros | {
         "history": torch.zeros(history, slots),
-        "events": torch.zeros(slots, dtype=torch.int32),
+        "events": torch.zeros(2, slots, dtype=torch.int32),
         "fp8_max": torch.full((slots,), 448.0),
         "position": 0,
     }
@@ -226,8 +226,17 @@ def test_update_scales() -> None:
     # new amax; larger amax in the history; nothing seen; inf seen; nan seen
     assert s["scale"].tolist() == [448 / 4, 448 / 8, 9, 9, 448 / 2]
     assert s["history"][0].tolist() == [4, 2, 0, 0, 0]
-    assert s["events"].tolist() == [0, 0, 0, 1, 1]
+    assert s["events"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]
     assert torch.count_nonzero(s["amax_fwd"]) == torch.count_nonzero(s["amax_bwd"]) == 0
+
+
+def test_update_scales_counts_what_saturated_beyond_rounding() -> None:
+    s = state(6)
+    s["scale"][1:] = 448 / 8.0  # the first has none yet: its cast found its own
+    s["scale"][5] = torch.finfo(torch.float32).max  # overflows
+    s["amax_fwd"] = torch.tensor([100.0, 8.0, 8.5, 8.51, torch.inf, 8.0])
+    fp8.update_scales(*s.values())
+    assert s["events"].tolist() == [[0, 0, 0, 0, 1, 0], [0, 0, 0, 1, 0, 1]]
 
 
 def test_update_scales_overwrites_the_oldest() -> None:

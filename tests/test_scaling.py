@@ -166,14 +166,47 @@ def test_a_bad_step_is_counted_and_leaves_the_scales(bad: float) -> None:
     out.sum().backward()
     fp8compile.update_scales(model)
     assert torch.equal(state.scale, scale)
-    assert state.events[INPUT] == 1 and state.events[WEIGHT] == 0
+    assert state.events[0, INPUT] == 1 and state.events[0, WEIGHT] == 0
     model.zero_grad()
     clean = compiled(x)  # and the next step is as if nothing had happened
     assert sqnr_db(model(x).detach(), clean.detach()) >= 25
     clean.sum().backward()
     fp8compile.update_scales(model)
-    assert torch.equal(state.scale, scale) and state.events[INPUT] == 1
+    assert torch.equal(state.scale, scale) and state.events[0, INPUT] == 1
     assert model.weight.grad is not None and model.weight.grad.isfinite().all()
+
+
+def test_events_are_read_by_name() -> None:
+    model, x = two_layers(), torch.randn(16, 32)
+    compiled = compile_interpreted(model)
+    assert fp8compile.events(compiled) == {}
+    for magnitude in (1, 1, 3, 3):  # outgrows its scale once; the weights never do
+        train(compiled, magnitude * x)
+        fp8compile.update_scales(model)
+    found = fp8compile.events(compiled)
+    assert found["0.weight.input"] == fp8compile.Events(not_finite=0, saturated=1)
+    assert not any(name.endswith("weight.weight") for name in found)
+    train(compiled, torch.full_like(x, torch.nan))
+    fp8compile.update_scales(model)
+    assert fp8compile.events(model)["0.weight.input"] == (1, 1)
+    assert fp8compile.events(model)["2.weight.grad_output"].not_finite == 1
+
+
+def test_a_module_used_twice_has_events_of_both_uses() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.fc(x) + self.fc(y)
+
+    model, x = Twice(), torch.randn(16, 32)
+    compiled = compile_interpreted(model)
+    for y in (-x, 5 * x):
+        compiled(x, y).sum().backward()
+        fp8compile.update_scales(model)
+    assert fp8compile.events(model) == {"fc.weight#1.input": (0, 1)}
 
 
 def test_a_bad_first_step_leaves_no_scale() -> None:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...ops import SATURATED
 from .device import scale_from_amax
 from .launch import Launch, run
 
@@ -29,6 +30,7 @@ def _update_scales_kernel(
     position,
     S,
     H,
+    SATURATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -37,8 +39,14 @@ def _update_scales_kernel(
     bwd = tl.load(amax_bwd_ptr + slots, mask=mask, other=0.0)
     finite = (fwd < float("inf")) & (bwd < float("inf"))  # False for NaN, too.
     amax = tl.where(finite, tl.maximum(fwd, bwd), 0.0)
-    events = tl.load(events_ptr + slots, mask=mask, other=0)
-    tl.store(events_ptr + slots, tl.where(finite, events, events + 1), mask=mask)
+    scale = tl.load(scale_ptr + slots, mask=mask, other=1.0)
+    fp8_max = tl.load(fp8_max_ptr + slots, mask=mask, other=1.0)
+    saturated = finite & (amax * scale > SATURATED * fp8_max)
+    counts = events_ptr + slots
+    tl.store(counts, tl.load(counts, mask=mask, other=0) + tl.where(finite, 0, 1), mask=mask)
+    tl.store(
+        counts + S, tl.load(counts + S, mask=mask, other=0) + tl.where(saturated, 1, 0), mask=mask
+    )
 
     largest = amax
     for row in range(H):
@@ -46,10 +54,8 @@ def _update_scales_kernel(
         largest = tl.maximum(largest, tl.where(row == position, 0.0, past))
     tl.store(history_ptr + position * S + slots, amax, mask=mask)
 
-    kept = tl.load(scale_ptr + slots, mask=mask, other=1.0)
-    fp8_max = tl.load(fp8_max_ptr + slots, mask=mask, other=1.0)
-    scale = scale_from_amax(tl.where(largest > 0, largest, 1.0), fp8_max)
-    tl.store(scale_ptr + slots, tl.where(largest > 0, scale, kept), mask=mask)
+    new = scale_from_amax(tl.where(largest > 0, largest, 1.0), fp8_max)
+    tl.store(scale_ptr + slots, tl.where(largest > 0, new, scale), mask=mask)
     tl.store(amax_fwd_ptr + slots, tl.zeros((BLOCK,), tl.float32), mask=mask)
     tl.store(amax_bwd_ptr + slots, tl.zeros((BLOCK,), tl.float32), mask=mask)
 
@@ -71,7 +77,8 @@ def update_scales_launch(
     Args:
         scale, amax_fwd, amax_bwd, fp8_max: `f32[slots]`; both amax are left zero.
         history: `f32[history_len, slots]`, a ring; row `position` is overwritten.
-        events: `i32[slots]`, counts amax that were not finite; such an amax counts as zero.
+        events: `i32[2, slots]`, counts in row 0 amax that were not finite (such an amax counts as
+            zero), in row 1 those that `scale` was too large for.
     """
     return Launch(
         kernel=_update_scales_kernel,
@@ -84,7 +91,7 @@ def update_scales_launch(
             "fp8_max_ptr": fp8_max,
         },
         sizes={"position": position, "S": slots, "H": history_len},
-        constants={"BLOCK": _BLOCK},
+        constants={"SATURATED": SATURATED, "BLOCK": _BLOCK},
         grid=((slots + _BLOCK - 1) // _BLOCK, 1, 1),
     )
 

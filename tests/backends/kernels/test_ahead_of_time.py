@@ -140,7 +140,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
     yield from region_launches()
     cases = [cast(BF16, E4M3, copies=copies) for copies in ("row", "transposed", "row")]
     yield "bundle", bundled(cases)[0]
-    state = [meta(7), meta(7), meta(7), meta(16, 7), meta(7, dtype=torch.int32), meta(7)]
+    state = [meta(7), meta(7), meta(7), meta(16, 7), meta(2, 7, dtype=torch.int32), meta(7)]
     yield "update_scales", update_scales_launch(*state, 3, slots=7, history_len=16)
 
 

@@ -13,7 +13,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def reference_update(state: dict[str, Tensor], position: int) -> None:
     amax = torch.maximum(state["amax_fwd"], state["amax_bwd"])
     bad = ~amax.isfinite()
-    state["events"] += bad
+    state["events"][0] += bad
+    state["events"][1] += ~bad & (amax * state["scale"] > 1.0625 * state["fp8_max"])
     state["history"][position] = torch.where(bad, 0.0, amax)
     largest = state["history"].amax(0)
     new = (state["fp8_max"] / largest).clamp(max=torch.finfo(torch.float32).max)
@@ -30,7 +31,7 @@ def test_matches_the_definition_over_many_steps() -> None:
         "amax_fwd": torch.zeros(slots),
         "amax_bwd": torch.zeros(slots),
         "history": torch.zeros(history_len, slots),
-        "events": torch.zeros(slots, dtype=torch.int32),
+        "events": torch.zeros(2, slots, dtype=torch.int32),
         "fp8_max": torch.tensor([448.0, 57344.0]).repeat(slots // 2),
     }
     kernel_state = {name: tensor.clone().to(DEVICE) for name, tensor in state.items()}
@@ -49,6 +50,7 @@ def test_matches_the_definition_over_many_steps() -> None:
         update_scales(**kernel_state, position=step % history_len)
         for name, want in state.items():
             assert torch.equal(kernel_state[name].cpu(), want), (step, name)
+    assert (state["events"].sum(1) > 0).all()  # both kinds have happened
 
 
 def test_a_slot_without_information_keeps_its_scale() -> None:
@@ -56,7 +58,8 @@ def test_a_slot_without_information_keeps_its_scale() -> None:
         torch.tensor([value], device=DEVICE) for value in (3.0, torch.inf, 2.0, 448.0)
     )
     history = torch.zeros(4, 1, device=DEVICE)
-    events = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    events = torch.zeros(2, 1, dtype=torch.int32, device=DEVICE)
     update_scales(scale, fwd, bwd, history, events, fp8_max, 2)
-    assert (scale.item(), events.item(), fwd.item(), bwd.item()) == (3.0, 1, 0.0, 0.0)
+    assert (scale.item(), fwd.item(), bwd.item()) == (3.0, 0.0, 0.0)
+    assert events.tolist() == [[1], [0]]
     assert not history.any()
