@@ -222,16 +222,23 @@ def update_scales(
 
     Writes the step's amax into ``history[position]``, sets each scale to ``fp8_max`` over the
     largest amax in the history, and clears both amax tensors. A slot whose history holds no amax
-    keeps its scale. An amax that is not finite is not recorded, and counts as an event in
-    ``events[0]``; one that this step's scale was too large for counts in ``events[1]``.
+    keeps its scale. One whose amax has outgrown the history is still growing, as behind a weight
+    that starts at zero: its scale becomes 0, so that the next step finds its own. An amax that is
+    not finite is not recorded, and counts as an event in ``events[0]``; one that this step's scale
+    was too large for counts in ``events[1]``.
     """
     amax = torch.maximum(amax_fwd, amax_bwd)
     finite = amax.isfinite()
     events[0] += (~finite).int()
     events[1] += (finite & (amax * scale > SATURATED * fp8_max)).int()
+    previous = history.amax(0)
+    # The first step has no history: its amax is all that there is to go by.
+    seen = (previous > 0) | (position > 0)
+    growing = finite & (amax > SATURATED * previous) & seen
     history[position] = torch.where(finite, amax, 0.0)
     largest = history.amax(0)
-    scale.copy_(torch.where(largest > 0, current_scale(largest, fp8_max), scale))
+    known = torch.where(largest > 0, current_scale(largest, fp8_max), scale)
+    scale.copy_(torch.where(growing, 0.0, known))
     amax_fwd.zero_()
     amax_bwd.zero_()
 

@@ -1,7 +1,8 @@
 """The delayed-scaling step: roll the amax history of every slot and update its scale.
 
 One launch for all slots of a graph, once per optimizer step, without a host synchronisation.
-A slot that has never seen a usable amax keeps its scale.
+A slot that has never seen a usable amax keeps its scale; one whose amax outgrows its history
+gets 0, for unknown.
 """
 
 from __future__ import annotations
@@ -49,13 +50,17 @@ def _update_scales_kernel(
     )
 
     largest = amax
+    previous = tl.zeros((BLOCK,), tl.float32)
     for row in range(H):
         past = tl.load(history_ptr + row * S + slots, mask=mask, other=0.0)
+        previous = tl.maximum(previous, past)
         largest = tl.maximum(largest, tl.where(row == position, 0.0, past))
+    growing = (amax > SATURATED * previous) & ((previous > 0) | (position > 0))
     tl.store(history_ptr + position * S + slots, amax, mask=mask)
 
     new = scale_from_amax(tl.where(largest > 0, largest, 1.0), fp8_max)
-    tl.store(scale_ptr + slots, tl.where(largest > 0, new, scale), mask=mask)
+    known = tl.where(largest > 0, new, scale)
+    tl.store(scale_ptr + slots, tl.where(growing, 0.0, known), mask=mask)
     tl.store(amax_fwd_ptr + slots, tl.zeros((BLOCK,), tl.float32), mask=mask)
     tl.store(amax_bwd_ptr + slots, tl.zeros((BLOCK,), tl.float32), mask=mask)
 

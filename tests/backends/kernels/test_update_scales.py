@@ -15,10 +15,13 @@ def reference_update(state: dict[str, Tensor], position: int) -> None:
     bad = ~amax.isfinite()
     state["events"][0] += bad
     state["events"][1] += ~bad & (amax * state["scale"] > 1.0625 * state["fp8_max"])
+    outgrown = (amax > 1.0625 * state["history"].amax(0)) & ~bad
+    if position == 0:
+        outgrown &= state["history"].amax(0) > 0
     state["history"][position] = torch.where(bad, 0.0, amax)
     largest = state["history"].amax(0)
     new = (state["fp8_max"] / largest).clamp(max=torch.finfo(torch.float32).max)
-    state["scale"].copy_(torch.where(largest > 0, new, state["scale"]))
+    state["scale"].copy_(torch.where(largest > 0, new, state["scale"]).where(~outgrown, 0.0))
     state["amax_fwd"].zero_()
     state["amax_bwd"].zero_()
 
