@@ -41,7 +41,8 @@ def tag_sites(
     Ensures: sites are numbered in graph order; inside activation-checkpointed regions too. Those
         with the same input have the same leader.
     Leaves alone: matmuls of two batched operands (attention), 1-D operands, einsum; calls inside
-        control flow (cond, while_loop, scan) become sites with a reason.
+        control flow (cond, while_loop, scan) and custom autograd functions become sites with a
+        reason.
     Numerics: exact.
     """
     sites: list[Site] = []
@@ -79,13 +80,13 @@ def _tag(
             node.meta["custom"] = {**node.meta.get("custom", {}), SITE_TAG: site.index}
             sites.append(site)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
-            inlined = node.target.name() in _INLINED
-            inner_reason = reason or (None if inlined else f"inside {node.target.name()}")
-            for body, args in _bodies(gm, node):
+            name = node.target.name()
+            inner_reason = reason or (None if name in _INLINED else f"inside {name}")
+            for body, args in _bodies(gm, node, name):
                 inner = [n for n in body.graph.nodes if n.op == "placeholder"]
                 # The operands come last, behind a predicate if there is one.
-                operands = args[len(args) - len(inner) :]
-                bound = {n: _origin(a, outer) for n, a in zip(inner, operands, strict=True)}
+                operands = zip(reversed(inner), reversed(args), strict=False)
+                bound = {n: _origin(arg, outer) for n, arg in operands}
                 _tag(body, bound, placeholders, sites, leaders, name_of, inner_reason)
 
 
@@ -134,8 +135,12 @@ def _is_parameter(node: fx.Node | None) -> bool:
     return isinstance(value, torch.nn.Parameter) or getattr(value, "_is_param", False)
 
 
-def _bodies(gm: fx.GraphModule, node: fx.Node) -> list[tuple[fx.GraphModule, list[Any]]]:
-    """The subgraphs a higher-order call runs, each with the arguments it is given."""
+def _bodies(gm: fx.GraphModule, node: fx.Node, name: str) -> list[tuple[fx.GraphModule, list[Any]]]:
+    """The subgraphs a higher-order call runs, each with the arguments it is given.
+
+    The backward of a custom autograd function is given gradients and what its forward saved: none
+    of the call's arguments.
+    """
     bodies = []
     for arg in node.args:
         if isinstance(arg, fx.Node) and arg.op == "get_attr":
@@ -144,6 +149,8 @@ def _bodies(gm: fx.GraphModule, node: fx.Node) -> list[tuple[fx.GraphModule, lis
                 bodies.append(body)
     flat = [a for a in torch.utils._pytree.tree_leaves(list(node.args)) if isinstance(a, fx.Node)]
     values = [a for a in flat if a.op != "get_attr"]
+    if name == "autograd_function_apply":
+        return [(bodies[0], values), *((body, []) for body in bodies[1:])]
     return [(body, values) for body in bodies]
 
 

@@ -312,6 +312,59 @@ class Blocks(nn.Module):
         return x
 
 
+class Tanh(torch.autograd.Function):
+    """A function of the user's own; its backward takes more than its forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = torch.tanh(x)
+        ctx.save_for_backward(x, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        x, out = ctx.saved_tensors
+        return grads[0] * (1 - out * out) + 0 * x
+
+
+class OwnLinear(torch.autograd.Function):
+    """A matmul in a function of the user's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grads[0] @ weight, grads[0].t() @ x
+
+
+class Custom(nn.Module):
+    """An autograd function between two linear layers, with a weight if it takes one."""
+
+    def __init__(self, function: type[torch.autograd.Function], with_weight: bool) -> None:
+        super().__init__()
+        self.function = function
+        self.first, self.last = nn.Linear(32, 48), nn.Linear(48, 32)
+        self.weight = nn.Parameter(torch.randn(48, 48) / 8) if with_weight else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        args = () if self.weight is None else (self.weight,)
+        return self.last(self.function.apply(self.first(x), *args))
+
+
+def test_an_autograd_function_between_two_sites() -> None:
+    assert_as_eager(Custom(Tanh, with_weight=False), normal(16, 32), fp8_gemms=6)
+
+
+def test_a_matmul_inside_an_autograd_function_has_a_reason() -> None:
+    rows = assert_as_eager(Custom(OwnLinear, with_weight=True), normal(16, 32), fp8_gemms=6)
+    reasons = [row.reason for row in rows if not row.is_fp8]
+    assert reasons == 3 * ["inside autograd_function_apply"]
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_submodules_compiled_one_by_one_have_states_of_their_own() -> None:
     model = Blocks()
