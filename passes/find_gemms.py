@@ -122,6 +122,7 @@ def unsited_matmuls(gm: fx.GraphModule) -> list[tuple[fx.Node, str]]:
     reasons = {
         aten.bmm.default: "batched matmul of two activations",
         aten.baddbmm.default: "batched matmul of two activations",
+        aten._grouped_mm.default: "grouped matmul of experts",
         aten.convolution.default: "convolution",
         aten.mv.default: "matrix-vector product",
         aten.addmv.default: "matrix-vector product",
