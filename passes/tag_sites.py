@@ -91,7 +91,7 @@ def _tag(
 
 
 def _matmul_operands(node: fx.Node) -> tuple[Any, ...] | None:
-    """The two matrices of a matmul call whose right operand is 2-D, or None."""
+    """The two operands of a matmul call, the 2-D one on the right if there is one; or None."""
     if node.op == "call_function" and node.target in _LINEAR:
         args = (_arg(node, 0, "input"), _arg(node, 1, "weight"))
     elif node.op == "call_function" and node.target in _MATMUL:
@@ -106,7 +106,10 @@ def _matmul_operands(node: fx.Node) -> tuple[Any, ...] | None:
     values = [_tensor(arg) for arg in args]
     if len(values) != 2 or values[0] is None or values[1] is None:
         return None
-    return args if values[0].dim() >= 2 and values[1].dim() == 2 else None
+    dims = (values[0].dim(), values[1].dim())
+    if dims[0] == 2 and dims[1] > 2:  # w @ x is folded into x^T @ w^T, all of x's rows at once
+        return args[1], args[0]
+    return args if dims[0] >= 2 and dims[1] == 2 else None
 
 
 def _tensor(arg: Any) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -168,6 +169,13 @@ def test_matmul_form(form: str) -> None:
 def test_matmul_form_in_bfloat16(form: str) -> None:
     model = FORMS[form]().bfloat16()
     assert_as_eager(model, normal(16, 32, dtype=torch.bfloat16), fp8_gemms=3)
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 16), (2, 3, 32, 16)], ids=str)
+def test_a_weight_on_the_left_of_a_batch(shape: tuple[int, ...]) -> None:
+    rows = assert_as_eager(Weighted(lambda x, w: w @ x, 48, 32), normal(*shape), fp8_gemms=3)
+    rows_of_x = math.prod(shape) // 32
+    assert (rows[0].fqn, rows[0].m, rows[0].n, rows[0].k) == ("weight", rows_of_x, 48, 32)
 
 
 @pytest.mark.parametrize("shape", [(4, 16, 32), (2, 3, 16, 32)], ids=str)

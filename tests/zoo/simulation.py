@@ -49,6 +49,9 @@ class SimulatedFp8(TorchFunctionMode):
         if func in _ADDMM:
             bias, x, w = args
             return _matmul(x, w, w_is_nk=False) + bias
+        if func in _MATMUL and args[0].dim() == 2 and args[1].dim() > 2:
+            w, x = args
+            return self._linear(x.mT, w).mT
         if func in _MATMUL and args[0].dim() >= 2 and args[1].dim() == 2:
             x, w = args
             if _is_transposed(w):
