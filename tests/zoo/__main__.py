@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the models asked for; the exit status."""
     args = _parser().parse_args(argv)
     warnings.filterwarnings("ignore", message="FP8 is emulated here")
+    warnings.filterwarnings("ignore", message="no GEMM of this graph runs in FP8")
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     transformers.logging.set_verbosity_error()
     settings = Settings(args.device, DTYPES[args.dtype], args.inductor)
     rows, problems = [], {}

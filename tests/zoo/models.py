@@ -61,6 +61,13 @@ def llama_inputs_embeds(layers: int) -> Built:
     return model, {"inputs_embeds": embeds, "attention_mask": mask}
 
 
+def llama_dynamic(layers: int) -> Built:
+    """The number of tokens is a symbol in the graph: one graph serves all lengths."""
+    model, inputs = llama(layers)
+    torch._dynamo.mark_dynamic(inputs["input_ids"], 1)
+    return model, inputs
+
+
 def mistral(layers: int) -> Built:
     """Attention over a sliding window."""
     config = hf.MistralConfig(
@@ -165,15 +172,19 @@ def mixtral(layers: int) -> Built:
 
 
 def qwen3_moe(layers: int) -> Built:
-    """Mixture of experts, as in Qwen3."""
+    """Mixture of experts; each is called in a loop, for its own tokens: Dynamo breaks the graph.
+
+    One layer: of several, one graph would serve them all, under the names of the first.
+    """
     config = hf.Qwen3MoeConfig(
         **_GROUPED,
-        num_hidden_layers=layers,
         **_DECODER,
+        num_hidden_layers=1,
         moe_intermediate_size=WIDTH,
         num_experts=4,
         num_experts_per_tok=2,
         head_dim=16,
+        experts_implementation="eager",
     )
     return hf.Qwen3MoeForCausalLM(config), {"input_ids": _ids()}
 
@@ -338,6 +349,7 @@ def efficientnet(layers: int) -> Built:
 ZOO: dict[str, Builder] = {
     "Llama": llama,
     "Llama, inputs_embeds": llama_inputs_embeds,
+    "Llama, dynamic tokens": llama_dynamic,
     "Mistral": mistral,
     "Qwen3": qwen3,
     "Gemma": gemma,

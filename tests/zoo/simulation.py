@@ -1,6 +1,6 @@
 """FP8 as plain eager PyTorch: what a model's numbers become, with no compiler involved.
 
-Inside ``SimulatedFp8`` every matmul with a 2-D weight rounds its operands to FP8 and back, in
+Inside ``SimulatedFp8`` every matmul with a 2-D parameter rounds its operands to FP8 and back, in
 forward and backward, each with the scale of its own amax. This tells noise that FP8 itself brings
 into a model from noise that a compiler adds: that is, from bugs.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 ALIGNMENT = 16
@@ -23,14 +23,15 @@ _ADDMM = (torch.addmm, torch.Tensor.addmm)
 
 
 class SimulatedFp8(TorchFunctionMode):
-    """Have matmuls with a 2-D weight round their operands to FP8.
+    """Have matmuls with a 2-D parameter round their operands to FP8.
 
     ``merged``: groups of weights that multiply one input as one matrix, with one scale, in the
-    order of their calls.
+    order of their calls. ``wgrad``: whether weight gradients are in FP8 at all.
     """
 
-    def __init__(self, merged: Iterable[Sequence[Tensor]] = ()) -> None:
+    def __init__(self, merged: Iterable[Sequence[Tensor]] = (), wgrad: bool = True) -> None:
         super().__init__()
+        self._wgrad = wgrad
         self._merged: dict[int, list[Sequence[Tensor]]] = {}  # by the weight that is called first
         for group in merged:
             self._merged.setdefault(id(group[0]), []).append(group)
@@ -44,19 +45,15 @@ class SimulatedFp8(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _LINEAR:
+        if func in _LINEAR and _is_parameter(args[1]):
             return self._linear(*args, **kwargs)
-        if func in _ADDMM:
+        if func in _ADDMM and _is_parameter(args[2]):
             bias, x, w = args
-            return _matmul(x, w, w_is_nk=False) + bias
-        if func in _MATMUL and args[0].dim() == 2 and args[1].dim() > 2:
-            w, x = args
-            return self._linear(x.mT, w).mT
-        if func in _MATMUL and args[0].dim() >= 2 and args[1].dim() == 2:
-            x, w = args
-            if _is_transposed(w):
-                return self._linear(x, w._base)
-            return _matmul(x, w, w_is_nk=False)
+            return self._matmul(x, w) + bias
+        if func in _MATMUL and _is_parameter(args[0]):  # w @ x
+            return self._linear(args[1].mT, args[0]).mT
+        if func in _MATMUL and _is_parameter(args[1]._base):  # x @ w.T
+            return self._linear(args[0], args[1]._base)
         return func(*args, **kwargs)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -64,42 +61,42 @@ class SimulatedFp8(TorchFunctionMode):
             self._multiply_merged(input, self._merged[id(weight)].pop(0))
         out = self._parts.pop((id(weight), id(input)), None)
         if out is None:
-            out = _matmul(input, weight, w_is_nk=True)
+            out = self._matmul(input, weight, is_nk=True)
         return out if bias is None else out + bias
 
     def _multiply_merged(self, input: Tensor, group: Sequence[Tensor]) -> None:
-        product = _matmul(input, torch.cat(list(group)), w_is_nk=True)
+        product = self._matmul(input, torch.cat(list(group)), is_nk=True)
         parts = product.split([weight.shape[0] for weight in group], dim=-1)
         for weight, part in zip(group, parts, strict=True):
             self._parts[id(weight), id(input)] = part
 
-
-def _is_transposed(w: Tensor) -> bool:
-    """Whether a matrix is the transpose of another, such as ``weight.T``."""
-    base = w._base
-    return base is not None and base.dim() == 2 and w.stride() == base.stride()[::-1]
+    def _matmul(self, x: Tensor, w: Tensor, is_nk: bool = False) -> Tensor:
+        out = _Matmul.apply(x.reshape(-1, x.shape[-1]), w, is_nk, self._wgrad)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def _matmul(x: Tensor, w: Tensor, *, w_is_nk: bool) -> Tensor:
-    out = _Matmul.apply(x.reshape(-1, x.shape[-1]), w, w_is_nk)
-    return out.view(*x.shape[:-1], out.shape[-1])
+def _is_parameter(value: Any) -> bool:
+    return isinstance(value, nn.Parameter) and value.dim() == 2
 
 
 class _Matmul(torch.autograd.Function):
     """``x[M, K] @ w``, for a weight stored as ``[N, K]`` or ``[K, N]``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, w_is_nk: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, is_nk: bool, wgrad: bool) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.w_is_nk = w_is_nk
-        return _fp8_gemm(x, E4M3, w.t() if w_is_nk else w, E4M3)
+        ctx.is_nk, ctx.wgrad = is_nk, wgrad
+        return _fp8_gemm(x, E4M3, w.t() if is_nk else w, E4M3)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (g,), (x, w) = grads, ctx.saved_tensors
-        if ctx.w_is_nk:
-            return _fp8_gemm(g, E5M2, w, E4M3), _fp8_gemm(g.t(), E5M2, x, E4M3), None
-        return _fp8_gemm(g, E5M2, w.t(), E4M3), _fp8_gemm(x.t(), E4M3, g, E5M2), None
+        grad_x = _fp8_gemm(g, E5M2, w if ctx.is_nk else w.t(), E4M3)
+        left, right = (g, x) if ctx.is_nk else (x, g)
+        formats = (E5M2, E4M3) if ctx.is_nk else (E4M3, E5M2)
+        if ctx.wgrad:
+            return grad_x, _fp8_gemm(left.t(), formats[0], right, formats[1]), None, None
+        return grad_x, left.t() @ right, None, None
 
 
 def _fp8_gemm(

@@ -13,7 +13,11 @@ from .check import Settings, check
 from .models import TIMM, ZOO
 from .timm_import import INSTALL
 
-pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FP8 is emulated here"),
+    pytest.mark.filterwarnings("ignore:no GEMM of this graph runs in FP8"),
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`"),
+]
 
 
 @pytest.mark.parametrize("name", ZOO)
