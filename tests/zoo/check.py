@@ -11,7 +11,8 @@ run: eager float32 (the reference), eager float64, the compiled one, and one in 
   with the reference: they round the same values, and differ only where a sum in another order
   makes one round to the next value. This tells bugs from noise. In most models the two agree to
   100 dB; where one such value spreads, as in T5, far less (so do two simulated steps there, with
-  weights that differ by 1e-6).
+  weights that differ by 1e-6). It is asked for in float32 on a CPU: in bfloat16, what is fused is
+  not rounded in between, and many values round to the next.
 - An output must reach ``OUTPUT_DB`` against the reference, a gradient ``GRADIENT_DB``. Where an
   architecture loses more than that in FP8, what the simulation reaches is the gate.
 """
@@ -35,14 +36,15 @@ from fp8compile.report import Row
 from tests.helpers import interpret
 from tests.models import sqnr_db
 
-from .models import build
+from .models import DYNAMIC, build
 from .simulation import SimulatedFp8
 
 OUTPUT_DB, GRADIENT_DB = 25.0, 18.0
 SIGNAL_DB = 60.0  # float32 reaches 100 to 140
 AGREEMENT_DB = 3.0  # half of the noise, at most, may be the compiler's own
 EXACT_DB = 60.0  # enough agreement where FP8 brings no noise
-SLACK_DB = 1.5  # how far the noise may be from that of the simulation
+SLACK_DB = 1.5  # how far the noise may be from that of the simulation, where the two agree
+LOOSE_SLACK_DB = 3.0  # and where they round other values
 
 Step = dict[str, Tensor]  # the outputs and gradients of a step, by name
 
@@ -56,6 +58,11 @@ class Settings:
     dtype: torch.dtype = torch.float32
     inductor: bool = False
     layers: int = 2
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the compiled and the simulated step compute the same float32 operations."""
+        return self.dtype is torch.float32 and self.device == "cpu"
 
 
 @dataclass(frozen=True)
@@ -80,27 +87,18 @@ class Quality:
     def has_signal(self) -> bool:
         return self.signal >= SIGNAL_DB
 
-    @property
-    def gate(self) -> float:
-        """What it must reach against the reference."""
-        return min(OUTPUT_DB if self.is_output else GRADIENT_DB, self.simulated - SLACK_DB)
-
-    @property
-    def agreement_gate(self) -> float:
-        """To what it must agree with the simulation."""
-        return min(EXACT_DB, self.simulated + AGREEMENT_DB)
-
-    def problem(self) -> str | None:
-        """What is wrong with it, or None."""
+    def problem(self, exact: bool) -> str | None:
+        """What is wrong with it, or None. ``exact``: it must agree with the simulation, too."""
         if not self.has_signal:
             return None
-        if not self.fp8 >= self.gate:
-            return f"{self.name}: {self.fp8:.1f} dB, the gate is {self.gate:.1f}"
-        if not self.agreement >= self.agreement_gate:
-            return (
-                f"{self.name}: agrees with simulated FP8 to {self.agreement:.1f} dB, "
-                f"the gate is {self.agreement_gate:.1f}"
-            )
+        slack = SLACK_DB if exact else LOOSE_SLACK_DB
+        gate = min(OUTPUT_DB if self.is_output else GRADIENT_DB, self.simulated - slack)
+        if not self.fp8 >= gate:
+            return f"{self.name}: {self.fp8:.1f} dB, the gate is {gate:.1f}"
+        gate = min(EXACT_DB, self.simulated + AGREEMENT_DB)
+        if exact and not self.agreement >= gate:
+            agrees = f"agrees with simulated FP8 to {self.agreement:.1f} dB"
+            return f"{self.name}: {agrees}, the gate is {gate:.1f}"
         return None
 
 
@@ -112,6 +110,7 @@ class Report:
     graphs: int
     rows: tuple[Row, ...]
     qualities: tuple[Quality, ...]
+    exact: bool
 
     @property
     def gemms(self) -> list[Row]:
@@ -134,14 +133,15 @@ class Report:
     def without_signal(self) -> int:
         return sum(not quality.has_signal for quality in self.qualities)
 
-    def worst(self, is_output: bool, measure: str = "fp8") -> Quality:
-        """The output or gradient with the lowest value of a measure."""
+    def worst(self, is_output: bool) -> Quality:
+        """The output or the gradient with the most noise."""
         found = [q for q in self.qualities if q.has_signal and q.is_output is is_output]
-        return min(found, key=lambda quality: getattr(quality, measure))
+        return min(found, key=lambda quality: quality.fp8)
 
     @property
     def problems(self) -> list[str]:
-        return [text for quality in self.qualities if (text := quality.problem()) is not None]
+        found = (quality.problem(self.exact) for quality in self.qualities)
+        return [text for text in found if text is not None]
 
 
 def check(name: str, settings: Settings = Settings()) -> Report:
@@ -153,18 +153,18 @@ def check(name: str, settings: Settings = Settings()) -> Report:
 
     rows: list[Row] = []
     graphs: list[fx.GraphModule] = []
-    options = {"decline_slower": False}
-    if settings.inductor:
-        options["inductor"] = {"force_disable_caches": True}  # or there would be nothing to report
+    # The passes, which report what they do, would not run for a graph that is in the cache.
+    no_cache = {"fx_graph_cache": False} if settings.inductor else {}
+    options = parse_options({"decline_slower": False, "inductor": no_cache})
 
     def backend(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         graphs.append(gm)
         inner = None if settings.inductor else interpret
-        parsed = parse_options(options)
-        return compile_graph(gm, examples, parsed, inner_compile=inner, on_joint=rows.extend)
+        return compile_graph(gm, examples, options, inner_compile=inner, on_joint=rows.extend)
 
     compiled = copy.deepcopy(model)
-    actual = step(torch.compile(compiled, backend=backend), compiled, inputs)
+    call = torch.compile(compiled, backend=backend, dynamic=True if name in DYNAMIC else None)
+    actual = step(call, compiled, inputs)
     simulated = _simulated(model, inputs, rows)
     reference, precise = (_eager(model, inputs, d) for d in (torch.float32, torch.float64))
     assert actual.keys() == simulated.keys() == reference.keys() == precise.keys()
@@ -178,7 +178,7 @@ def check(name: str, settings: Settings = Settings()) -> Report:
         )
         for key in reference
     ]
-    return Report(name, len(graphs), tuple(rows), tuple(qualities))
+    return Report(name, len(graphs), tuple(rows), tuple(qualities), settings.is_exact)
 
 
 def step(call: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Any]) -> Step:

@@ -61,13 +61,6 @@ def llama_inputs_embeds(layers: int) -> Built:
     return model, {"inputs_embeds": embeds, "attention_mask": mask}
 
 
-def llama_dynamic(layers: int) -> Built:
-    """The number of tokens is a symbol in the graph: one graph serves all lengths."""
-    model, inputs = llama(layers)
-    torch._dynamo.mark_dynamic(inputs["input_ids"], 1)
-    return model, inputs
-
-
 def mistral(layers: int) -> Built:
     """Attention over a sliding window."""
     config = hf.MistralConfig(
@@ -349,7 +342,7 @@ def efficientnet(layers: int) -> Built:
 ZOO: dict[str, Builder] = {
     "Llama": llama,
     "Llama, inputs_embeds": llama_inputs_embeds,
-    "Llama, dynamic tokens": llama_dynamic,
+    "Llama, dynamic shapes": llama,
     "Mistral": mistral,
     "Qwen3": qwen3,
     "Gemma": gemma,
@@ -378,6 +371,7 @@ ZOO: dict[str, Builder] = {
 }
 
 
+DYNAMIC = ("Llama, dynamic shapes",)  # compiled with dynamic=True: sizes are symbols in the graph
 TIMM = ("ResNet", "ConvNeXt", "EfficientNet")  # these come from timm, the others from transformers
 
 
