@@ -6,10 +6,12 @@ One layer keeps this short; ``python -m tests.zoo`` has two.
 from __future__ import annotations
 
 import importlib.util
+from unittest import mock
 
 import pytest
 
-from .check import Settings, check
+from . import simulation
+from .check import GRADIENT_DB, Settings, check
 from .models import TIMM, ZOO
 from .timm_import import INSTALL
 
@@ -27,3 +29,18 @@ def test_model(name: str) -> None:
     report = check(name, Settings(layers=1))
     assert report.in_fp8 > 0
     assert report.problems == []
+
+
+def test_a_gradient_without_signal_is_not_compared() -> None:
+    """Softmax does not see what is added to all its inputs: a key's bias has no gradient."""
+    report = check("ViT", Settings(layers=1))
+    silent = [quality.name for quality in report.qualities if not quality.has_signal]
+    assert silent == ["vit.layers.0.attention.k_proj.bias"]
+
+
+def test_a_difference_that_noise_hides_is_seen() -> None:
+    """With gradients in the other format, every gradient still is as good as FP8 should be."""
+    with mock.patch.object(simulation, "E5M2", simulation.E4M3):
+        report = check("GPT-NeoX", Settings(layers=1))
+    assert all(quality.fp8 >= GRADIENT_DB for quality in report.qualities)
+    assert any("agrees with simulated FP8" in problem for problem in report.problems)
