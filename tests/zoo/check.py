@@ -20,6 +20,7 @@ run: eager float32 (the reference), eager float64, the compiled one, and one in 
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ AGREEMENT_DB = 3.0  # half of the noise, at most, may be the compiler's own
 EXACT_DB = 60.0  # enough agreement where FP8 brings no noise
 SLACK_DB = 1.5  # how far the noise may be from that of the simulation, where the two agree
 LOOSE_SLACK_DB = 3.0  # and where they round other values
+
+_OTHERS = re.compile(r"\(other: (?P<count>\d+) x (?P<op>.+)\)")  # a row for several matmuls
 
 Step = dict[str, Tensor]  # the outputs and gradients of a step, by name
 
@@ -123,11 +126,13 @@ class Report:
     @property
     def left_out(self) -> Counter[str]:
         """Why GEMMs, and matmuls that belong to no site, are not in FP8, with their numbers."""
-        return Counter(
-            f"{row.gemm}: {row.reason}" if row.gemm else f"{row.fqn}: {row.reason}"
-            for row in self.rows
-            if not row.is_fp8
-        )
+        counts: Counter[str] = Counter()
+        for row in self.rows:
+            if others := _OTHERS.fullmatch(row.fqn):
+                counts[f"{others['op']}: {row.reason}"] += int(others["count"])
+            elif not row.is_fp8:
+                counts[f"{row.gemm}: {row.reason}"] += 1
+        return counts
 
     @property
     def without_signal(self) -> int:
