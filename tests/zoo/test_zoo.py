@@ -39,8 +39,9 @@ def test_a_gradient_without_signal_is_not_compared() -> None:
 
 
 def test_a_difference_that_noise_hides_is_seen() -> None:
-    """With gradients in the other format, every gradient still is as good as FP8 should be."""
+    """With gradients in the other format, this one is as good as FP8 should be, but not the same."""
     with mock.patch.object(simulation, "E5M2", simulation.E4M3):
         report = check("GPT-NeoX", Settings(layers=1))
-    assert all(quality.fp8 >= GRADIENT_DB for quality in report.qualities)
-    assert any("agrees with simulated FP8" in problem for problem in report.problems)
+    embedding = next(q for q in report.qualities if q.name == "gpt_neox.embed_in.weight")
+    assert embedding.fp8 >= GRADIENT_DB
+    assert "agrees with simulated FP8" in str(embedding.problem(exact=True))
