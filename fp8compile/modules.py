@@ -10,6 +10,7 @@ import gc
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -96,14 +97,21 @@ class SiteNames:
         names = self._names.get(id(self._parameters.get(weight)))
         if not names:
             return _without_weight(_clean(source_name(weight))) or path or weight.name
-        # A tied weight has several names; the one that is called here has the call's module path.
+        # A tied weight has several names; the one that is called here ends as the module path does.
+        # Either may be longer: the path starts at what Dynamo compiles, the name at the root.
         sites = [_without_weight(name) for name in names]
-        return next((site for site in sites if path and site.endswith(path)), sites[0])
+        return max(sites, key=lambda site: _shared_end(site, path))
 
 
 def _module_path(call: fx.Node) -> str:
     stack = call.meta.get("nn_module_stack") or {}
     return _clean(str(list(stack.values())[-1][0])) if stack else ""
+
+
+def _shared_end(site: str, path: str) -> int:
+    """How many parts two dotted names have in common at their end."""
+    pairs = zip(reversed(site.split(".")), reversed(path.split(".")), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _without_weight(name: str) -> str:

@@ -128,6 +128,7 @@ def unsited_matmuls(gm: fx.GraphModule) -> list[tuple[fx.Node, str]]:
     reasons = {
         aten.bmm.default: _BATCHED,
         aten.baddbmm.default: _BATCHED,
+        aten._grouped_mm.default: "grouped matmul of experts",
         aten.convolution.default: _CONVOLUTION,
         aten.mv.default: "matrix-vector product",
         aten.addmv.default: "matrix-vector product",

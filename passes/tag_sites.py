@@ -44,7 +44,8 @@ def tag_sites(
         with the same input have the same leader.
         A call of ``multi_head_attention_forward`` has a site for each of its projections.
     Leaves alone: matmuls of two batched operands (attention), 1-D operands, einsum; calls inside
-        control flow (cond, while_loop, scan) become sites with a reason.
+        control flow (cond, while_loop, scan) and custom autograd functions become sites with a
+        reason.
     Numerics: exact.
     """
     sites: list[Site] = []
@@ -85,13 +86,13 @@ def _tag(
             )
             sites.append(site)
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            inlined = node.target.name() in _INLINED
-            inner_reason = reason or (None if inlined else f"inside {node.target.name()}")
-            for body, args in _bodies(gm, node):
+            name = node.target.name()
+            inner_reason = reason or (None if name in _INLINED else f"inside {name}")
+            for body, args in _bodies(gm, node, name):
                 inner = [n for n in body.graph.nodes if n.op == "placeholder"]
                 # The operands come last, behind a predicate if there is one.
-                operands = args[len(args) - len(inner) :]
-                bound = {n: _origin(a, outer) for n, a in zip(inner, operands, strict=True)}
+                operands = zip(reversed(inner), reversed(args), strict=False)
+                bound = {n: _origin(arg, outer) for n, arg in operands}
                 _tag(body, bound, placeholders, sites, leaders, name_of, inner_reason)
 
 
@@ -120,7 +121,7 @@ def _projections(node: fx.Node) -> list[tuple[Any, ...]]:
 
 
 def _matmul_operands(node: fx.Node) -> tuple[Any, ...] | None:
-    """The two matrices of a matmul call whose right operand is 2-D, or None."""
+    """The two operands of a matmul call, the 2-D one on the right if there is one; or None."""
     if node.op == "call_function" and node.target in _LINEAR:
         args = (_arg(node, 0, "input"), _arg(node, 1, "weight"))
     elif node.op == "call_function" and node.target in _MATMUL:
@@ -135,7 +136,10 @@ def _matmul_operands(node: fx.Node) -> tuple[Any, ...] | None:
     values = [_tensor(arg) for arg in args]
     if len(values) != 2 or values[0] is None or values[1] is None:
         return None
-    return args if values[0].dim() >= 2 and values[1].dim() == 2 else None
+    dims = (values[0].dim(), values[1].dim())
+    if dims[0] == 2 and dims[1] > 2:  # w @ x is folded into x^T @ w^T, all of x's rows at once
+        return args[1], args[0]
+    return args if dims[0] >= 2 and dims[1] == 2 else None
 
 
 def _tensor(arg: Any) -> torch.Tensor | None:
@@ -164,8 +168,12 @@ def _is_parameter(node: fx.Node | None) -> bool:
     return isinstance(value, torch.nn.Parameter) or getattr(value, "_is_param", False)
 
 
-def _bodies(gm: fx.GraphModule, node: fx.Node) -> list[tuple[fx.GraphModule, list[Any]]]:
-    """The subgraphs a higher-order call runs, each with the arguments it is given."""
+def _bodies(gm: fx.GraphModule, node: fx.Node, name: str) -> list[tuple[fx.GraphModule, list[Any]]]:
+    """The subgraphs a higher-order call runs, each with the arguments it is given.
+
+    The backward of a custom autograd function is given gradients and what its forward saved: none
+    of the call's arguments.
+    """
     bodies = []
     for arg in node.args:
         if isinstance(arg, fx.Node) and arg.op == "get_attr":
@@ -174,6 +182,8 @@ def _bodies(gm: fx.GraphModule, node: fx.Node) -> list[tuple[fx.GraphModule, lis
                 bodies.append(body)
     flat = [a for a in torch.utils._pytree.tree_leaves(list(node.args)) if isinstance(a, fx.Node)]
     values = [a for a in flat if a.op != "get_attr"]
+    if name == "autograd_function_apply":
+        return [(bodies[0], values), *((body, []) for body in bodies[1:])]
     return [(body, values) for body in bodies]
 
 

@@ -176,6 +176,13 @@ def test_matmul_form_in_bfloat16(form: str) -> None:
     assert_as_eager(model, normal(16, 32, dtype=torch.bfloat16), fp8_gemms=3)
 
 
+@pytest.mark.parametrize("shape", [(4, 32, 16), (2, 3, 32, 16)], ids=str)
+def test_a_weight_on_the_left_of_a_batch(shape: tuple[int, ...]) -> None:
+    rows = assert_as_eager(Weighted(lambda x, w: w @ x, 48, 32), normal(*shape), fp8_gemms=3)
+    rows_of_x = math.prod(shape) // 32
+    assert (rows[0].fqn, rows[0].m, rows[0].n, rows[0].k) == ("weight", rows_of_x, 48, 32)
+
+
 @pytest.mark.parametrize("shape", [(4, 16, 32), (2, 3, 16, 32)], ids=str)
 @pytest.mark.parametrize("form", ["linear_bias", "matmul_operator", "method_matmul"])
 def test_more_input_dimensions(form: str, shape: tuple[int, ...]) -> None:
@@ -375,6 +382,59 @@ class Blocks(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+class Tanh(torch.autograd.Function):
+    """A function of the user's own; its backward takes more than its forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = torch.tanh(x)
+        ctx.save_for_backward(x, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        x, out = ctx.saved_tensors
+        return grads[0] * (1 - out * out) + 0 * x
+
+
+class OwnLinear(torch.autograd.Function):
+    """A matmul in a function of the user's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grads[0] @ weight, grads[0].t() @ x
+
+
+class Custom(nn.Module):
+    """An autograd function between two linear layers, with a weight if it takes one."""
+
+    def __init__(self, function: type[torch.autograd.Function], with_weight: bool) -> None:
+        super().__init__()
+        self.function = function
+        self.first, self.last = nn.Linear(32, 48), nn.Linear(48, 32)
+        self.weight = nn.Parameter(torch.randn(48, 48) / 8) if with_weight else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        args = () if self.weight is None else (self.weight,)
+        return self.last(self.function.apply(self.first(x), *args))
+
+
+def test_an_autograd_function_between_two_sites() -> None:
+    assert_as_eager(Custom(Tanh, with_weight=False), normal(16, 32), fp8_gemms=6)
+
+
+def test_a_matmul_inside_an_autograd_function_has_a_reason() -> None:
+    rows = assert_as_eager(Custom(OwnLinear, with_weight=True), normal(16, 32), fp8_gemms=6)
+    reasons = [row.reason for row in rows if not row.is_fp8]
+    assert reasons == 3 * ["inside autograd_function_apply"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

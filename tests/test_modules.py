@@ -115,6 +115,28 @@ def test_names_of_bare_parameters() -> None:
     assert set(sites_of(Bare(), torch.randn(16, 32))) == {"up", "experts.0", "experts.1"}
 
 
+@pytest.mark.filterwarnings("ignore:no GEMM of this graph")
+def test_the_name_of_a_tied_weight_is_that_of_the_module_that_is_called() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(32, 64), nn.Linear(64, 32, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.embed(x))
+
+    def wrapped(*args: Any) -> Tensor:  # as decorators write it: Dynamo knows no "self"
+        return args[0].head(args[0].embed(args[1]))
+
+    ids, options = torch.randint(0, 32, (2, 16)), {"skip": ["head"]}
+    for forward in (Tied.forward, wrapped):
+        model = type("Model", (Tied,), {"forward": forward})()
+        assert sites_of(model, ids) == ["head"]
+        rows = fp8compile.explain(model, ids, options=options).rows
+        assert {row.reason for row in rows} == {"skipped by the user"}
+
+
 def test_names_in_a_function() -> None:
     model = nn.Sequential(nn.Linear(32, 64), nn.Sequential(nn.Linear(64, 32)))
 

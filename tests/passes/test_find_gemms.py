@@ -103,6 +103,16 @@ def test_leaves_batched_matmuls_alone_and_says_why() -> None:
     assert [why for _, why in unsited_matmuls(gm)] == ["batched matmul of two activations"]
 
 
+def test_leaves_grouped_matmuls_alone_and_says_why() -> None:
+    gm = trace(
+        lambda x, w, offsets: aten._grouped_mm(x, w, offsets),
+        x=torch.randn(32, 16).bfloat16(), w=torch.randn(2, 16, 32).bfloat16(),
+        offsets=torch.tensor([16, 32], dtype=torch.int32),
+    )  # fmt: skip
+    assert check_pass(gm, find_gemms) == 0
+    assert [why for _, why in unsited_matmuls(gm)] == ["grouped matmul of experts"]
+
+
 def test_leaves_a_scaled_addmm_alone_and_says_why() -> None:
     gm = trace(
         lambda b, x, w: aten.addmm(b, x, w, beta=0.5),
