@@ -73,6 +73,9 @@ def _replace(
         out.meta["fp8"] = info
         if bias is not None and fused is None:
             out = emit(graph, aten.add.Tensor, (out, bias), f"{node.name}_bias", like=node)
+    # The same fake tensor, of which there may be views: the partitioner asks it which values are
+    # returned, and must not take two of them for one.
+    out.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(out)
     graph.erase_node(node)
 

@@ -310,6 +310,19 @@ def test_module_used_twice() -> None:
     assert_as_eager(Twice(), normal(16, 32), fp8_gemms=6)
 
 
+def test_two_results_of_equal_gemms_do_not_share_memory() -> None:
+    """The partitioner takes equal GEMMs for one, unless their results are returned."""
+    fc = nn.Linear(64, 64, bias=False)
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        return fc(x), fc(x.unflatten(-2, (-1, 2)))
+
+    first, second = compile_interpreted(function)(torch.randn(2, 32, 64))
+    kept = first.detach().clone()
+    second.detach().zero_()
+    assert torch.equal(first, kept)
+
+
 def test_module_used_twice_keeps_two_scales() -> None:
     model = Twice()
     compiled = compile_interpreted(model)
