@@ -196,8 +196,8 @@ class GraphCompiler:
         rows = gemm_rows(gm, partial(kernel_name, kernels=self.kernels))
         self.rows = rows
         others = other_rows(unsited_matmuls(gm))
-        left_out = [row for row in rows if row.reason and not _by_choice(row)]
-        left_out += [row for row in others if row.reason not in NO_FP8_FORM]
+        left_out = [row for row in rows + others if row.reason and not _by_choice(row)]
+        left_out = [row for row in left_out if row.reason not in NO_FP8_FORM]
         if self.options.strict and left_out:
             lines = "\n  ".join(f"{r.fqn} {r.gemm}: {r.reason}" for r in left_out)
             raise StrictError(f"strict=True, but these stay in high precision:\n  {lines}")

@@ -85,6 +85,14 @@ def add_input(gm: fx.GraphModule, name: str, example: Tensor) -> fx.Node:
     return node
 
 
+def is_static_input(node: fx.Node) -> bool:
+    """Whether a Dynamo graph's input is the same at every call: a parameter or a buffer.
+
+    All versions: Dynamo notes it in ``tensor_dict``.
+    """
+    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+
+
 def uncompiled(target: Any) -> Any:
     """The module or function that ``torch.compile`` was given, if this is what it returned."""
     original = getattr(target, "_orig_mod", target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from torch import fx
 
@@ -19,10 +20,12 @@ from ..ir import (
     size_expr,
 )
 from ..recipe import Gemm, Operand
+from .tag_sites import TWO_ACTIVATIONS
 
 _GEMM_OPS = (aten.mm.default, aten.addmm.default)
 _BATCHED, _CONVOLUTION = "batched matmul of two activations", "convolution"
-NO_FP8_FORM = (_BATCHED, _CONVOLUTION)  # nothing that a user could expect to run in FP8
+# What no user could expect to run in FP8.
+NO_FP8_FORM = (_BATCHED, _CONVOLUTION, TWO_ACTIVATIONS)
 _UNTAGGED = "a 1-D operand, or no call of linear, matmul, mm or addmm"
 _FAST_PATH = (
     "PyTorch's fast path for inference is one operator; turn it off with "
@@ -69,7 +72,7 @@ def _sites_of(node: fx.Node, sites: Sequence[Site] | None, next_index: int) -> l
     if sites is None:
         return [] if is_backward(node) else [Site(next_index, fqn=node.name)]
     call = (node.meta.get("custom") or {}).get(SITE_TAG)
-    return [site for site in sites if site.call == call]
+    return [] if call is None else list(takewhile(lambda s: s.call == call, sites[call:]))
 
 
 def _describe(

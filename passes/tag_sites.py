@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 from torch.nn import functional as F
 
+from ..internals import is_static_input
 from ..ir import SITE_TAG, Site, args_of
 
+TWO_ACTIVATIONS = "matmul of two activations"
 _LINEAR = (F.linear, torch._C._nn.linear)
 _MATMUL = (torch.matmul, torch.mm, operator.matmul, torch.Tensor.matmul, torch.Tensor.mm)
 _ADDMM = (torch.addmm, torch.Tensor.addmm)
@@ -43,57 +46,100 @@ def tag_sites(
     Ensures: sites are numbered in graph order; inside activation-checkpointed regions too. Those
         with the same input have the same leader.
         A call of ``multi_head_attention_forward`` has a site for each of its projections.
-    Leaves alone: matmuls of two batched operands (attention), 1-D operands, einsum; calls inside
-        control flow (cond, while_loop, scan) and custom autograd functions become sites with a
-        reason.
+    Leaves alone: matmuls of two batched operands (attention), 1-D operands, einsum. Sites with a
+        reason: calls inside control flow (cond, while_loop, scan) and custom autograd functions;
+        those of two activations, neither an input of the graph nor made of parameters alone.
     Numerics: exact.
     """
-    sites: list[Site] = []
-    leaders: dict[Any, int] = {}
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    outer = {node: node for node in placeholders}
-    _tag(gm, outer, placeholders, sites, leaders, name_of or _name, None)
-    gm.meta["fp8_sites"] = sites
-    return len(sites)
+    tagger = _Tagger(placeholders, name_of or _name)
+    tagger.tag(gm, {node: _Input(node, _is_static(node)) for node in placeholders}, None)
+    gm.meta["fp8_sites"] = tagger.sites
+    return len(tagger.sites)
 
 
-def _tag(
-    gm: fx.GraphModule,
-    outer: Mapping[fx.Node, fx.Node | None],
-    placeholders: list[fx.Node],
-    sites: list[Site],
-    leaders: dict[Any, int],
-    name_of: Callable[[fx.Node, fx.Node | None], str],
-    reason: str | None,
-) -> None:
-    for node in gm.graph.nodes:
-        matmuls = _matmuls(node)
-        if matmuls:
-            node.meta["custom"] = {**node.meta.get("custom", {}), SITE_TAG: len(sites)}
-        for position, (left, right) in enumerate(matmuls):
-            left_origin, right_origin = (_origin(side, outer) for side in (left, right))
-            weight_first = _is_parameter(left_origin) and not _is_parameter(right_origin)
-            weight = left_origin if weight_first else right_origin
-            shared = right if weight_first else left
-            site = Site(
-                index=len(sites),
-                fqn=name_of(node, weight),
-                weight=placeholders.index(weight) if weight in placeholders else None,
-                weight_first=weight_first,
-                reason=reason,
-                leader=leaders.setdefault(shared, len(sites)) if shared else len(sites),
-                position=position,
+@dataclass(frozen=True)
+class _Input:
+    """What is known of a graph's or a body's input.
+
+    ``origin``: the graph input that it is derived from by single-input calls. ``is_static``:
+    whether it is computed from parameters and buffers alone.
+    """
+
+    origin: fx.Node | None
+    is_static: bool
+
+
+class _Tagger:
+    """Finds the sites of a graph and of the bodies in it."""
+
+    def __init__(
+        self, placeholders: list[fx.Node], name_of: Callable[[fx.Node, fx.Node | None], str]
+    ) -> None:
+        self.sites: list[Site] = []
+        self._placeholders = placeholders
+        self._name_of = name_of
+        self._leaders: dict[Any, int] = {}
+
+    def tag(self, gm: fx.GraphModule, inputs: Mapping[fx.Node, _Input], reason: str | None) -> None:
+        """Number the matmuls of a graph; ``reason``: why none of them can be FP8, or None."""
+        static: dict[Any, bool] = {}
+        for node in gm.graph.nodes:
+            given = node.op == "placeholder"
+            static[node] = (
+                inputs[node].is_static if given else all(static[n] for n in node.all_input_nodes)
             )
-            sites.append(site)
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            name = node.target.name()
-            inner_reason = reason or (None if name in _INLINED else f"inside {name}")
-            for body, args in _bodies(gm, node, name):
-                inner = [n for n in body.graph.nodes if n.op == "placeholder"]
-                # The operands come last, behind a predicate if there is one.
-                operands = zip(reversed(inner), reversed(args), strict=False)
-                bound = {n: _origin(arg, outer) for n, arg in operands}
-                _tag(body, bound, placeholders, sites, leaders, name_of, inner_reason)
+            matmuls = _matmuls(node)
+            if matmuls:
+                node.meta["custom"] = {**node.meta.get("custom", {}), SITE_TAG: len(self.sites)}
+            for position, operands in enumerate(matmuls):
+                origins = [_origin(side, inputs) for side in operands]
+                is_weight = [
+                    origin is not None or static.get(side, False)
+                    for side, origin in zip(operands, origins, strict=True)
+                ]
+                why = reason or (None if any(is_weight) else TWO_ACTIVATIONS)
+                self.sites.append(self._site(node, position, operands, origins, why))
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                self._tag_bodies(gm, node, inputs, static, reason)
+
+    def _site(
+        self,
+        node: fx.Node,
+        position: int,
+        operands: Sequence[Any],
+        origins: Sequence[fx.Node | None],
+        reason: str | None,
+    ) -> Site:
+        weight_first = _is_parameter(origins[0]) and not _is_parameter(origins[1])
+        weight, shared = origins[not weight_first], operands[weight_first]
+        index = len(self.sites)
+        return Site(
+            index=index,
+            fqn=self._name_of(node, weight),
+            weight=self._placeholders.index(weight) if weight in self._placeholders else None,
+            weight_first=weight_first,
+            reason=reason,
+            leader=self._leaders.setdefault(shared, index) if shared else index,
+            position=position,
+        )
+
+    def _tag_bodies(
+        self,
+        gm: fx.GraphModule,
+        node: fx.Node,
+        inputs: Mapping[fx.Node, _Input],
+        static: Mapping[Any, bool],
+        reason: str | None,
+    ) -> None:
+        name = node.target.name()  # type: ignore[union-attr]
+        inner_reason = reason or (None if name in _INLINED else f"inside {name}")
+        for body, args in _bodies(gm, node, name):
+            bound = {n: _Input(None, False) for n in body.graph.nodes if n.op == "placeholder"}
+            # The operands come last, behind a predicate if there is one.
+            for inner, arg in zip(reversed(bound), reversed(args), strict=False):
+                bound[inner] = _Input(_origin(arg, inputs), static.get(arg, False))
+            self.tag(body, bound, inner_reason)
 
 
 def _matmuls(node: fx.Node) -> list[tuple[Any, ...]]:
@@ -152,15 +198,19 @@ def _arg(node: fx.Node, position: int, name: str) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
-def _origin(node: Any, outer: Mapping[fx.Node, fx.Node | None]) -> fx.Node | None:
+def _origin(node: Any, inputs: Mapping[fx.Node, _Input]) -> fx.Node | None:
     """The graph input that a value is derived from by single-input calls (casts, views)."""
     while isinstance(node, fx.Node):
         if node.op == "placeholder":
-            return outer.get(node)
+            return inputs[node].origin
         if len(node.all_input_nodes) != 1:
             return None
         node = node.all_input_nodes[0]
     return None
+
+
+def _is_static(node: fx.Node) -> bool:
+    return _is_parameter(node) or is_static_input(node)
 
 
 def _is_parameter(node: fx.Node | None) -> bool:

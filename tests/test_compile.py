@@ -235,19 +235,21 @@ class CrossAttention(nn.Module):
         return self.attention(x, key, value, need_weights=False)[0]
 
 
-@pytest.mark.parametrize(
-    ("model", "projections"),
-    [
-        (CrossAttention(1), 1),
-        (CrossAttention(2), 2),
-        (CrossAttention(3), 3),
-        (CrossAttention(3, kdim=32, vdim=32, bias=False), 3),
-        (CrossAttention(3, add_bias_kv=True, add_zero_attn=True), 3),
-    ],
-    ids=["self", "key is value", "all differ", "without bias", "more keys"],
-)
-def test_multi_head_attention(model: nn.Module, projections: int) -> None:
-    rows = assert_as_eager(model, normal(2, 16, 32), fp8_gemms=3 * projections + 3, chained=2)
+ATTENTION: dict[str, tuple[int, dict[str, Any]]] = {
+    "self": (1, {}),
+    "key is value": (2, {}),
+    "all differ": (3, {}),
+    "without bias": (3, {"bias": False}),
+    "more keys": (3, {"add_bias_kv": True, "add_zero_attn": True}),
+}
+CHAINED = 3  # the scores, the projection of the values, that of the output
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_multi_head_attention(kind: str) -> None:
+    inputs, options = ATTENTION[kind]
+    model, x = CrossAttention(inputs, **options), normal(2, 16, 32)
+    rows = assert_as_eager(model, x, fp8_gemms=3 * (inputs + 1), chained=CHAINED)
     names = {row.fqn for row in rows if row.is_fp8}
     assert names == {"attention.in_proj_weight", "attention.out_proj"}
 
@@ -259,7 +261,7 @@ def test_separate_weights_of_multi_head_attention_are_three_sites() -> None:
         attention.register_parameter(name, nn.Parameter(torch.randn(32, 32) / 6))
     model = CrossAttention(3)
     model.attention = attention
-    rows = assert_as_eager(model, normal(2, 16, 32), fp8_gemms=12, chained=2)
+    rows = assert_as_eager(model, normal(2, 16, 32), fp8_gemms=12, chained=CHAINED)
     names = {f"attention.{name}_proj_weight" for name in "qkv"} | {"attention.out_proj"}
     assert {row.fqn for row in rows if row.is_fp8} == names
 
@@ -488,6 +490,26 @@ def test_weight_given_as_an_argument() -> None:
     x, weight = normal(16, 32), normal(48, 32)
     out = compile_interpreted(F.linear)(x, weight)
     assert 25 <= sqnr_db((x @ weight.t()).detach(), out.detach()) < 60
+
+
+def test_a_product_of_activations_is_no_site_and_one_with_a_computed_weight_is() -> None:
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+            self.scale = nn.Parameter(torch.rand(32, 32))
+            self.register_buffer("mask", torch.ones(32, 32).tril())
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc(x)
+            scores = h @ (h + x).t()
+            return F.linear(h, self.scale * self.mask) + scores @ h / 1000
+
+    rows = assert_as_eager(Products(), normal(16, 32), fp8_gemms=6, chained=2)
+    left = [row for row in rows if not row.is_fp8]
+    assert len(left) == 6 and {row.reason for row in left} == {"matmul of two activations"}
+    torch._dynamo.reset()
+    compile_interpreted(Products(), {"strict": True})(normal(16, 32))
 
 
 def test_no_grad_and_inference_mode() -> None:

@@ -22,12 +22,7 @@ pytestmark = [
 ]
 
 
-LOGITS = pytest.mark.xfail(
-    strict=True, reason="CLIP's logits, a matmul of two activations, run in FP8 unasked"
-)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[LOGITS] * (n == "CLIP")) for n in ZOO])
+@pytest.mark.parametrize("name", ZOO)
 def test_model(name: str) -> None:
     if name in TIMM and importlib.util.find_spec("timm") is None:
         pytest.skip(INSTALL)
