@@ -2,7 +2,8 @@
 
 Inside a compiled graph the state is only read (``scale``) and max-accumulated (``amax_fwd``,
 ``amax_bwd``). Everything else happens here, once per optimizer step. A scale of 0 means that no
-amax has been seen yet; the cast then uses current scaling, so that the first step is right.
+amax is known, none seen yet or one that has outgrown the history; the cast then uses current
+scaling, so that the first step is right.
 
 A ScalingState belongs to the list of weights that a compiled graph multiplies with. It is found
 through them at run time, because one compiled graph may serve many modules. The replicas of a
@@ -15,7 +16,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,8 +75,9 @@ class ScalingState:
         self.stepped_by: frozenset[int] = frozenset()  # ids of the parameters that train with it
         self.replicas: Any = None
         self.number = next(self._numbers)
+        self._versions = [_version_of(weight) for weight in weights]  # when the scales were theirs
         self.owners: list[weakref.ref[nn.Module]] | None = None  # whose weights; None: not looked
-        self._scratch: tuple[Tensor, Tensor] | None = None
+        self._scratch: tuple[Tensor, ...] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -96,17 +98,35 @@ class ScalingState:
             )
         )
 
+    def keep_changed_weights(self, stepped: Container[int] | None = None) -> None:
+        """Take the scales for those of the weights as they are now: of all, or of those that an
+        optimizer ``stepped``, by their ids.
+        """
+        for index, weight in enumerate(self.weights()):
+            if stepped is None or id(weight) in stepped:
+                self._versions[index] = _version_of(weight)
+
     def observing(self) -> tuple[Tensor, Tensor, Tensor]:
         """The graph inputs of a training call: scale, amax_fwd, amax_bwd."""
         self.observed = True
         return self.scale, self.amax_fwd, self.amax_bwd
 
     def reading(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The graph inputs of a call that must not leave a trace (eval): amax goes nowhere."""
-        if self._scratch is None:
-            with torch.inference_mode(False):
-                self._scratch = (torch.zeros_like(self.amax_fwd), torch.zeros_like(self.amax_bwd))
-        return self.scale, *self._scratch
+        """The graph inputs of a call that must not leave a trace (eval): amax goes nowhere.
+
+        Nothing here would notice that a weight outgrew its scale. So where one was written to since
+        the last step, by ``load_state_dict`` or an average of weights, those scales are unknown.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            if self._scratch is None:
+                self._scratch = tuple(torch.zeros_like(self.scale) for _ in range(3))
+            scale, *amax = self._scratch
+            if self._versions == [_version_of(weight) for weight in self.weights()]:
+                scale = self.scale
+            else:
+                scale.copy_(self.scale)
+                scale[Operand.WEIGHT.value :: SLOTS_PER_SITE] = 0.0
+        return scale, amax[0], amax[1]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -123,6 +143,7 @@ class ScalingState:
                 self.fp8_max,
                 self.position,
             )
+        self.keep_changed_weights()
         self.position = (self.position + 1) % self.recipe.history_len
         self.updates += 1
         self.observed = False
@@ -156,6 +177,11 @@ class ScalingState:
             uses.append(seen.get(id(weight), 0))
             seen[id(weight)] = uses[-1] + 1
         return uses
+
+
+def _version_of(weight: Tensor | None) -> int | None:
+    """A number that every write to a tensor changes, except those through ``.data``."""
+    return None if weight is None or weight.is_inference() else weight._version
 
 
 def _slots_of(index: int) -> slice:
@@ -267,10 +293,10 @@ def _known_states() -> list[ScalingState]:
 
 
 def _after_optimizer_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    states = [state for state in _known_states() if state.observed]
-    if not states:
-        return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    states = _known_states()
+    for state in states:
+        state.keep_changed_weights(stepped)
     # A graph without trainable parameters of its own moves with whatever is trained.
     _update(s for s in states if not s.stepped_by or not stepped.isdisjoint(s.stepped_by))
 
@@ -384,6 +410,7 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         _apply(parameters[fqn], uses)
     for state in states_of(model):
         state.observed = False
+        state.keep_changed_weights()
 
 
 def _apply(parameter: Tensor, uses: Mapping[int, Mapping[str, Tensor]]) -> None:

@@ -50,6 +50,20 @@ def times(model: nn.Module, factor: float) -> dict[str, Tensor]:
     return {name: factor * value for name, value in model.state_dict().items()}
 
 
+@pytest.mark.parametrize("factor", [1e-6, 2.0, 100.0])
+def test_weights_loaded_in_place_are_evaluated_with_a_scale_of_their_own(factor: float) -> None:
+    """The one of training would clip them at every call, and nothing would say so."""
+    model, x = nn.Linear(WIDTH, HIDDEN), batch()
+    compiled = compile_interpreted(model)
+    plain_loop(model, [x] * 2, call=compiled)
+    before = fp8compile.state_dict(model)
+    model.load_state_dict(times(model, factor))
+    for _ in range(2):
+        with torch.no_grad():
+            assert sqnr_db(model(x), compiled(x)) >= 25
+    assert_equal(fp8compile.state_dict(model), before)
+
+
 def test_loaded_in_place_weights_keep_their_state() -> None:
     model, x = mlp(), batch()
     compiled = compile_interpreted(model)
