@@ -9,8 +9,9 @@ from .errors import (
     StrictError,
 )
 from .formats import Format
+from .named_state import Events, events, load_state_dict, state_dict
 from .recipe import RECIPES, Gemm, Operand, Recipe, Scaling
-from .scaling import Events, events, load_state_dict, state_dict, update_scales
+from .scaling import update_scales
 
 __version__ = "0.1.0"
 

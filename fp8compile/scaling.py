@@ -16,8 +16,8 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,14 +29,7 @@ from .errors import ScalingStateError
 from .ir import SLOTS_PER_SITE
 from .recipe import Operand, Recipe
 
-_SCALE, _HISTORY = ".scale", ".amax_history"
-
-
-class Events(NamedTuple):
-    """In how many steps an operand's amax was not finite, or its delayed scale was too large."""
-
-    not_finite: int
-    saturated: int
+SCALE, HISTORY = ".scale", ".amax_history"
 
 
 class ScalingState:
@@ -65,7 +58,7 @@ class ScalingState:
             torch.zeros(slots, device=device) for _ in range(3)
         )
         self.history = torch.zeros(recipe.history_len, slots, device=device)
-        self.events = torch.zeros(len(Events._fields), slots, dtype=torch.int32, device=device)
+        self.events = torch.zeros(2, slots, dtype=torch.int32, device=device)
         fp8_max = [recipe.format_of(operand).max for operand in Operand]
         unused = [1.0] * (SLOTS_PER_SITE - len(fp8_max))
         self.fp8_max = torch.tensor((fp8_max + unused) * len(weights), device=device)
@@ -154,18 +147,18 @@ class ScalingState:
 
     def site_entry(self, index: int) -> dict[str, Tensor]:
         """What is saved for a site: ``scale`` ``f32[3]`` and ``amax_history`` ``f32[H, 3]``."""
-        slots = _slots_of(index)
+        slots = slots_of(index)
         return {
-            _SCALE: self.scale[slots].clone(),
-            _HISTORY: self.ordered_history()[:, slots].clone(),
+            SCALE: self.scale[slots].clone(),
+            HISTORY: self.ordered_history()[:, slots].clone(),
         }
 
     def set_site_entry(self, index: int, entry: Mapping[str, Tensor]) -> None:
         """Take over what ``site_entry`` saved."""
-        slots = _slots_of(index)
+        slots = slots_of(index)
         with torch.autograd._unsafe_preserve_version_counter(self.scale):
-            self.scale[slots] = entry[_SCALE].to(self.device)
-        self.history[:, slots] = entry[_HISTORY].to(self.device).roll(self.position, 0)
+            self.scale[slots] = entry[SCALE].to(self.device)
+        self.history[:, slots] = entry[HISTORY].to(self.device).roll(self.position, 0)
         self.amax_fwd[slots] = 0.0
         self.amax_bwd[slots] = 0.0
 
@@ -184,7 +177,7 @@ def _version_of(weight: Tensor | None) -> int | None:
     return None if weight is None or weight.is_inference() else weight._version
 
 
-def _slots_of(index: int) -> slice:
+def slots_of(index: int) -> slice:
     """The slots of a site that are used."""
     first = SLOTS_PER_SITE * index
     return slice(first, first + len(Operand))
@@ -194,9 +187,9 @@ def _slots_of(index: int) -> slice:
 
 _lock = threading.RLock()
 # weight -> the states it takes part in; each state lives as long as one of its weights
-_by_weight: WeakIdKeyDictionary = WeakIdKeyDictionary()
+states_by_weight: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # weight -> {use: entry}: loaded before the weight's first compiled call
-_parked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+parked_entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _all_states: weakref.WeakSet[ScalingState] = weakref.WeakSet()
 _hook: Any = None
 
@@ -212,14 +205,14 @@ def find_state(
     with _lock:
         anchor = next((w for w in weights if w is not None), None)
         if anchor is not None:
-            for state in _by_weight.get(anchor, ()):
+            for state in states_by_weight.get(anchor, ()):
                 if state.belongs_to(weights, recipe) and state.device == device:
                     return state
         state = ScalingState(weights, recipe, device)
         _inherit(state)
         for weight in weights:
-            if weight is not None and state not in _by_weight.setdefault(weight, []):
-                _by_weight[weight].append(state)
+            if weight is not None and state not in states_by_weight.setdefault(weight, []):
+                states_by_weight[weight].append(state)
         _all_states.add(state)
         _install_hook()
         return state
@@ -230,12 +223,12 @@ def _inherit(state: ScalingState) -> None:
     for index, (weight, use) in enumerate(zip(state.weights(), state.uses(), strict=True)):
         if weight is None:
             continue
-        entry = _parked.get(weight, {}).get(use)
+        entry = parked_entries.get(weight, {}).get(use)
         if entry is not None:
             parked.append((index, entry))
         else:
             missing.append(index)
-            other = _latest(weight, use, state.recipe)
+            other = latest_entry(weight, use, state.recipe)
             if other is not None:
                 state.set_site_entry(index, other)
     if parked and missing:
@@ -246,19 +239,19 @@ def _inherit(state: ScalingState) -> None:
             "modules: nn.ModuleList([teacher, student]) for two that are compiled together"
         )
     for index, entry in parked:
-        if entry[_HISTORY].shape[0] != state.recipe.history_len:
+        if entry[HISTORY].shape[0] != state.recipe.history_len:
             raise ScalingStateError(
-                f"the loaded amax history has {entry[_HISTORY].shape[0]} steps; the recipe "
+                f"the loaded amax history has {entry[HISTORY].shape[0]} steps; the recipe "
                 f"{state.recipe.name!r} keeps {state.recipe.history_len}"
             )
         state.set_site_entry(index, entry)
 
 
-def _latest(weight: Tensor, use: int, recipe: Recipe) -> dict[str, Tensor] | None:
+def latest_entry(weight: Tensor, use: int, recipe: Recipe) -> dict[str, Tensor] | None:
     """What the most often updated other state knows about a use of a weight."""
     found = [
         (other, index)
-        for other in _by_weight.get(weight, ())
+        for other in states_by_weight.get(weight, ())
         if other.recipe == recipe
         for index, (w, u) in enumerate(zip(other.weights(), other.uses(), strict=True))
         if w is weight and u == use
@@ -273,7 +266,7 @@ def states_of(model: nn.Module) -> list[ScalingState]:
     """The states that any parameter of the model takes part in."""
     states: dict[int, ScalingState] = {}
     for parameter in model.parameters():
-        for state in _by_weight.get(parameter, ()):
+        for state in states_by_weight.get(parameter, ()):
             states[id(state)] = state
     return list(states.values())
 
@@ -339,143 +332,3 @@ def _trained_with(model: nn.Module) -> list[ScalingState]:
     own = {id(parameter) for parameter in model.parameters()}
     computed = [state for state in _known_states() if not own.isdisjoint(state.stepped_by)]
     return states_of(model) + computed
-
-
-# --- what went wrong ----------------------------------------------------------------------------
-
-
-def events(model: nn.Module) -> dict[str, Events]:
-    """What went wrong so far with the delayed scales of a model, by name; empty if nothing did.
-
-    The key is the name of a site's weight, as in ``state_dict``, and an operand:
-    ``layers.0.wq.weight.grad_output``. Sites with the same input share their scales, and stand
-    under the name of the first. ``not_finite`` counts the steps whose amax was inf or NaN: the
-    scale did not move. ``saturated`` counts those whose values had outgrown the scale so far that
-    clipping changed them by more than rounding does; the next step's scale is right again.
-    """
-    counts: dict[str, Tensor] = {}
-    for key, state, site in named_states(model):
-        counts[key] = counts.get(key, 0) + state.events[:, _slots_of(site)].cpu()
-    return {
-        f"{key}.{operand}": Events(*found)
-        for key, both in counts.items()
-        for operand, found in zip(Operand, both.t().tolist(), strict=True)
-        if any(found)
-    }
-
-
-# --- saving and loading -------------------------------------------------------------------------
-
-
-def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The scaling state of a model, by fully qualified name.
-
-    For a site with weight ``layers.0.wq.weight`` there are ``layers.0.wq.weight.scale``,
-    ``f32[3]`` (input, weight, grad_output), and ``layers.0.wq.weight.amax_history``, ``f32[H, 3]``
-    from oldest to newest. A weight's second use in a graph is ``layers.0.wq.weight#1``. Entries
-    loaded but not used yet are included.
-    """
-    entries: dict[str, Tensor] = {}
-    for fqn, parameter in _unwrapped(model).named_parameters():
-        known: dict[int, Mapping[str, Tensor]] = dict(_parked.get(parameter, {}))
-        for state in _by_weight.get(parameter, ()):
-            uses = zip(state.weights(), state.uses(), strict=True)
-            for use in (use for weight, use in uses if weight is parameter):
-                known[use] = _latest(parameter, use, state.recipe) or {}
-        for use, saved in sorted(known.items()):
-            for suffix, tensor in saved.items():
-                entries[_key(fqn, use) + suffix] = tensor
-    return entries
-
-
-def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Restore what ``state_dict`` returned, before or after the first compiled call.
-
-    Raises ScalingStateError, and changes nothing, if entries are missing, foreign or of the wrong
-    shape; it lists them.
-    """
-    model = _unwrapped(model)
-    parameters = dict(model.named_parameters())
-    loaded, problems = _parse(state_dict, parameters)
-    expected = {key.rpartition(".")[0] for key in globals()["state_dict"](model)}
-    present = {_key(fqn, use) for fqn, uses in loaded.items() for use in uses}
-    if expected:
-        problems += [f"missing: {key}" for key in sorted(expected - present)]
-        problems += [f"foreign: {key} (no such site)" for key in sorted(present - expected)]
-    if problems:
-        raise ScalingStateError(
-            "the scaling state does not fit this model:\n  " + "\n  ".join(problems)
-        )
-    for fqn, uses in loaded.items():
-        _apply(parameters[fqn], uses)
-    for state in states_of(model):
-        state.observed = False
-        state.keep_changed_weights()
-
-
-def _apply(parameter: Tensor, uses: Mapping[int, Mapping[str, Tensor]]) -> None:
-    states = _by_weight.get(parameter, ())
-    if not states:
-        _parked[parameter] = {
-            use: {k: v.detach().clone() for k, v in e.items()} for use, e in uses.items()
-        }
-    for state in states:
-        for index, (weight, use) in enumerate(zip(state.weights(), state.uses(), strict=True)):
-            if weight is parameter and use in uses:
-                state.set_site_entry(index, uses[use])
-
-
-def _parse(
-    state_dict: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
-) -> tuple[dict[str, dict[int, dict[str, Tensor]]], list[str]]:
-    """Sort a state dict by parameter and use; the second result lists what does not fit."""
-    loaded: dict[str, dict[int, dict[str, Tensor]]] = {}
-    problems = []
-    for key, tensor in state_dict.items():
-        site, dot, name = key.rpartition(".")
-        fqn, _, number = site.partition("#")
-        suffix, number = dot + name, number or "0"
-        if suffix not in (_SCALE, _HISTORY) or fqn not in parameters or not number.isdigit():
-            problems.append(f"foreign: {key}")
-        elif not isinstance(tensor, Tensor):
-            problems.append(f"not a tensor but {type(tensor).__name__}: {key}")
-        elif tensor.shape[-1:] != (len(Operand),) or tensor.dim() != 1 + (suffix == _HISTORY):
-            problems.append(f"shape {tuple(tensor.shape)}: {key}")
-        elif not (tensor.isfinite() & (tensor >= 0)).all():
-            problems.append(f"negative or not finite: {key}")
-        else:
-            loaded.setdefault(fqn, {}).setdefault(int(number), {})[suffix] = tensor
-    for fqn, uses in loaded.items():
-        for use, entry in uses.items():
-            absent = {_SCALE, _HISTORY} - entry.keys()
-            problems += [f"missing: {_key(fqn, use)}{suffix}" for suffix in sorted(absent)]
-            problems += _history_problems(_key(fqn, use), parameters[fqn], entry)
-    return loaded, problems
-
-
-def _history_problems(key: str, parameter: Tensor, entry: Mapping[str, Tensor]) -> Iterable[str]:
-    for state in _by_weight.get(parameter, ()):
-        steps = entry[_HISTORY].shape[0] if _HISTORY in entry else state.recipe.history_len
-        if steps != state.recipe.history_len:
-            yield (
-                f"shape: {key}{_HISTORY} has {steps} steps, the recipe "
-                f"{state.recipe.name!r} keeps {state.recipe.history_len}"
-            )
-
-
-def _key(fqn: str, use: int) -> str:
-    return f"{fqn}#{use}" if use else fqn
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module, if this is what ``torch.compile`` returned for it."""
-    return getattr(model, "_orig_mod", model)
-
-
-def named_states(model: nn.Module) -> Iterator[tuple[str, ScalingState, int]]:
-    """Every (key, state, site index) of a model, for inspection."""
-    for fqn, parameter in _unwrapped(model).named_parameters():
-        for state in _by_weight.get(parameter, ()):
-            for index, (weight, use) in enumerate(zip(state.weights(), state.uses(), strict=True)):
-                if weight is parameter:
-                    yield _key(fqn, use), state, index

@@ -19,6 +19,7 @@ LAYERS = (
     {"ops", "internals"},
     {"ir", "modules", "options"},
     {"scaling", "dump", "report", "regions"},
+    {"named_state"},
     {"passes", "backends"},
     {"compile"},
     {"explanation"},

@@ -1,0 +1,176 @@
+"""The scaling state of a model by fully qualified name: saved, loaded, and what went wrong.
+
+An entry belongs to a site, and is named after its weight: ``layers.0.wq.weight``, and
+``layers.0.wq.weight#1`` for the second use of that weight in a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from .errors import ScalingStateError
+from .recipe import Operand
+from .scaling import (
+    HISTORY,
+    SCALE,
+    ScalingState,
+    latest_entry,
+    parked_entries,
+    slots_of,
+    states_by_weight,
+    states_of,
+)
+
+
+class Events(NamedTuple):
+    """In how many steps an operand's amax was not finite, or its delayed scale was too large."""
+
+    not_finite: int
+    saturated: int
+
+
+# --- what went wrong ----------------------------------------------------------------------------
+
+
+def events(model: nn.Module) -> dict[str, Events]:
+    """What went wrong so far with the delayed scales of a model, by name; empty if nothing did.
+
+    The key is the name of a site's weight, as in ``state_dict``, and an operand:
+    ``layers.0.wq.weight.grad_output``. Sites with the same input share their scales, and stand
+    under the name of the first. ``not_finite`` counts the steps whose amax was inf or NaN: the
+    scale did not move. ``saturated`` counts those whose values had outgrown the scale so far that
+    clipping changed them by more than rounding does; the next step's scale is right again.
+    """
+    counts: dict[str, Tensor] = {}
+    for key, state, site in named_states(model):
+        counts[key] = counts.get(key, 0) + state.events[:, slots_of(site)].cpu()
+    return {
+        f"{key}.{operand}": Events(*found)
+        for key, both in counts.items()
+        for operand, found in zip(Operand, both.t().tolist(), strict=True)
+        if any(found)
+    }
+
+
+# --- saving and loading -------------------------------------------------------------------------
+
+
+def state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The scaling state of a model, by fully qualified name.
+
+    For a site with weight ``layers.0.wq.weight`` there are ``layers.0.wq.weight.scale``,
+    ``f32[3]`` (input, weight, grad_output), and ``layers.0.wq.weight.amax_history``, ``f32[H, 3]``
+    from oldest to newest. A weight's second use in a graph is ``layers.0.wq.weight#1``. Entries
+    loaded but not used yet are included.
+    """
+    return _entries(model)
+
+
+def _entries(model: nn.Module) -> dict[str, Tensor]:
+    entries: dict[str, Tensor] = {}
+    for fqn, parameter in _unwrapped(model).named_parameters():
+        known: dict[int, Mapping[str, Tensor]] = dict(parked_entries.get(parameter, {}))
+        for state in states_by_weight.get(parameter, ()):
+            uses = zip(state.weights(), state.uses(), strict=True)
+            for use in (use for weight, use in uses if weight is parameter):
+                known[use] = latest_entry(parameter, use, state.recipe) or {}
+        for use, saved in sorted(known.items()):
+            for suffix, tensor in saved.items():
+                entries[_key(fqn, use) + suffix] = tensor
+    return entries
+
+
+def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Restore what ``state_dict`` returned, before or after the first compiled call.
+
+    Raises ScalingStateError, and changes nothing, if entries are missing, foreign or of the wrong
+    shape; it lists them.
+    """
+    model = _unwrapped(model)
+    parameters = dict(model.named_parameters())
+    loaded, problems = _parse(state_dict, parameters)
+    expected = {key.rpartition(".")[0] for key in _entries(model)}
+    present = {_key(fqn, use) for fqn, uses in loaded.items() for use in uses}
+    if expected:
+        problems += [f"missing: {key}" for key in sorted(expected - present)]
+        problems += [f"foreign: {key} (no such site)" for key in sorted(present - expected)]
+    if problems:
+        raise ScalingStateError(
+            "the scaling state does not fit this model:\n  " + "\n  ".join(problems)
+        )
+    for fqn, uses in loaded.items():
+        _apply(parameters[fqn], uses)
+    for state in states_of(model):
+        state.observed = False
+        state.keep_changed_weights()
+
+
+def _apply(parameter: Tensor, uses: Mapping[int, Mapping[str, Tensor]]) -> None:
+    states = states_by_weight.get(parameter, ())
+    if not states:
+        parked_entries[parameter] = {
+            use: {k: v.detach().clone() for k, v in e.items()} for use, e in uses.items()
+        }
+    for state in states:
+        for index, (weight, use) in enumerate(zip(state.weights(), state.uses(), strict=True)):
+            if weight is parameter and use in uses:
+                state.set_site_entry(index, uses[use])
+
+
+def _parse(
+    state_dict: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> tuple[dict[str, dict[int, dict[str, Tensor]]], list[str]]:
+    """Sort a state dict by parameter and use; the second result lists what does not fit."""
+    loaded: dict[str, dict[int, dict[str, Tensor]]] = {}
+    problems = []
+    for key, tensor in state_dict.items():
+        site, dot, name = key.rpartition(".")
+        fqn, _, number = site.partition("#")
+        suffix, number = dot + name, number or "0"
+        if suffix not in (SCALE, HISTORY) or fqn not in parameters or not number.isdigit():
+            problems.append(f"foreign: {key}")
+        elif not isinstance(tensor, Tensor):
+            problems.append(f"not a tensor but {type(tensor).__name__}: {key}")
+        elif tensor.shape[-1:] != (len(Operand),) or tensor.dim() != 1 + (suffix == HISTORY):
+            problems.append(f"shape {tuple(tensor.shape)}: {key}")
+        elif not (tensor.isfinite() & (tensor >= 0)).all():
+            problems.append(f"negative or not finite: {key}")
+        else:
+            loaded.setdefault(fqn, {}).setdefault(int(number), {})[suffix] = tensor
+    for fqn, uses in loaded.items():
+        for use, entry in uses.items():
+            absent = {SCALE, HISTORY} - entry.keys()
+            problems += [f"missing: {_key(fqn, use)}{suffix}" for suffix in sorted(absent)]
+            problems += _history_problems(_key(fqn, use), parameters[fqn], entry)
+    return loaded, problems
+
+
+def _history_problems(key: str, parameter: Tensor, entry: Mapping[str, Tensor]) -> Iterable[str]:
+    for state in states_by_weight.get(parameter, ()):
+        steps = entry[HISTORY].shape[0] if HISTORY in entry else state.recipe.history_len
+        if steps != state.recipe.history_len:
+            yield (
+                f"shape: {key}{HISTORY} has {steps} steps, the recipe "
+                f"{state.recipe.name!r} keeps {state.recipe.history_len}"
+            )
+
+
+def _key(fqn: str, use: int) -> str:
+    return f"{fqn}#{use}" if use else fqn
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module, if this is what ``torch.compile`` returned for it."""
+    return getattr(model, "_orig_mod", model)
+
+
+def named_states(model: nn.Module) -> Iterator[tuple[str, ScalingState, int]]:
+    """Every (key, state, site index) of a model, for inspection."""
+    for fqn, parameter in _unwrapped(model).named_parameters():
+        for state in states_by_weight.get(parameter, ()):
+            for index, (weight, use) in enumerate(zip(state.weights(), state.uses(), strict=True)):
+                if weight is parameter:
+                    yield _key(fqn, use), state, index
