@@ -46,8 +46,7 @@ def lower_to_triton(gm: fx.GraphModule) -> dict[str, str]:
             lowering.scaled_mm(node)
     # Not eliminate_dead_code: to it a launch, whose result nothing uses, is dead.
     for node in reversed(gm.graph.nodes):
-        replaced = node.op == "call_module" or node.target in (SCALED_MM, operator.getitem)
-        if replaced and not node.users:
+        if not node.users and _is_replaceable(node):
             gm.graph.erase_node(node)
     gm.delete_all_unused_submodules()
     return lowering.sources
@@ -340,6 +339,13 @@ class _Lowering:
         if isinstance(stride, int):
             return stride
         return emit(self.graph, aten.sym_stride.int, (tensor, dim), f"{tensor}_stride_{dim}")
+
+
+def _is_replaceable(node: fx.Node) -> bool:
+    """Whether a node is one that lowering replaces, or arithmetic on sizes."""
+    if node.op == "call_module" or node.target is SCALED_MM:
+        return True
+    return node.op == "call_function" and node.target in vars(operator).values()
 
 
 def _outer(call: fx.Node, region: Region) -> dict[fx.Node, fx.Node]:

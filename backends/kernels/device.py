@@ -94,7 +94,9 @@ def pack_fp8(y0, y1, y2, y3, dtype: tl.constexpr):
     """Cast four float32 values to FP8, into the bytes of an int32; `y0` is the lowest.
 
     On the hardware it converts once more instead of taking apart what `.to()` has converted: ptxas
-    12.8 gives wrong bytes where one conversion is used whole and in parts.
+    12.8 gives wrong bytes where one conversion is used whole and in parts. Where both pairs are the
+    same values, ptxas (12.8 and 12.9) makes one conversion of the two and merges it with a register
+    that holds something else; the multiplication by 1 keeps it from seeing that they are.
     """
     if INTERPRETED:
         low = _byte(y0, 0, dtype) | _byte(y1, 1, dtype)
@@ -103,8 +105,10 @@ def pack_fp8(y0, y1, y2, y3, dtype: tl.constexpr):
         return tl.inline_asm_elementwise(
             """{
             .reg .b16 low, high;
+            .reg .f32 t;
+            mul.rn.f32 t, $3, 0f3F800000;
             cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            cvt.rn.satfinite.e4m3x2.f32 high, $4, t;
             mov.b32 $0, {low, high};
             }""",
             "=r,f,f,f,f",
@@ -116,8 +120,10 @@ def pack_fp8(y0, y1, y2, y3, dtype: tl.constexpr):
     return tl.inline_asm_elementwise(
         """{
         .reg .b16 low, high;
+        .reg .f32 t;
+        mul.rn.f32 t, $3, 0f3F800000;
         cvt.rn.satfinite.e5m2x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e5m2x2.f32 high, $4, $3;
+        cvt.rn.satfinite.e5m2x2.f32 high, $4, t;
         mov.b32 $0, {low, high};
         }""",
         "=r,f,f,f,f",

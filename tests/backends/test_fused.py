@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fp8compile.backends import fused
 from fp8compile.backends.fused import emit_once, load, region_key
-from tests.backends.common import Case, only_region, quantize
+from tests.backends.common import DEVICE, Case, only_region, quantize
 
 
 def scaled(slot: int, width: int = 48, strided: bool = False) -> Case:
@@ -20,7 +20,8 @@ def scaled(slot: int, width: int = 48, strided: bool = False) -> Case:
     def fn(x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return quantize(x * 2, scale, slot)
 
-    x = torch.randn(32, 2 * width)[:, ::2] if strided else torch.randn(32, width)
+    x = torch.randn(32, 2 * width, device=DEVICE)  # what is moved to a device becomes contiguous
+    x = x[:, ::2] if strided else x[:, :width].contiguous()
     return only_region(fn, x=x, scale=torch.tensor([30.0, 0.5]))
 
 

@@ -100,6 +100,16 @@ REGIONS = {
 }
 
 
+def shared_value(*shape: int) -> Case:
+    """A cast of one value, in all rows or all columns or both."""
+
+    def fn(x: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
+        wide = (x / 3).expand(M, N)
+        return [*torch.ops.fp8.quantize(wide, scale, 0, E4M3), wide.sum(0)]
+
+    return only_region(fn, x=torch.ones(shape), scale=torch.ones(7))
+
+
 def region_launches() -> Iterator[tuple[str, Launch]]:
     from tests.backends.test_emit import FUNCTIONS
 
@@ -138,6 +148,12 @@ def launches() -> Iterator[tuple[str, Launch]]:
         yield f"amax {x}", amax
         yield f"cast e5m2 {x}", both
     yield from region_launches()
+    for shape in ((M, 1), (N,), ()):
+        case = shared_value(*shape)
+        for launch in prepare(case.gm, case.inputs)[0]:
+            yield f"shared value {shape} {launch.kernel.fn.__name__}", launch
+    single = cast(F32, E5M2, copies="row transposed", shape=(1, N))
+    yield "padded cast of one row", cast_launch(single, tiles(single.region)[0])
     cases = [cast(BF16, E4M3, copies=copies) for copies in ("row", "transposed", "row")]
     yield "bundle", bundled(cases)[0]
     state = [meta(7), meta(7), meta(7), meta(16, 7), meta(2, 7, dtype=torch.int32), meta(7)]
@@ -216,11 +232,30 @@ def _resources(cubin: bytes) -> dict[str, int]:
     usage = _disassembler("cuobjdump", cubin, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found is not None, usage
-    # ptxas 12.8 has been seen to take R1, the stack pointer, for half of a converted pair.
-    assembly = _disassembler("nvdisasm", cubin, "-c")
-    wild = len(re.findall(r"(?:LOP3\.LUT|PRMT) R\d+, R1[,.]", assembly))
     numbers = dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
-    return {**numbers, "wild_reads": wild}
+    return {**numbers, "wild_reads": _wild_reads(_disassembler("nvdisasm", cubin, "-c"))}
+
+
+def _wild_reads(assembly: str) -> int:
+    """How often ptxas takes a register that holds something else for half of four FP8 values.
+
+    12.8 has been seen to take R1, the stack pointer, where a converted pair is used whole and in
+    parts; 12.8 and 12.9 take any, where both halves are one pair (see `pack_fp8`).
+    """
+    wild = len(re.findall(r"(?:LOP3\.LUT|PRMT) R\d+, R1[,.]", assembly))
+    writers: dict[str, str] = {}
+    for line in assembly.splitlines():
+        found = re.search(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*) (R\d+)?(.*);", line)
+        if found is None:
+            continue
+        opcode, destination, operands = found.groups()
+        merged = re.search(r"(R\w+)\S*\s*$", operands)
+        if "MERGE_C" in opcode and merged is not None and merged.group(1) != "RZ":
+            converted = ("F2FP", "PRMT")  # PRMT takes the half of a word that F2FP has packed
+            wild += not writers.get(merged.group(1), "").startswith(converted)
+        if destination is not None:
+            writers[destination] = opcode
+    return wild
 
 
 def _disassembler(tool: str, cubin: bytes, *arguments: str) -> str:
@@ -258,7 +293,7 @@ def test_nothing_spills(reports: dict[str, Report]) -> None:
     assert not spilled
 
 
-def test_no_kernel_reads_the_stack_pointer_as_data(reports: dict[str, Report]) -> None:
+def test_no_kernel_packs_a_register_that_was_not_converted(reports: dict[str, Report]) -> None:
     assert {name: r["wild_reads"] for name, r in reports.items() if r["wild_reads"]} == {}
 
 
