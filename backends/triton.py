@@ -19,7 +19,7 @@ from torch import fx
 from .. import ops
 from ..errors import PassError
 from ..internals import FloorDiv, emit_kernel_launch, emit_materialized, is_primal
-from ..ir import SCALED_MM, TRACK_AMAX, args_of, aten, emit, evaluate, size_expr, value_key
+from ..ir import RESHAPES, SCALED_MM, TRACK_AMAX, args_of, aten, emit, evaluate, size_expr
 from ..regions import hint, is_aligned
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
 from .fused import emit_once, launches, tiles
@@ -90,9 +90,9 @@ class _Lowering:
         region = self._regions[call]
         source = emit_once(region)
         tile = tiles(region)[0]
+        for value in _read(call, region):
+            self._materialize(stored(value))
         outer, items = _outer(call, region), self._items(call, region)
-        for node in region.inputs:
-            self._materialize(value_key(outer[node])[0])
         with self.graph.inserting_before(call):
             m, n = (self._extent(size, call) for size in (region.space.m, region.space.n))
             tensors = self._tensors(call, region, outer, items)
@@ -356,6 +356,13 @@ def _outer(call: fx.Node, region: Region) -> dict[fx.Node, fx.Node]:
 def _read(call: fx.Node, region: Region) -> list[fx.Node]:
     outer = _outer(call, region)
     return [outer[node] for node in region.inputs]
+
+
+def stored(value: fx.Node) -> fx.Node:
+    """What must be in memory for a kernel to read a value: of a view, what it is a view of."""
+    while value.target in (*RESHAPES, aten.expand.default):
+        value = args_of(value)[0]
+    return value
 
 
 def _padded_words(region: Region) -> int:

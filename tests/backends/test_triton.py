@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fp8compile.backends import triton as lowering
-from fp8compile.backends.triton import lower_to_triton
+from fp8compile.backends.triton import lower_to_triton, stored
 from fp8compile.compile import compile_graph
 from fp8compile.internals import is_tangent
+from fp8compile.ir import aten
 from fp8compile.options import parse_options
 from fp8compile.passes import drop_unused_outputs, grow_regions
 from tests.helpers import interpret
@@ -96,3 +97,43 @@ def test_weights_are_cast_in_one_launch_in_inference_too() -> None:
     with torch.no_grad():
         graphs = lowered(MLP(bias=True).bfloat16(), torch.randn(32, 64).bfloat16())
     assert sorted(launched(graphs["forward"])) == ["fp8_bundle", "fp8_exp", "fp8_rsqrt_mean"]
+
+
+class Pooled(nn.Module):
+    """The mean over tokens: its gradient is one row, expanded over them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x + self.linear(x)).mean(1))
+
+
+def test_what_kernels_read_is_written_once() -> None:
+    """Inductor would write a value that it computes once per launch that takes it."""
+    graphs = lowered(Pooled().bfloat16(), torch.randn(4, 32, 64).bfloat16().requires_grad_())
+    for gm in graphs.values():
+        written = [n for n in gm.graph.nodes if "force_stride_order" in str(n.target)]
+        assert written and all(n.users for n in written)
+        for launch in (n for n in gm.graph.nodes if "triton_kernel" in str(n.target)):
+            for tensor in launch.kwargs["kwargs"].values():
+                assert stored(tensor).op == "placeholder" or stored(tensor).target in IN_MEMORY
+
+
+IN_MEMORY = {
+    aten.empty.memory_format,
+    aten.full.default,
+    aten.slice.Tensor,  # of a placeholder, or of the zeroed words
+    torch.ops.prims.inductor_force_stride_order.default,
+}
+
+
+def test_of_a_view_its_base_is_stored() -> None:
+    """An expanded value has no memory of its own that could be written."""
+    graph = fx.Graph()
+    row = graph.call_function(aten.relu.default, (graph.placeholder("x"),))
+    flat = graph.call_function(aten.view.default, (row, [4, 1, 64]))
+    wide = graph.call_function(aten.expand.default, (flat, [4, 32, 64]))
+    assert stored(wide) is row and stored(row) is row

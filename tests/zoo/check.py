@@ -141,6 +141,7 @@ class Report:
     def worst(self, is_output: bool) -> Quality:
         """The output or the gradient with the most noise."""
         found = [q for q in self.qualities if q.has_signal and q.is_output is is_output]
+        assert found, f"float32 and float64 agree on nothing to {SIGNAL_DB:.0f} dB"
         return min(found, key=lambda quality: quality.fp8)
 
     @property
@@ -222,7 +223,9 @@ def _eager(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> S
     model = copy.deepcopy(model).to(dtype)
     if dtype is torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped matmul knows no float64
-    return step(model, model, {key: _moved(x, x.device, dtype) for key, x in inputs.items()})
+    # By default, float32 convolutions on a GPU round their inputs to TF32: no reference.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return step(model, model, {key: _moved(x, x.device, dtype) for key, x in inputs.items()})
 
 
 def _simulated(model: nn.Module, inputs: Mapping[str, Any], rows: Sequence[Row]) -> Step:
