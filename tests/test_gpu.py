@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fp8compile
 from tests.models import MLP, Llama, sqnr_db
@@ -158,3 +161,66 @@ def test_measured_constants_are_those_of_the_data_sheet() -> None:
     assert 2e12 < found.copy_bandwidth < 9e12
     assert 300e12 < found.bf16_flops < found.fp8_flops < 6e15
     assert 5e-7 < found.launch_seconds < 2e-5
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_checkpointing_changes_nothing(where: str, reentrant: bool) -> None:
+    """What is recomputed is cast with the scales of the forward, and its amax counted once."""
+    plain = MLP(256, 512).to(DEVICE, torch.bfloat16)
+    x = torch.randn(3, 64, 256, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+
+    def run(model: torch.nn.Module, is_checkpointed: bool) -> list[dict[str, Tensor]]:
+        call = partial(checkpoint, use_reentrant=reentrant)
+        if is_checkpointed and where == "inside":
+            compiled = torch.compile(lambda x: call(model, x), backend="fp8", options=FP8)
+        else:
+            fp8 = torch.compile(model, backend="fp8", options=FP8)
+            compiled = (lambda x: call(fp8, x)) if is_checkpointed else fp8
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        found = []
+        for micro_batch in x:
+            output = compiled(micro_batch)
+            output.square().mean().backward()
+            optimizer.step()
+            found.append({"output": output.detach(), "x": x.grad.clone()} | gradients(model))
+            x.grad = None
+        return [*found, fp8compile.state_dict(model)]
+
+    wanted, got = run(copy.deepcopy(plain), False), run(plain, True)
+    for step, (want, value) in enumerate(zip(wanted, got, strict=True)):
+        assert want.keys() == value.keys()
+        for name in want:
+            torch.testing.assert_close(value[name], want[name], msg=f"step {step}: {name}")
+
+
+def test_no_recompile_after_warm_up() -> None:
+    model = Llama().to(DEVICE, torch.bfloat16)
+    compiled = torch.compile(model, backend="fp8", options=FP8)
+    graphs = []
+    for i in range(50):
+        ids = torch.randint(0, 256, (1 + i % 7, 8 + 5 * i % 57), device=DEVICE)
+        compiled(ids).float().square().mean().backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[10]
+
+
+@pytest.mark.parametrize("n", [33008, 33000], ids=["aligned", "unaligned"])
+def test_more_than_2_31_elements(n: int) -> None:
+    """The output, its gradient and both FP8 copies of that have 2.2e9 elements."""
+    linear = torch.nn.Linear(64, n, device=DEVICE, dtype=torch.bfloat16)
+    compiled = torch.compile(linear, backend="fp8", options=FP8)
+    x = torch.randn(66000, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    direction = torch.randn(66000, n, device=DEVICE, dtype=torch.bfloat16)
+    results = []
+    for call in (compiled, linear):
+        output = call(x)
+        output.backward(direction)
+        results.append((output[-300:].detach().clone(), x.grad[-300:].clone(), gradients(linear)))
+        x.grad = None
+        del output
+    (output, x_grad, grads), (want, want_x_grad, want_grads) = results
+    assert sqnr_db(want, output) > 25 and sqnr_db(want_x_grad, x_grad) > 20
+    for name, gradient in want_grads.items():
+        for part in (slice(None, 300), slice(-300, None)):
+            assert sqnr_db(gradient[part], grads[name][part]) > 20

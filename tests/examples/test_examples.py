@@ -70,6 +70,12 @@ def test_models_benchmark_runs_in_tiny_form(tmp_path: Path) -> None:
     assert numbers.count(",fp8,FP8 GEMMs,21,of 21") == 1
 
 
+def test_soak_runs_in_tiny_form(tmp_path: Path) -> None:
+    out = run("bench/soak.py", tmp_path, "--tiny", "--steps", 12, "--csv", "numbers.csv")
+    assert len(re.findall(r"final loss \d\.\d+, .* graphs compiled: 1$", out, re.M)) == 2
+    assert "fp8,final loss against the other," in (tmp_path / "numbers.csv").read_text()
+
+
 def test_kernels_benchmark_checks_every_region(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
