@@ -213,7 +213,7 @@ def train(
     compiled = compile_model(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(1)
-    losses: list[Tensor] = []
+    losses = torch.empty(config.steps, device=device)
     start = first = now(device)
     bar = tqdm(range(config.steps), desc=name.ljust(4), unit="step", disable=None)
     for step in bar:
@@ -224,13 +224,13 @@ def train(
         loss.backward()
         optimizer.step()  # in FP8 this also updates the scales
         optimizer.zero_grad()
-        losses.append(loss.detach())
+        losses[step] = loss.detach()
         if step == 0:  # compiles
             first = now(device)
         if step % 10 == 0 and not bar.disable:  # reading the loss waits for the GPU: not each step
             bar.set_postfix(loss=f"{loss.item():.3f}")
     step_ms = 1e3 * (now(device) - first) / max(1, config.steps - 1)
-    return Run(name, model, torch.stack(losses).tolist(), first - start, step_ms)
+    return Run(name, model, losses.tolist(), first - start, step_ms)
 
 
 # ---- what comes out ------------------------------------------------------------------------------

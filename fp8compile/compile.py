@@ -346,7 +346,10 @@ def _by_choice(row: Row) -> bool:
 
 
 def _nothing_to_do(options: Options, rows: Sequence[Row]) -> None:
-    why = "; ".join(sorted({f"{row.fqn}: {row.reason}" for row in rows})) or "it has no matmul"
+    if not rows:  # such as what lies between two graph breaks: nothing there could be FP8
+        log.info("this graph has no matmul")
+        return
+    why = "; ".join(sorted({f"{row.fqn}: {row.reason}" for row in rows}))
     message = f"no GEMM of this graph runs in FP8 ({why})"
     if any(row.reason.startswith(SLOWER) for row in rows) and all(map(_by_choice, rows)):
         log.info("%s", message)  # as it should be

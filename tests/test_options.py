@@ -239,19 +239,27 @@ def test_skip_for_blocks_that_are_compiled_one_by_one() -> None:
 # --- strict, and nothing to do ------------------------------------------------------------------
 
 
-def test_nothing_to_rewrite_warns_once_and_changes_nothing() -> None:
-    model, x = nn.Sequential(nn.LayerNorm(32), nn.GELU()), torch.randn(16, 32)
+def test_no_fp8_at_all_warns_once_and_changes_nothing() -> None:
+    model, x = nn.Linear(32, 32).double(), torch.randn(16, 32).double()
     compiled = compile_interpreted(model)
-    with pytest.warns(UserWarning, match="it has no matmul") as warned:
+    with pytest.warns(UserWarning, match="no GEMM of this graph runs in FP8") as warned:
         out = compiled(x)
         compiled(x)
     assert len(warned) == 1
     torch.testing.assert_close(out, model(x))
 
 
-def test_nothing_to_rewrite_is_an_error_under_strict() -> None:
-    with raises(StrictError, match="it has no matmul"):
-        compile_interpreted(nn.GELU(), {"strict": True})(torch.randn(16))
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_graph_without_matmuls_is_nothing_to_complain_about(
+    strict: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as what lies between two graph breaks of a model."""
+    model, x = nn.Sequential(nn.LayerNorm(32), nn.GELU()), torch.randn(16, 32)
+    with warnings.catch_warnings(), caplog.at_level("INFO"):
+        warnings.simplefilter("error")
+        out = compile_interpreted(model, {"strict": strict})(x)
+    torch.testing.assert_close(out, model(x))
+    assert "this graph has no matmul" in caplog.text
 
 
 class HalfDouble(nn.Sequential):
