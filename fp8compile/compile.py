@@ -38,7 +38,7 @@ from .passes import (
     run_passes,
     tag_sites,
 )
-from .passes.choose_precision import SKIPPED, SLOWER
+from .passes.choose_precision import KEPT, SKIPPED, SLOWER
 from .passes.find_gemms import NO_FP8_FORM, unsited_matmuls
 from .recipe import Scaling
 from .report import Row, gemm_rows, other_rows
@@ -342,7 +342,7 @@ def _declines(options: Options, kernels: str) -> bool:
 
 def _by_choice(row: Row) -> bool:
     """Whether a GEMM that could be FP8 is not: strict is about those that cannot."""
-    return row.reason == SKIPPED or row.reason.startswith(SLOWER)
+    return row.reason in (SKIPPED, KEPT) or row.reason.startswith(SLOWER)
 
 
 def _nothing_to_do(options: Options, rows: Sequence[Row]) -> None:

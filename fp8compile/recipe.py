@@ -61,6 +61,7 @@ class Recipe:
     ``formats``: the format of each operand role. ``fast_accum``: for each GEMM role, whether
     partial sums stay in the tensor core's reduced-precision accumulator (about 14 bits of
     mantissa on Hopper, arXiv 2412.19437 section 3.3.2) over the whole of K.
+    ``high_precision``: GEMM roles that are not cast at all.
     ``history_len``: how many optimizer steps of amax a delayed scale looks back on.
     """
 
@@ -74,9 +75,15 @@ class Recipe:
     fast_accum: tuple[tuple[Gemm, bool], ...] = field(
         default=((Gemm.FPROP, True), (Gemm.DGRAD, True), (Gemm.WGRAD, True))
     )
+    high_precision: tuple[Gemm, ...] = ()
     history_len: int = 16
 
     def __post_init__(self) -> None:
+        if set(self.high_precision) == set(Gemm):
+            raise RecipeError(
+                f"recipe {self.name!r} keeps fprop, dgrad and wgrad in high precision, which "
+                "leaves nothing for FP8; keep two of them at most, or compile without this backend"
+            )
         if self.history_len < 1:
             raise RecipeError(f"history_len is {self.history_len}; it must be at least 1")
         for gemm, (left, right) in OPERANDS.items():
@@ -101,7 +108,8 @@ class Recipe:
 
     def __str__(self) -> str:
         formats = " ".join(f"{operand}={fmt}" for operand, fmt in self.formats)
-        return f"{self.name} ({self.scaling} tensorwise, {formats})"
+        kept = "".join(f", {gemm} in high precision" for gemm in self.high_precision)
+        return f"{self.name} ({self.scaling} tensorwise, {formats}{kept})"
 
 
 RECIPES: dict[str, Recipe] = {
@@ -109,6 +117,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe("delayed", Scaling.DELAYED),
         Recipe("current", Scaling.CURRENT),
+        Recipe("e4m3_only", formats=tuple((operand, Format.E4M3) for operand in Operand)),
     )
 }
 

@@ -32,10 +32,11 @@ def choose_precision(
     After:
         mm : bf16[16, 64] = aten.mm(x, permute)  # mm fprop, not in FP8: skipped by the user
 
-    ``skips(fqn)`` says which sites the user asked to keep in high precision. With ``device``, what
-    each GEMM costs there is predicted (for the scaling of ``recipe``), and those that FP8 would
-    not make faster are declined, unless ``decline_slower`` is False. GEMMs of one site, and of
-    sites that take the same input, are decided as a whole, for the sizes of the traced call.
+    ``skips(fqn)`` says which sites the user asked to keep in high precision, ``recipe`` which GEMM
+    roles. With ``device``, what each GEMM costs there is predicted (for the scaling of ``recipe``),
+    and those that FP8 would not make faster are declined, unless ``decline_slower`` is False. GEMMs
+    of one site, and of sites that take the same input, are decided as a whole, for the sizes of the
+    traced call.
 
     Requires: find_gemms.
     Ensures: a GEMM without a reason has no dimension that is known to be empty, and operands in
@@ -47,7 +48,7 @@ def choose_precision(
     for node, info in list(gemms(gm)):
         if not info.is_fp8 or node.target is SCALED_MM:
             continue
-        reason = _reason(node, info, skips)
+        reason = _reason(node, info, skips, recipe)
         if reason is not None:
             node.meta["fp8"] = replace(info, reason=reason)
             rewrites += 1
@@ -79,9 +80,13 @@ def _why_slower(found: Prediction) -> str:
     return f"{SLOWER}: {fp8_us:.3g} us against {high_us:.3g} us; it pays {crossover}"
 
 
-def _reason(node: fx.Node, info: GemmInfo, skips: Callable[[str], bool] | None) -> str | None:
+def _reason(
+    node: fx.Node, info: GemmInfo, skips: Callable[[str], bool] | None, recipe: Recipe | None
+) -> str | None:
     if skips is not None and skips(info.site.fqn):
         return SKIPPED
+    if recipe is not None and info.gemm in recipe.high_precision:
+        return KEPT
     left, right = operands(node)
     dtypes = [value.meta["val"].dtype for value in (left, right)]
     for dtype in dtypes:
@@ -96,4 +101,5 @@ def _reason(node: fx.Node, info: GemmInfo, skips: Callable[[str], bool] | None) 
 
 
 SKIPPED = "skipped by the user"
+KEPT = "kept in high precision by the recipe"
 SLOWER = "FP8 would not be faster"

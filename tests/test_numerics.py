@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fp8compile
-from fp8compile import ops  # noqa: F401  (registers the fp8:: operators)
+from fp8compile import Gemm, Recipe, ops  # noqa: F401  (ops registers the fp8:: operators)
 from tests.helpers import compile_interpreted
 from tests.models import Llama, sqnr_db
 
@@ -63,6 +63,39 @@ def test_small_llama_with_the_current_recipe() -> None:
     compiled = compile_interpreted(model, {"recipe": "current"})
     assert_gates(step(model, model, ids), step(compiled, model, ids))
     assert fp8compile.state_dict(model) == {}
+
+
+def test_small_llama_with_e4m3_only() -> None:
+    """Gradients of a third bit of mantissa: the worst is at least 2 dB better."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, ids = Llama(layers=1), torch.randint(0, 256, (4, 64))
+    expected = step(model, model, ids)
+    worst = {}
+    for name in ("delayed", "e4m3_only"):
+        actual = step(compile_interpreted(model, {"recipe": name}), model, ids)
+        assert_gates(expected, actual)
+        worst[name] = min(sqnr_db(expected[key], actual[key]) for key in expected)
+    assert worst["e4m3_only"] >= worst["delayed"] + 2
+
+
+@pytest.mark.parametrize("kept", [Gemm.FPROP, Gemm.DGRAD, Gemm.WGRAD], ids=str)
+def test_a_gemm_role_in_high_precision_has_no_noise(kept: Gemm) -> None:
+    """One layer, whose gradient is given: each result is that of a single GEMM."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    linear, x = nn.Linear(64, 32, bias=False), torch.randn(48, 64, requires_grad=True)
+    options = {"recipe": Recipe("careful", high_precision=(kept,)), "strict": True}
+    output = compile_interpreted(linear, options)(x)
+    direction = torch.randn(48, 32)
+    x_grad, weight_grad = torch.autograd.grad(output, (x, linear.weight), direction)
+    quality = {
+        Gemm.FPROP: sqnr_db(linear(x).detach(), output.detach()),
+        Gemm.DGRAD: sqnr_db(direction @ linear.weight.detach(), x_grad),
+        Gemm.WGRAD: sqnr_db(direction.t() @ x.detach(), weight_grad),
+    }
+    assert {gemm for gemm, db in quality.items() if db > 100} == {kept}
+    assert min(quality.values()) > 20
 
 
 @pytest.mark.parametrize("distribution", ["normal", "uniform", "outliers"])

@@ -20,10 +20,11 @@ def test_named_recipes() -> None:
     assert {name: recipe.scaling for name, recipe in RECIPES.items()} == {
         "delayed": Scaling.DELAYED,
         "current": Scaling.CURRENT,
+        "e4m3_only": Scaling.DELAYED,
     }
-    for recipe in RECIPES.values():
-        assert recipe.formats == formats(E4M3, E4M3, E5M2)
-        assert recipe.history_len == 16
+    for name, recipe in RECIPES.items():
+        assert recipe.formats == formats(E4M3, E4M3, E4M3 if name == "e4m3_only" else E5M2)
+        assert recipe.history_len == 16 and recipe.high_precision == ()
 
 
 def test_get_recipe() -> None:
@@ -33,7 +34,7 @@ def test_get_recipe() -> None:
 
 
 def test_unknown_recipe_lists_the_names() -> None:
-    with pytest.raises(RecipeError, match=r"'delyed'.*\['current', 'delayed'\]"):
+    with pytest.raises(RecipeError, match=r"'delyed'.*\['current', 'delayed', 'e4m3_only'\]"):
         get_recipe("delyed")
 
 
@@ -81,3 +82,13 @@ def test_text() -> None:
 def test_fast_accumulation_is_per_gemm() -> None:
     recipe = Recipe("slow", fast_accum=tuple((gemm, gemm is Gemm.FPROP) for gemm in Gemm))
     assert [recipe.fast_accum_of(gemm) for gemm in Gemm] == [True, False, False]
+
+
+def test_a_recipe_that_leaves_nothing_for_fp8_is_refused() -> None:
+    with pytest.raises(RecipeError, match="leaves nothing for FP8"):
+        Recipe("bad", high_precision=(Gemm.DGRAD, Gemm.WGRAD, Gemm.FPROP))
+
+
+def test_a_recipe_says_what_it_keeps() -> None:
+    recipe = Recipe("careful", high_precision=(Gemm.WGRAD,))
+    assert str(recipe).endswith("grad_output=e5m2, wgrad in high precision)")
