@@ -26,7 +26,7 @@ def resolve_kernels(kernels: str, device: torch.device) -> str:
     "auto" takes Triton where it can and says once per device type that it emulates elsewhere.
     Raises OptionError if "triton" was asked for on a device that cannot run it.
     """
-    problem = _why_not_triton(device)
+    problem = why_not_triton(device)
     if kernels == TRITON and problem:
         raise OptionError(f"kernels='triton' needs {problem}; use kernels='auto' or 'reference'")
     if kernels == REFERENCE or (kernels == "auto" and problem):
@@ -40,7 +40,8 @@ def resolve_kernels(kernels: str, device: torch.device) -> str:
     return TRITON
 
 
-def _why_not_triton(device: torch.device) -> str | None:
+def why_not_triton(device: torch.device) -> str | None:
+    """What a device lacks for the Triton kernels, or None."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"an NVIDIA GPU; the model is on {device.type}"
     capability = torch.cuda.get_device_capability(device)
@@ -53,7 +54,7 @@ def device_constants(device: torch.device) -> Device:
     """What FP8's gain is predicted from; without an FP8 GPU, the constants of an H200."""
     from .device import ASSUMED, constants_of
 
-    return ASSUMED if _why_not_triton(device) else constants_of(device)
+    return ASSUMED if why_not_triton(device) else constants_of(device)
 
 
 def lower(gm: fx.GraphModule, kernels: str) -> dict[str, str]:

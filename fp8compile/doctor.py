@@ -1,0 +1,133 @@
+"""What ``python -m fp8compile doctor`` finds: whether FP8 works here, on what, and why not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .backends import device_constants, why_not_triton
+from .internals import cache_folder
+
+PACKAGES = ("torch", "triton", "networkx", "sympy")
+SELF_TEST_DB = 15.0  # an output has about 28, a gradient 19; what is wrong has less than 0
+STEPS = 3
+
+
+def examine() -> list[str]:
+    """Print what is found; the problems among it."""
+    print(f"fp8compile {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(", ".join(f"{package} {_version(package)}" for package in PACKAGES))
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    for device in devices:
+        print(f"{device}: {_what_runs_on(device)}")
+    problems = _cache_problems(cache_folder())
+    for device in devices:
+        problems += _self_test(device)
+    return problems
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _what_runs_on(device: torch.device) -> str:
+    reason = why_not_triton(device)
+    if reason is not None:
+        return f"FP8 is emulated, with the same results and no speed-up; it needs {reason}"
+    found = device_constants(device)
+    gain = found.fp8_flops / found.bf16_flops
+    return (
+        f"{torch.cuda.get_device_name(device)}, Triton kernels; an FP8 GEMM reaches"
+        f" {found.fp8_flops / 1e12:.0f} TFLOP/s, {gain:.2f}x bf16; memory"
+        f" {found.copy_bandwidth / 1e12:.2f} TB/s"
+    )
+
+
+def _cache_problems(folder: Path) -> list[str]:
+    """Print where kernels and measurements are kept; what keeps them from being kept there."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    print(f"cache: {folder}, {len(files)} files, {size / 1e6:.1f} MB")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return []
+    except OSError as error:
+        variable = "TORCHINDUCTOR_CACHE_DIR"
+        now = f"it is {os.environ[variable]!r}" if variable in os.environ else "it is not set"
+        return [
+            f"nothing can be kept in {folder} ({error.strerror}): every process compiles and"
+            f" measures anew; set {variable} to a folder that can be written to ({now})"
+        ]
+
+
+class _Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+        self.up = nn.Linear(64, 128)
+        self.down = nn.Linear(128, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def _self_test(device: torch.device) -> list[str]:
+    """Train a small model for some steps, print how far from eager it is; what is wrong."""
+    start = time.perf_counter()
+    torch._dynamo.reset()
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FP8 is emulated here")
+        torch.manual_seed(0)
+        try:
+            found = _train(_Model().to(device), torch.randn(32, 64).to(device))
+        except Exception as error:
+            what = str(error).strip().splitlines() or [""]
+            return [f"{device}: the self-test raised {type(error).__name__}: {what[0]}"]
+    worst = min(found, key=lambda name: found[name])
+    output = found.pop("output")
+    print(
+        f"self-test on {device}: {STEPS} steps, output {output:.1f} dB, worst"
+        f" {worst} {min(output, *found.values()):.1f} dB, {time.perf_counter() - start:.1f} s"
+    )
+    if min(output, *found.values()) < SELF_TEST_DB:
+        return [f"{device}: the self-test should reach {SELF_TEST_DB:.0f} dB everywhere"]
+    return []
+
+
+def _train(model: nn.Module, x: Tensor) -> dict[str, float]:
+    """The worst quality, over the steps, of the output and each gradient, in dB."""
+    compiled = torch.compile(model, backend="fp8", options={"decline_slower": False})
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    quality: dict[str, float] = {}
+    for _ in range(STEPS):
+        results = []
+        for call in (model, compiled):
+            model.zero_grad()
+            output = call(x)
+            output.square().mean().backward()
+            gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            results.append({"output": (output - x).detach(), **gradients})
+        for name, reference in results[0].items():
+            db = _sqnr_db(reference, results[1][name])
+            quality[name] = min(db, quality.get(name, db))
+        optimizer.step()
+    return quality
+
+
+def _sqnr_db(reference: Tensor, other: Tensor) -> float:
+    noise = (reference - other).double().square().sum()
+    return float(10 * torch.log10(reference.double().square().sum() / noise))
