@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,16 +41,28 @@ def constants_of(device: torch.device) -> Device:
 def _measured(index: int) -> Device:
     name = torch.cuda.get_device_name(index)
     file = _cache_file()
-    entry = read_entries(file).get(name)
-    if entry is None:
-        try:
-            with outside_tracing(), torch.no_grad(), torch.cuda.device(index):
-                entry = asdict(_measure(name))
-        except torch.OutOfMemoryError:
-            log.info("no memory left to measure %s; predicting for %s", name, H200.name)
-            return H200
-        add_entry(file, name, entry)
-    return Device(**entry)
+    remembered = _device_of(read_entries(file).get(name))
+    if remembered is not None:
+        return remembered
+    try:
+        with outside_tracing(), torch.no_grad(), torch.cuda.device(index):
+            measured = _measure(name)
+    except torch.OutOfMemoryError:
+        log.info("no memory left to measure %s; predicting for %s", name, H200.name)
+        return H200
+    add_entry(file, name, asdict(measured))
+    return measured
+
+
+def _device_of(entry: Any) -> Device | None:
+    """The constants in a file's entry, if it has all of them and they can be right."""
+    try:
+        device = Device(**entry)
+        constants = [value for name, value in asdict(device).items() if name != "name"]
+        usable = all(math.isfinite(value) and value > 0 for value in constants)
+    except (TypeError, OverflowError):  # other constants, or no numbers
+        return None
+    return device if usable else None
 
 
 def _cache_file() -> Path:

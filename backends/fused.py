@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
+import logging
 import os
 import re
 import tempfile
@@ -26,6 +26,8 @@ from .emit import Source, emit, search_apart
 from .kernels.launch import Launch, run
 from .region import Cast, Region
 from .writer import word_count
+
+log = logging.getLogger("fp8compile")
 
 
 @dataclass(frozen=True)
@@ -160,23 +162,41 @@ def _cdiv(a: Any, b: int) -> Any:
 
 
 def load(text: str) -> ModuleType:
-    """Import an emitted file; it lies beside Inductor's caches, named after its text."""
-    digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-    file = cache_folder() / "kernels" / f"{digest}.py"
-    if not file.exists():  # or not any more: whoever compiles the kernel reads its source there
+    """Import emitted source; its file lies beside Inductor's caches, named after the text.
+
+    What runs is the text. Whoever compiles its kernels reads the file, which is therefore written
+    again if it says anything else.
+    """
+    name = f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.py"
+    try:
+        file = _with_text(cache_folder() / "kernels" / name, text)
+    except OSError as error:
+        log.debug("kernels are kept for this process only: %s", error)
+        file = _with_text(Path(_own_folder().name) / name, text)
+    return _imported(file, text)
+
+
+def _with_text(file: Path, text: str) -> Path:
+    if not (file.is_file() and file.read_bytes() == text.encode()):
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
             new.write(text)
         os.replace(new.name, file)  # in one step: another process may be reading
-    return _imported(file)
+    return file
 
 
 @functools.cache
-def _imported(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"fp8compile_kernel_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    """For a process that cannot write the cache folder; deleted when it ends."""
+    return tempfile.TemporaryDirectory(prefix="fp8compile_")
+
+
+@functools.cache
+def _imported(file: Path, text: str) -> ModuleType:
+    module = ModuleType(f"fp8compile_kernel_{file.stem}")
+    module.__file__ = str(file)
+    code = compile(text, file, "exec", dont_inherit=True)  # never bytecode that could be stale
+    exec(code, module.__dict__)
     return module
 
 

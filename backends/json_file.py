@@ -17,7 +17,7 @@ def read_entries(file: Path) -> dict[str, Any]:
     try:
         entries = json.loads(file.read_text())
         return entries if isinstance(entries, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

@@ -71,35 +71,50 @@ def cublaslt_supports(shape: GemmShape) -> bool:
 @functools.cache
 def choose_gemm(shape: GemmShape, device_index: int) -> TileConfig | None:
     """The fastest tile configuration for a shape, or None for cuBLASLt."""
-    remembered = read_entries(_cache_file(device_index))
-    if str(shape) not in remembered:
-        with outside_tracing(), torch.no_grad():
-            times = time_choices(shape, torch.device("cuda", device_index))
-        # Within the noise cuBLASLt is preferred: its launch is cheaper.
-        best = min(times, key=lambda c: times[c] * (1.0 if c is None else 1 + _NOISE))
-        log.debug("%s: %s", shape, {str(c or CUBLASLT): f"{t:.1f} us" for c, t in times.items()})
-        entry = asdict(best) if best else None
-        remembered = add_entry(_cache_file(device_index), str(shape), entry)
-    entry = remembered[str(shape)]
-    return None if entry is None else TileConfig(**entry)
+    file = _cache_file(device_index)
+    remembered = read_entries(file).get(str(shape), "never timed")
+    for choice in choices(shape):  # what would not be timed today is not taken from a file
+        if _entry(choice) == remembered:
+            return choice
+    with outside_tracing(), torch.no_grad():
+        times = time_choices(shape, torch.device("cuda", device_index))
+    # Within the noise cuBLASLt is preferred: its launch is cheaper.
+    best = min(times, key=lambda c: times[c] * (1.0 if c is None else 1 + _NOISE))
+    log.debug("%s: %s", shape, {str(c or CUBLASLT): f"{t:.1f} us" for c, t in times.items()})
+    add_entry(file, str(shape), _entry(best))
+    return best
+
+
+def choices(shape: GemmShape) -> list[Choice]:
+    """What is worth timing for a shape; None stands for cuBLASLt."""
+    m, n, k, aligned = shape.m, shape.n, shape.k, shape.aligned
+    configs = candidates(m, n, k, fast_accum=shape.fast_accum, aligned=aligned)
+    if cublaslt_supports(shape):
+        return [None, *configs[:_TIMED_CONFIGS]]
+    return [*configs[:_TIMED_CONFIGS_ALONE]]
+
+
+def _entry(choice: Choice) -> dict[str, int | bool] | None:
+    """A choice as it is written to the file."""
+    return None if choice is None else asdict(choice)
 
 
 def time_choices(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
-    """Microseconds of every choice on fresh random data; None stands for cuBLASLt."""
+    """Microseconds of every choice on fresh random data."""
     a = torch.randn(shape.m, shape.k, device=device).to(shape.left)
     b = torch.randn(shape.n, shape.k, device=device).to(shape.right)
     one = torch.ones(1, device=device)
     bias = None if shape.bias is None else torch.randn(shape.n, device=device).to(shape.bias)
     runs: dict[Choice, Callable[[], Tensor]] = {}
     out, fast, aligned = shape.out, shape.fast_accum, shape.aligned
-    if cublaslt_supports(shape):
-        runs[None] = lambda: torch._scaled_mm(
-            a, b.t(), one, one, bias, out_dtype=out, use_fast_accum=fast
-        )
-    timed = _TIMED_CONFIGS if runs else _TIMED_CONFIGS_ALONE
-    for config in candidates(shape.m, shape.n, shape.k, fast_accum=fast, aligned=aligned)[:timed]:
+    for choice in choices(shape):
+        if choice is None:
+            runs[None] = lambda: torch._scaled_mm(
+                a, b.t(), one, one, bias, out_dtype=out, use_fast_accum=fast
+            )
+            continue
         run = functools.partial(scaled_mm, a, b, one, one, bias, out_dtype=out, aligned=aligned)
-        runs[config] = functools.partial(run, config=config, fast_accum=fast)
+        runs[choice] = functools.partial(run, config=choice, fast_accum=fast)
     return _fastest(runs)
 
 

@@ -45,6 +45,14 @@ def _fix_numerics() -> None:
         product = np.matmul(a_data, b_data, dtype=acc.data.dtype)
         return interpreter.TensorHandle(product + acc.data, acc.dtype.scalar)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        # Triton 3.6 converts an array of one number, which NumPy 2.4 refuses.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot
 

@@ -57,6 +57,41 @@ def test_another_gpu_is_measured_once(
     assert read_entries(module._cache_file()) == {OTHER.name: asdict(OTHER)}
 
 
+GOOD = asdict(OTHER)
+BAD = {
+    "another_shape": [1, 2],
+    "nothing": {},
+    "a_constant_too_few": {k: v for k, v in GOOD.items() if k != "sms"},
+    "a_constant_too_many": GOOD | {"l2_bytes": 1},
+    "a_text": GOOD | {"sms": "78"},
+    "a_null": GOOD | {"sms": None},
+    "a_zero": GOOD | {"copy_bandwidth": 0.0},
+    "a_nan": GOOD | {"bf16_flops": float("nan")},
+    "too_large": GOOD | {"fp8_flops": 10**400},
+}
+
+
+@pytest.mark.parametrize("entry", BAD.values(), ids=BAD)
+def test_an_entry_that_cannot_be_right_is_measured_again(
+    gpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, entry: object
+) -> None:
+    gpu(OTHER.name)
+    add_entry(module._cache_file(), OTHER.name, entry)
+    monkeypatch.setattr(module, "_measure", lambda name: OTHER)
+    assert module.constants_of(CUDA) == OTHER
+    assert read_entries(module._cache_file()) == {OTHER.name: GOOD}
+
+
+def test_another_version_measures_again(
+    gpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(OTHER.name)
+    add_entry(module._cache_file(), OTHER.name, asdict(OTHER))
+    monkeypatch.setattr(torch, "__version__", "9.9.0")
+    monkeypatch.setattr(module, "_measure", lambda name: replace(OTHER, sms=1))
+    assert module.constants_of(CUDA).sms == 1
+
+
 def test_no_memory_to_measure_in(
     gpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,8 +109,9 @@ def test_entries_are_added_and_a_broken_file_is_replaced(tmp_path: Path) -> None
     assert read_entries(file) == {}
     add_entry(file, "a", 1)
     assert add_entry(file, "b", None) == {"a": 1, "b": None} == read_entries(file)
-    file.write_text("{half")
-    assert read_entries(file) == {}
+    for content in (b"", b"{half", b"[1]", b"\xff\xfe", b"[" * 100_000):
+        file.write_bytes(content)
+        assert read_entries(file) == {}
     assert add_entry(file, "c", [2]) == {"c": [2]} == read_entries(file)
     assert [each.name for each in file.parent.iterdir()] == ["entries.json"]
 

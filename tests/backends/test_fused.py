@@ -65,6 +65,48 @@ def test_a_file_that_was_deleted_is_written_again(
     assert file.read_text() == text
 
 
+@pytest.mark.parametrize("content", [b"", b"half", b"SIZE = 8\n", b"\xff\xfe\x00"])
+def test_a_file_that_says_anything_else_is_written_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes
+) -> None:
+    """Truncated, or not ours: neither it nor its bytecode is run."""
+    text = f"SIZE = 7  # not {content!r}\n"
+    monkeypatch.setattr(fused, "cache_folder", lambda: tmp_path)
+    file = Path(str(load(text).__file__))
+    fused._imported.cache_clear()  # as in another process
+    file.write_bytes(content)
+    assert load(text).SIZE == 7 and file.read_text() == text
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_without_a_folder_to_write_to_kernels_are_loaded_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "kernels").write_text("a file, where a folder should be")
+    monkeypatch.setattr(fused, "cache_folder", lambda: tmp_path)
+    case = scaled(0, width=80)
+    want = case.oracle()
+    assert all(torch.equal(got, want[name]) for name, got in case.run().items())
+    text = emit_once(case.region).text
+    file = Path(str(load(text).__file__))
+    assert file.read_text() == text and not file.is_relative_to(tmp_path)
+
+
+def test_a_folder_that_can_only_be_read_serves_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(fused, "cache_folder", lambda: tmp_path)
+    kept = load("SIZE = 7\n").__file__
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(fused.tempfile, "NamedTemporaryFile", refuse)
+    assert load("SIZE = 7\n").__file__ == kept
+    with pytest.raises(PermissionError):  # nor is there another folder
+        load("SIZE = 9\n")
+
+
 def _load_in_a_process(arguments: tuple[str, Path]) -> int:
     text, folder = arguments
     fused.cache_folder = lambda: folder

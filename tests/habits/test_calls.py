@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -34,7 +35,7 @@ from tests.habits.common import (
     twins,
 )
 from tests.helpers import compile_interpreted
-from tests.models import sqnr_db
+from tests.models import Llama, sqnr_db
 
 pytestmark = pytest.mark.filterwarnings(EMULATED)
 
@@ -359,6 +360,31 @@ def test_batches_of_every_size() -> None:
     assert max(state.updates for state in states_of(model)) == len(sizes)
     assert history(model, "0.weight", INPUT) == [1.0] * len(sizes)
     assert len(states_of(model)) == 1
+
+
+def test_varied_batches_and_lengths_compile_nothing_after_a_warm_up() -> None:
+    model = Llama(layers=1, width=32, heads=4, kv_heads=2, hidden=64, vocab=64)
+    compiled, optimizer = compile_interpreted(model), sgd(model)
+
+    def train(sizes: Sequence[tuple[int, int]]) -> int:
+        """One step of each size; how many graphs there are then."""
+        for step, size in enumerate(sizes):
+            ids = torch.randint(0, 64, size)
+            out = compiled(ids)
+            if step % 10 == 0:
+                assert_near(model(ids), out, db=18)
+            F.cross_entropy(out.flatten(0, 1), ids.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    torch._dynamo.utils.counters.clear()
+    # The first size, any size, and a batch of one: Dynamo takes a size of one for a constant.
+    warm = train([(4, 16), (6, 32), (1, 8)])
+    numbers = random.Random(0)
+    varied = [(numbers.randint(1, 8), numbers.randint(2, 64)) for _ in range(50)]
+    assert train(varied) == warm <= 3
+    assert only_state(model).updates == 53
 
 
 def test_several_models_in_one_process() -> None:

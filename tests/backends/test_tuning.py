@@ -1,0 +1,110 @@
+"""The choice of what multiplies a shape: timed once, remembered, and never taken on trust."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fp8compile.backends import tuning
+from fp8compile.backends.json_file import add_entry, read_entries
+from fp8compile.backends.tuning import Choice, GemmShape, choices, choose_gemm
+
+E4M3 = torch.float8_e4m3fn
+ALIGNED = GemmShape(1024, 512, 256, E4M3, E4M3, torch.bfloat16, None, fast_accum=True)
+UNALIGNED = replace(ALIGNED, n=500, aligned=False)  # nothing that cuBLASLt could do
+GOOD = asdict(choices(UNALIGNED)[0])
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[GemmShape]]:
+    """Pretend that there is a GPU, on which the last choice is fastest; what it has timed."""
+    shapes: list[GemmShape] = []
+
+    def time_choices(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
+        shapes.append(shape)
+        return {choice: 10.0 - i for i, choice in enumerate(choices(shape))}
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H20")
+    monkeypatch.setattr(tuning, "cache_folder", lambda: tmp_path / "new")
+    monkeypatch.setattr(tuning, "time_choices", time_choices)
+    choose_gemm.cache_clear()
+    yield shapes
+    choose_gemm.cache_clear()
+
+
+def in_another_process(shape: GemmShape) -> Choice:
+    choose_gemm.cache_clear()
+    return choose_gemm(shape, 0)
+
+
+@pytest.mark.parametrize("shape", [ALIGNED, UNALIGNED], ids=str)
+def test_a_shape_is_timed_once(timed: list[GemmShape], shape: GemmShape) -> None:
+    assert in_another_process(shape) == in_another_process(shape) == choices(shape)[-1]
+    assert timed == [shape]
+
+
+def test_cublaslt_is_remembered_and_preferred_within_the_noise(
+    timed: list[GemmShape], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def near(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
+        timed.append(shape)
+        return {choice: 10.0 if choice is None else 9.95 for choice in choices(shape)}
+
+    monkeypatch.setattr(tuning, "time_choices", near)
+    assert in_another_process(ALIGNED) is in_another_process(ALIGNED) is None
+    assert timed == [ALIGNED]
+
+
+BAD: dict[str, Any] = {
+    "cublaslt_which_cannot": None,
+    "a_text": "fast",
+    "nothing": {},
+    "a_field_too_few": {k: v for k, v in GOOD.items() if k != "num_warps"},
+    "a_field_too_many": GOOD | {"persistent": True},
+    "what_is_not_timed_any_more": GOOD | {"num_stages": 9},
+    "null": GOOD | {"block_m": None},
+}
+
+
+@pytest.mark.parametrize("entry", BAD.values(), ids=BAD)
+def test_an_entry_that_would_not_be_timed_today_is_timed_again(
+    timed: list[GemmShape], entry: Any
+) -> None:
+    file = tuning._cache_file(0)
+    add_entry(file, str(UNALIGNED), entry)
+    assert in_another_process(UNALIGNED) == choices(UNALIGNED)[-1]
+    assert timed == [UNALIGNED]
+    assert read_entries(file) == {str(UNALIGNED): asdict(choices(UNALIGNED)[-1])}
+
+
+@pytest.mark.parametrize("package", [torch, tuning.triton], ids=["torch", "triton"])
+def test_another_version_times_again(
+    timed: list[GemmShape], monkeypatch: pytest.MonkeyPatch, package: Any
+) -> None:
+    in_another_process(ALIGNED)
+    monkeypatch.setattr(package, "__version__", "9.9.0")
+    in_another_process(ALIGNED)
+    assert timed == [ALIGNED, ALIGNED]
+
+
+@pytest.mark.parametrize("content", ["", "{half", "[1, 2]"])
+def test_a_broken_file_is_replaced(timed: list[GemmShape], content: str) -> None:
+    in_another_process(ALIGNED)
+    tuning._cache_file(0).write_text(content)
+    for _ in range(2):
+        in_another_process(ALIGNED)
+    assert timed == [ALIGNED, ALIGNED]
+
+
+def test_without_a_folder_to_write_to_each_process_times(
+    timed: list[GemmShape], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tuning, "cache_folder", lambda: tmp_path / "file")
+    assert in_another_process(ALIGNED) == in_another_process(ALIGNED) == choices(ALIGNED)[-1]
+    assert timed == [ALIGNED, ALIGNED]
