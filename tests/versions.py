@@ -109,8 +109,9 @@ def _install(version: str, environment: Path) -> None:
     timm comes without the torchvision that it asks for, which would replace torch.
     """
     python = _python(environment)
+    make = [sys.executable, "-m", "venv", str(environment)]
     for command in (
-        [sys.executable, "-m", "venv", str(environment)],
+        *([] if Path(python).exists() else [make]),
         [python, "-m", "pip", "install", f"torch=={version}", "-e", ".[test]"],
         [python, "-m", "pip", "install", "--no-deps", "timm"],
     ):
