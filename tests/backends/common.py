@@ -61,13 +61,13 @@ def only_region(fn: Callable[..., Any], **inputs: Tensor | None) -> Case:
     given = {k: v.to(DEVICE) for k, v in inputs.items() if v is not None}
     gm = trace_final(fn, **(inputs | given))
     grow_regions(gm)
-    calls = _Calls(gm)
+    calls = Calls(gm)
     calls.run(*given.values())
     (case,) = calls.cases
     return case
 
 
-class _Calls(fx.Interpreter):
+class Calls(fx.Interpreter):
     """Notes what every region is called with."""
 
     def __init__(self, gm: fx.GraphModule) -> None:

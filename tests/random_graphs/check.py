@@ -1,0 +1,333 @@
+"""Check a program: compiled in FP8, against eager with fake-quantized matmuls.
+
+Two steps of training are run, the second with the scales that the first has left, and one of
+inference. In each:
+
+- Every pass leaves a valid graph, and finds nothing to do the second time.
+- With regions grown, the forward and the backward graph compute the same, bit for bit.
+- What comes out is of the same kind as in eager: shapes, dtypes, strides, what shares memory.
+- Outputs, gradients, buffers and amax are those of ``FakeQuantized``, to ``CLOSE_DB`` or to what
+  rounding errors make of them.
+- Every GEMM of a site is in FP8 that has no reason not to be.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+from unittest import mock
+
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.compile_fx import compile_fx
+
+from fp8compile import compile as compiler
+from fp8compile.internals import is_tangent
+from fp8compile.ir import QUANTIZE, format_graph
+from fp8compile.options import parse_options
+from fp8compile.passes import grow_regions
+from fp8compile.passes.pipeline import Pass, pass_name
+from tests.backends.common import Calls, assert_close
+from tests.helpers import interpret
+from tests.models import sqnr_db
+
+from .fake_quantized import FakeQuantized, Plan, WithRoundingErrors
+from .programs import Program
+
+CLOSE_DB = 60.0  # float32 sums in another order stay far below
+RUNS, ROUNDING_MARGIN = 8, 4.0  # an error may have this many times the power of rounding errors
+AMAX = "amax of the step"  # its name among the results
+
+
+@dataclass
+class Tally:
+    """What the checked programs held. ``eager_db``: how close results are to eager without FP8."""
+
+    programs: int = 0
+    gemms: Counter[str] = field(default_factory=Counter)
+    results: Counter[str] = field(default_factory=Counter)
+    eager_db: list[float] = field(default_factory=list)
+    regions: int = 0
+    kernels: int = 0
+
+    def __str__(self) -> str:
+        median = f"{statistics.median(self.eager_db):.1f} dB" if self.eager_db else "none"
+        return (
+            f"{self.programs} graphs passed\n"
+            f"GEMMs: {_listed(self.gemms)}\n"
+            f"results, compared with fake quantization: {_listed(self.results)}\n"
+            f"results that differ from eager without FP8: {len(self.eager_db)}, median {median}\n"
+            f"{self.regions} regions interpreted, {self.kernels} run as Triton kernels"
+        )
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in counts.most_common())
+
+
+def check(program: Program, tally: Tally | None = None, *, kernels: bool = False) -> None:
+    """Raise AssertionError if a program does not do in FP8 what it does in eager.
+
+    ``kernels``: run the Triton kernel of every region, too.
+    """
+    tally = Tally() if tally is None else tally
+    torch._dynamo.reset()
+    model, eager = program.build(), program.build()
+    training, inference = (_Compiled(model, program, tally, kernels) for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step, compiled in enumerate((training, training, inference)):
+            with torch.no_grad() if compiled is inference else nullcontext():
+                _check_step(compiled, model, eager, step, tally)
+    tally.programs += 1
+
+
+def _check_step(
+    compiled: _Compiled, model: nn.Module, eager: nn.Module, step: int, tally: Tally
+) -> None:
+    before, got = copy.deepcopy(eager), run(compiled, model, compiled.program.make_inputs(step))
+    state = compiled.state
+    scale = None if state is None else state.scale.clone()
+    runs = _Runs(compiled.program, step, before, compiled.plan, scale)
+    want, counts = runs.fake_quantized(FakeQuantized, eager)
+    if state is not None:
+        got.tensors[AMAX] = torch.maximum(state.amax_fwd, state.amax_bwd)
+        state.update()
+    else:
+        del want.tensors[AMAX]
+    tally.gemms.update(counts)
+    tally.results.update(_assert_same_results(want, got, runs))
+    _assert_same_kind(got, runs)
+    pairs = [(value, got.tensors[name]) for name, value in runs.eager.tensors.items()]
+    tally.eager_db += [sqnr_db(x, y) for x, y in pairs if not torch.equal(x, y)]
+
+
+@dataclass
+class _Runs:
+    """Other runs of a step, in eager: ``model`` is as it was before, ``scale`` as it was used."""
+
+    program: Program
+    step: int
+    model: nn.Module
+    plan: Plan
+    scale: Tensor | None
+
+    def fake_quantized(
+        self, kind: type[FakeQuantized], model: nn.Module
+    ) -> tuple[Results, Counter[str]]:
+        mode = kind(self.plan, self.scale)
+        found = run(lambda *x: mode.call(model, x), model, self.program.make_inputs(self.step))
+        found.tensors[AMAX] = mode.amax
+        return found, mode.counts
+
+    @cached_property
+    def eager(self) -> Results:
+        model = copy.deepcopy(self.model)
+        return run(model, model, self.program.make_inputs(self.step))
+
+    @cached_property
+    def without_fp8(self) -> Results:
+        """As torch.compile does it, with its decompositions, in high precision."""
+        model = copy.deepcopy(self.model)
+        compiled = torch.compile(model, backend=_without_fp8)
+        return run(compiled, model, self.program.make_inputs(self.step))
+
+    @cached_property
+    def with_rounding_errors(self) -> list[Results]:
+        models = [copy.deepcopy(self.model) for _ in range(RUNS)]
+        return [self.fake_quantized(WithRoundingErrors, model)[0] for model in models]
+
+    def rounding(self, name: str, reference: Tensor) -> float:
+        """The power of what rounding errors, and decompositions, make of a result."""
+        largest = max(_power(run.tensors[name] - reference) for run in self.with_rounding_errors)
+        if name == AMAX:
+            return largest
+        return largest + _power(self.without_fp8.tensors[name] - self.eager.tensors[name])
+
+
+def _without_fp8(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+    return compile_fx(gm, examples, inner_compile=interpret)
+
+
+# --- compiling ------------------------------------------------------------------------------------
+
+
+class _Compiled:
+    """A module compiled without Inductor's code, and checked on the way."""
+
+    def __init__(self, model: nn.Module, program: Program, tally: Tally, kernels: bool) -> None:
+        self.program = program
+        self.plan = Plan()  # that of the only graph; an empty one if there is nothing to compile
+        self._graph: Any = None
+        self._tally, self._kernels = tally, kernels
+        self._run = torch.compile(model, backend=self._backend, fullgraph=True)
+
+    @property
+    def state(self) -> Any:
+        """The scaling state, if it has one."""
+        return getattr(self._graph, "_state", None)
+
+    def __call__(self, *inputs: Any) -> Any:
+        rewrite, run_passes = compiler.GraphCompiler.joint, compiler.run_passes
+
+        def joint(graph: compiler.GraphCompiler, gm: fx.GraphModule) -> None:
+            training = any(is_tangent(node) for node in gm.graph.nodes)
+            rewrite(graph, gm)
+            self.plan = Plan.of(gm, graph.sites, training and self.program.recipe == "delayed")
+
+        def run_twice(gm: fx.GraphModule, passes: Sequence[Pass], **kwargs: Any) -> Any:
+            return run_passes(gm, [_twice(run) for run in passes], **kwargs)
+
+        with (
+            mock.patch.object(compiler.GraphCompiler, "joint", joint),
+            mock.patch.object(compiler, "run_passes", run_twice),
+        ):
+            try:
+                return self._run(*inputs)
+            except BackendCompilerFailed as error:
+                raise error.inner_exception from error
+
+    def _backend(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        options = parse_options({"recipe": self.program.recipe, "decline_slower": False})
+        self._graph = compiler.compile_graph(gm, examples, options, inner_compile=self._final)
+        return self._graph
+
+    def _final(self, gm: fx.GraphModule, examples: Any, **_: Any) -> Callable[..., Any]:
+        """In place of Inductor: the graph's code, checked against the graph with regions."""
+        grown = fx.GraphModule(gm, fx.Graph())
+        grown.graph.output(grown.graph.graph_copy(gm.graph, {}))
+        self._tally.regions += _twice(grow_regions)(grown)
+        assert not grown.graph.find_nodes(op="call_function", target=QUANTIZE)
+
+        def run(*args: Any) -> Any:
+            again = [_twin(arg) for arg in args]
+            out, calls = gm.forward(*args), Calls(grown)
+            _assert_same_bits("a result of a graph with regions", out, calls.run(*again))
+            _assert_same_bits("an argument of a graph with regions", args, again)
+            for case in calls.cases if self._kernels else ():
+                assert_close(case.run(), case.oracle())
+                self._tally.kernels += 1
+            return out
+
+        return make_boxed_func(run)
+
+
+def _twice(run: Pass) -> Pass:
+    """A pass that is run a second time, and has to leave the graph alone then."""
+
+    def twice(gm: fx.GraphModule) -> int:
+        count = run(gm)
+        gm.graph.lint()
+        text = format_graph(gm)
+        assert run(gm) == 0 and format_graph(gm) == text, f"{pass_name(run)} is not idempotent"
+        return count
+
+    twice.__name__ = pass_name(run)
+    return twice
+
+
+def _twin(value: Any) -> Any:
+    """The same tensor in memory of its own."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
+
+
+def _assert_same_bits(what: str, wanted: Any, found: Any) -> None:
+    for i, (want, got) in enumerate(zip(wanted, found, strict=True)):
+        if not isinstance(want, Tensor):
+            assert want == got, f"{what}: number {i}"
+            continue
+        kinds = [(x.shape, x.dtype, x.stride()) for x in (want, got)]
+        assert kinds[0] == kinds[1], f"{what}: number {i} is {kinds[1]}, not {kinds[0]}"
+        bits = [x.contiguous().flatten().view(torch.uint8) for x in (want, got)]
+        assert torch.equal(*bits), f"{what}: number {i} differs"
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Results:
+    """All that one call of a program, and its backward, leave behind.
+
+    ``kinds``: what is there besides numbers.
+    """
+
+    tensors: dict[str, Tensor]
+    kinds: list[Any]
+
+
+def run(call: Callable[..., Any], model: nn.Module, inputs: Sequence[Tensor]) -> Results:
+    """Call, go backward if anything needs a gradient, and collect."""
+    leaves = dict(model.named_parameters()) | {f"input {i}": x for i, x in enumerate(inputs)}
+    for leaf in leaves.values():
+        leaf.grad = None
+    out = call(*inputs)
+    outputs = list(out) if isinstance(out, tuple) else [out]
+    generator = torch.Generator().manual_seed(1)
+    loss = torch.zeros(())
+    for value in outputs:
+        direction = torch.randn(value.shape, generator=generator)
+        if value.requires_grad:
+            loss = loss + (value.float() * direction).sum()
+    if loss.requires_grad:
+        loss.backward()
+    found = {f"output {i}": value for i, value in enumerate(outputs)}
+    found |= leaves | dict(model.named_buffers())
+    kinds: list[Any] = [(tuple(x.shape), x.dtype, x.stride(), x.requires_grad) for x in outputs]
+    kinds += _aliases(found)
+    found |= {f"gradient of {n}": x.grad for n, x in leaves.items() if x.grad is not None}
+    kinds += [(name, tuple(x.shape), x.dtype) for name, x in found.items()]
+    return Results({n: x.detach().clone() for n, x in found.items()}, kinds)
+
+
+def _aliases(tensors: dict[str, Tensor]) -> list[tuple[str, str]]:
+    """The pairs of tensors that share memory."""
+    memory = {name: x.untyped_storage().data_ptr() for name, x in tensors.items()}
+    names = [name for name in memory if memory[name]]
+    pairs = ((a, b) for i, a in enumerate(names) for b in names[:i])
+    return [(a, b) for a, b in pairs if memory[a] == memory[b]]
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+
+def _assert_same_results(want: Results, got: Results, runs: _Runs) -> Counter[str]:
+    """Raise AssertionError for what differs by more than rounding; counts how close the rest is."""
+    assert want.tensors.keys() == got.tensors.keys(), want.tensors.keys() ^ got.tensors.keys()
+    counts: Counter[str] = Counter()
+    for name, reference in want.tensors.items():
+        value = got.tensors[name]
+        assert (value.shape, value.dtype) == (reference.shape, reference.dtype), name
+        if torch.equal(value, reference):
+            counts["equal bit for bit"] += 1
+        elif (found_db := sqnr_db(reference, value)) >= CLOSE_DB:
+            counts[f"within {CLOSE_DB:.0f} dB"] += 1
+        else:
+            allowed = ROUNDING_MARGIN * runs.rounding(name, reference)
+            excess = f"{name}: {found_db:.1f} dB, more than rounding errors make"
+            assert _power(value - reference) <= allowed, excess
+            counts["as close as rounding errors allow"] += 1
+    return counts
+
+
+def _power(x: Tensor) -> float:
+    return float(x.double().square().sum())
+
+
+def _assert_same_kind(got: Results, runs: _Runs) -> None:
+    """Shapes, strides, what shares memory: as in eager, or else as torch.compile has them."""
+    if got.kinds != runs.eager.kinds:
+        without = runs.without_fp8.kinds
+        different = [kinds for kinds in zip(got.kinds, without, strict=True) if len({*kinds}) > 1]
+        assert not different, f"found, and without FP8: {different}"
