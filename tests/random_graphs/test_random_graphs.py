@@ -134,7 +134,7 @@ def test_a_bug_in_the_graph_is_seen(bug: Callable[[fx.GraphModule], None]) -> No
 
 
 def test_a_gemm_that_stays_in_high_precision_is_seen() -> None:
-    def reason(node: fx.Node, info: GemmInfo, skips: Any) -> str | None:
+    def reason(node: fx.Node, info: GemmInfo, *_: Any) -> str | None:
         return "forgotten" if info.gemm is Gemm.WGRAD else None
 
     forgetful = mock.patch.dict(choose_precision.__globals__, {"_reason": reason})
