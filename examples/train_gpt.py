@@ -2,6 +2,7 @@
 
     python examples/train_gpt.py              # about 3 minutes on 2 CPU cores; larger on a GPU
     python examples/train_gpt.py --steps 20   # a quick look
+    python examples/train_gpt.py --skip lm_head
 
 The text is the source code of the Python that runs this file, read as bytes, so there is nothing
 to download. Both runs start from the same seed and see the same batches; the only difference is
@@ -23,6 +24,7 @@ import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 # CPU threads that wait for each other sleep: spinning is several times slower on a busy machine.
@@ -298,21 +300,23 @@ def print_comparison(high: Run, fp8: Run) -> None:
     print(f"FP8's final loss differs by {difference:+.2f} %.")
 
 
-def parse_config(argv: list[str] | None) -> tuple[Config, torch.device, Path]:
+def parse_config(argv: list[str] | None) -> tuple[Config, torch.device, list[str], Path]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     default = ON_GPU if device.type == "cuda" else ON_CPU
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("steps", "layers", "width"):
         parser.add_argument(f"--{name}", type=int, default=getattr(default, name))
+    parser.add_argument("--skip", nargs="*", default=[], help="sites to leave in high precision")
     parser.add_argument("--out", type=Path, default=Path("train_gpt.png"), help="the curves")
     args = parser.parse_args(argv)
     config = replace(default, steps=args.steps, layers=args.layers, width=args.width)
-    return config, device, args.out
+    return config, device, args.skip, args.out
 
 
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
-    config, device, out = parse_config(argv)
+    config, device, skip, out = parse_config(argv)
+    options = {"skip": skip}
     text = standard_library_text()
     model = new_model(config, device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -321,11 +325,12 @@ def main(argv: list[str] | None = None) -> None:
 
     batch = [t.to(device) for t in random_batch(text, config, torch.Generator().manual_seed(1))]
     with own_precision(device):
-        print(fp8compile.explain(model, *batch))
+        print(fp8compile.explain(model, *batch, options=options))
 
     name = "bf16" if device.type == "cuda" else "fp32"
     high = train(name, text, config, device, torch.compile)
-    fp8 = train("fp8", text, config, device, lambda model: torch.compile(model, backend="fp8"))
+    compile_fp8 = partial(torch.compile, backend="fp8", options=options)
+    fp8 = train("fp8", text, config, device, compile_fp8)
 
     print_comparison(high, fp8)
     save_curves(high, fp8, out)

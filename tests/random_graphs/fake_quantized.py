@@ -149,11 +149,11 @@ class FakeQuantized(TorchFunctionMode):
         right: Operands,
         combine: Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]],
     ) -> list[Tensor]:
-        """``combine`` of the operands, cast if this GEMM is in FP8; in float32, or as they are."""
+        """``combine`` of the operands, cast if this GEMM is in FP8; rounded by nobody yet."""
         slots = self.plan.casts.get((sites[0], gemm))
         self._check_precision(gemm, sites, [*left[1], *right[1]], slots is not None)
         if slots is None:
-            return combine(left[1], right[1])
+            return combine([_unrounded(x) for x in left[1]], [_unrounded(x) for x in right[1]])
         lefts, left_inv = self._cast(left[1], slots[left[0]])
         rights, right_inv = self._cast(right[1], slots[right[0]])
         return [product * (left_inv * right_inv) for product in combine(lefts, rights)]
@@ -183,6 +183,11 @@ class FakeQuantized(TorchFunctionMode):
             self.amax[index] = torch.maximum(self.amax[index], amax[0])
         parts = q[0, : flat.numel()].float().split([value.numel() for value in values])
         return [p.view(v.shape) for p, v in zip(parts, values, strict=True)], scale_inv
+
+
+def _unrounded(value: Tensor) -> Tensor:
+    """A matmul of bfloat16 sums, and adds its bias, in float32."""
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 class _Multiply(torch.autograd.Function):
