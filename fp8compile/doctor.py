@@ -13,18 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import __version__
 from .backends import device_constants, why_not_triton
 from .internals import cache_folder
 
-PACKAGES = ("torch", "triton", "networkx", "sympy")
+PACKAGES = ("fp8compile", "torch", "triton", "networkx", "sympy")
 SELF_TEST_DB = 15.0  # an output has about 28, a gradient 19; what is wrong has less than 0
 STEPS = 3
 
 
 def examine() -> list[str]:
     """Print what is found; the problems among it."""
-    print(f"fp8compile {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"Python {platform.python_version()}, {platform.platform()}")
     print(", ".join(f"{package} {_version(package)}" for package in PACKAGES))
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
@@ -88,7 +87,7 @@ class _Model(nn.Module):
 def _self_test(device: torch.device) -> list[str]:
     """Train a small model for some steps, print how far from eager it is; what is wrong."""
     start = time.perf_counter()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="FP8 is emulated here")
         torch.manual_seed(0)

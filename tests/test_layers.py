@@ -22,7 +22,8 @@ LAYERS = (
     {"named_state"},
     {"passes", "backends"},
     {"compile"},
-    {"explanation"},
+    {"explanation", "doctor"},
+    {"__main__"},
 )
 # PyTorch's underscored names that are used outside of internals.py on purpose.
 TOLERATED = {
