@@ -19,7 +19,7 @@ import sympy
 import torch
 from torch import fx
 
-from .ir import DEQUANTIZE_GROUPS, QUANTIZE, QUANTIZE_GROUPS, args_of, aten, size_expr
+from .ir import DEQUANTIZE_GROUPS, QUANTIZE, QUANTIZE_GROUPS, RESHAPES, args_of, aten, size_expr
 from .ops import ALIGNMENT, GROUP
 
 prims = torch.ops.prims
@@ -194,7 +194,6 @@ def hint(size: int | torch.SymInt, default: int = 8192) -> int:
 
 # --- operators ----------------------------------------------------------------------------------
 
-RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 SAME_PLACE = {aten.clone.default, aten.alias.default, prims.convert_element_type.default}
 ROW_REDUCTIONS = {
     aten.sum.dim_IntList: "sum",
