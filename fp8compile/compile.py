@@ -28,18 +28,20 @@ from .dump import Dump
 from .errors import OptionError, PassError, StrictError
 from .ir import SLOTS_PER_SITE, Site
 from .modules import SiteNames, calling_module, calling_replicas, calling_shards, owners_of
-from .options import FALLBACK, Options, parse_options
+from .options import FALLBACK, HIGH_PRECISION, Options, parse_options
 from .passes import (
     StateNodes,
     drop_unused_outputs,
     grow_regions,
     joint_passes,
+    keep_logits,
     naming_errors,
     run_passes,
     tag_sites,
 )
 from .passes.choose_precision import KEPT, SKIPPED, SLOWER
 from .passes.find_gemms import NO_FP8_FORM, unsited_matmuls
+from .passes.keep_logits import LOGITS
 from .recipe import Scaling
 from .report import Row, gemm_rows, other_rows
 from .scaling import ScalingState, find_state
@@ -83,6 +85,8 @@ def compile_graph(
     tensors = dict(zip(inputs, example_inputs, strict=True))
     root = root or _root(example_inputs)
     tag_sites(gm, name_of=SiteNames(root, tensors))
+    if options.logits == HIGH_PRECISION:
+        keep_logits(gm)
     sites: list[Site] = gm.meta["fp8_sites"]
     _check_skip(options, sites, root, gm)
     device = _device(sites, example_inputs)
@@ -342,7 +346,7 @@ def _declines(options: Options, kernels: str) -> bool:
 
 def _by_choice(row: Row) -> bool:
     """Whether a GEMM that could be FP8 is not: strict is about those that cannot."""
-    return row.reason in (SKIPPED, KEPT) or row.reason.startswith(SLOWER)
+    return row.reason in (SKIPPED, KEPT, LOGITS) or row.reason.startswith(SLOWER)
 
 
 def _nothing_to_do(options: Options, rows: Sequence[Row]) -> None:

@@ -18,6 +18,7 @@ from .recipe import RECIPES, Recipe, get_recipe
 KERNELS = ("auto", "triton", "reference")
 RAISE, FALLBACK = ON_ERROR = ("raise", "fallback")
 SAVE_ACTIVATIONS = ("default", "fp8")
+HIGH_PRECISION = "high_precision"
 DUMP_VARIABLE = "FP8COMPILE_DUMP"
 # Inductor's settings that the backend works through.
 HOOKS = ("joint_custom_pre_pass", "custom_partitioner_fn", "post_grad_custom_post_pass")
@@ -40,6 +41,8 @@ class Options:
     "default" keeps it in the model's dtype. ``on_error``: what happens where a pass fails: "raise"
     a PassError, or "fallback", with a warning: the graph stays in its own precision, or runs the
     reference bodies of its FP8 operators if it is its kernels that could not be written.
+    ``logits``: "high_precision" keeps the matmuls whose results a cross entropy in the same graph
+    is computed from in the model's dtype, "fp8" casts them like all others.
     """
 
     recipe: Recipe = RECIPES["delayed"]
@@ -51,6 +54,7 @@ class Options:
     decline_slower: bool | str = True
     save_activations: str = "default"
     on_error: str = RAISE
+    logits: str = HIGH_PRECISION
 
     def skips(self, fqn: str) -> bool:
         """Whether the site of that name was asked to stay in high precision."""
@@ -59,7 +63,10 @@ class Options:
         return any(fnmatchcase(fqn, glob) for glob in self.skip)
 
     def cache_key(self) -> str:
-        """Everything here that changes the compiled code (not ``skip``: its result does)."""
+        """Everything here that changes the compiled code.
+
+        Not ``skip`` and ``logits``: what they do to the sites does.
+        """
         inductor = sorted(self.inductor.items())
         choices = (self.decline_slower, self.save_activations)
         return repr((self.recipe, self.strict, self.kernels, inductor, choices))
@@ -93,6 +100,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
             "save_activations", given.get("save_activations", "default"), SAVE_ACTIVATIONS
         ),
         on_error=_one_of("on_error", given.get("on_error", RAISE), ON_ERROR),
+        logits=_one_of("logits", given.get("logits", HIGH_PRECISION), (HIGH_PRECISION, "fp8")),
     )
 
 

@@ -6,6 +6,7 @@ from .drop_unused_outputs import drop_unused_outputs
 from .find_gemms import find_gemms
 from .grow_regions import grow_regions
 from .insert_casts import insert_casts
+from .keep_logits import keep_logits
 from .merge_gemms import merge_gemms
 from .pipeline import StateNodes, joint_passes, naming_errors, run_passes
 from .plan_saved import plan_saved
@@ -23,6 +24,7 @@ __all__ = [
     "grow_regions",
     "insert_casts",
     "joint_passes",
+    "keep_logits",
     "merge_gemms",
     "naming_errors",
     "plan_saved",

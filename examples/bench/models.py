@@ -2,6 +2,7 @@
 
     python examples/bench/models.py                              # all of them, on a GPU
     python examples/bench/models.py --models gpt2 bert-large --csv models.csv
+    python examples/bench/models.py --models gpt2 --cuda-graphs  # both without the host's launches
     python examples/bench/models.py --device cpu --tiny          # do they run at all?
 
 A step is forward, backward and, for FP8, the update of the scales; no optimizer, which would cost
@@ -164,6 +165,7 @@ class Job:
     device: torch.device
     tiny: bool
     steps: int
+    cuda_graphs: bool = False
 
     def build(self, name: str) -> Workload:
         torch.manual_seed(0)
@@ -189,13 +191,16 @@ class Result:
 class Contender:
     """A copy of a workload's model, compiled with one backend."""
 
-    def __init__(self, workload: Workload, backend: str) -> None:
+    def __init__(self, workload: Workload, backend: str, cuda_graphs: bool) -> None:
         self.workload = workload
         self.model = copy.deepcopy(workload.model)
-        self.compiled = torch.compile(self.model, backend=backend)
         self.updates_scales = backend == "fp8"
+        inductor = {"triton.cudagraphs": cuda_graphs}
+        options = {"inductor": inductor} if self.updates_scales else inductor
+        self.compiled = torch.compile(self.model, backend=backend, options=options)
 
     def step(self) -> None:
+        torch.compiler.cudagraph_mark_step_begin()
         self.model.zero_grad(set_to_none=True)
         for value in self.workload.inputs.values():
             value.grad = None
@@ -206,7 +211,8 @@ class Contender:
 
     def output(self) -> Tensor:
         """From the code of the training step: without grad mode, another would be compiled."""
-        return self.workload.output(self.compiled(**self.workload.inputs)).detach()
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.workload.output(self.compiled(**self.workload.inputs)).detach().clone()
 
 
 BACKENDS = {"bf16": "inductor", "fp8": "fp8"}
@@ -222,7 +228,7 @@ def measure(name: str, job: Job, advance: Callable[[], None]) -> Result:
         contenders = {}
         for who, backend in BACKENDS.items():
             stack.enter_context(equal_conditions(job.device))
-            contenders[who] = Contender(workload, backend)
+            contenders[who] = Contender(workload, backend, job.cuda_graphs)
             result.compile_s[who] = seconds(contenders[who].step, job.device)
             for _ in range(WARMUP_STEPS if job.device.type == "cuda" else 1):
                 contenders[who].step()
@@ -310,7 +316,7 @@ def save_csv(path: Path, job: Job, results: list[Result]) -> None:
             ("fp8", "FP8 GEMMs", r.fp8_gemms, f"of {r.gemms}"),
             ("fp8", "SQNR of the output", r.sqnr_db, "dB"),
         ]
-        append_csv(path, job.device, r.title, rows)
+        append_csv(path, job.device, r.title + ", CUDA graphs" * job.cuda_graphs, rows)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -318,6 +324,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--steps", type=int, default=10, help="per round; their median is taken")
     parser.add_argument("--csv", type=Path, help="append the numbers to this file")
+    parser.add_argument("--cuda-graphs", action="store_true", help="replay what was launched once")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a layer or so of each, 64 wide")
     return parser.parse_args(argv)
@@ -325,7 +332,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    job = Job(torch.device(args.device), args.tiny, args.steps)
+    job = Job(torch.device(args.device), args.tiny, args.steps, args.cuda_graphs)
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)

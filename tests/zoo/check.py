@@ -14,12 +14,15 @@ run: eager float32 (the reference), eager float64, the compiled one, and one in 
   weights that differ by 1e-6). It is asked for in float32 on a CPU: in bfloat16, what is fused is
   not rounded in between, and many values round to the next.
 - An output must reach ``OUTPUT_DB`` against the reference, a gradient ``GRADIENT_DB``. Where an
-  architecture loses more than that in FP8, what the simulation reaches is the gate.
+  architecture loses more than that in FP8, what the simulation reaches is the gate; and where
+  Inductor's code loses more in the model's own precision, what that reaches. (In bfloat16 the
+  gradient of a convolution in front of a batch norm has 27.6 dB in eager, and 18.8 in Inductor.)
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -73,7 +76,8 @@ class Quality:
     """How good one tensor of the compiled step is, in dB.
 
     ``fp8``: compiled against the reference; ``simulated``: simulated FP8 against the reference;
-    ``agreement``: compiled against simulated; ``signal``: the reference against float64.
+    ``agreement``: compiled against simulated; ``signal``: the reference against float64; ``plain``:
+    compiled by Inductor in the model's own precision, against the reference.
     """
 
     name: str
@@ -81,6 +85,7 @@ class Quality:
     simulated: float
     agreement: float
     signal: float
+    plain: float = math.inf
 
     @property
     def is_output(self) -> bool:
@@ -96,6 +101,7 @@ class Quality:
             return None
         slack = SLACK_DB if exact else LOOSE_SLACK_DB
         gate = min(OUTPUT_DB if self.is_output else GRADIENT_DB, self.simulated - slack)
+        gate = min(gate, self.plain - slack)
         if not self.fp8 >= gate:
             return f"{self.name}: {self.fp8:.1f} dB, the gate is {gate:.1f}"
         gate = min(EXACT_DB, self.simulated + AGREEMENT_DB)
@@ -172,6 +178,7 @@ def check(name: str, settings: Settings = Settings()) -> Report:
     call = torch.compile(compiled, backend=backend, dynamic=True if name in DYNAMIC else None)
     actual = step(call, compiled, inputs)
     simulated = _simulated(model, inputs, rows)
+    plain = _compiled_in_own_precision(model, inputs) if settings.inductor else None
     reference, precise = (_eager(model, inputs, d) for d in (torch.float32, torch.float64))
     assert actual.keys() == simulated.keys() == reference.keys() == precise.keys()
     qualities = [
@@ -181,6 +188,7 @@ def check(name: str, settings: Settings = Settings()) -> Report:
             simulated=sqnr_db(reference[key], simulated[key]),
             agreement=sqnr_db(simulated[key], actual[key]),
             signal=sqnr_db(precise[key], reference[key]),
+            plain=math.inf if plain is None else sqnr_db(reference[key], plain[key]),
         )
         for key in reference
     ]
@@ -226,6 +234,12 @@ def _eager(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> S
     # By default, float32 convolutions on a GPU round their inputs to TF32: no reference.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return step(model, model, {key: _moved(x, x.device, dtype) for key, x in inputs.items()})
+
+
+def _compiled_in_own_precision(model: nn.Module, inputs: Mapping[str, Any]) -> Step:
+    torch._dynamo.reset()
+    model = copy.deepcopy(model)
+    return step(torch.compile(model), model, inputs)
 
 
 def _simulated(model: nn.Module, inputs: Mapping[str, Any], rows: Sequence[Row]) -> Step:
