@@ -24,6 +24,7 @@ from ..regions import (
     reduced_dims,
     shape_of,
     split,
+    sum_behind,
 )
 
 GROUP_OUTPUTS = ("q", "scale_inv")
@@ -72,7 +73,8 @@ class Region:
 
     ``inputs``: what the kernel loads. ``groups``: casts with a scale per group of 128 elements,
     with the outputs "q" and "scale_inv". ``values``: what it writes in high precision, matrices of
-    its space or one number per row. ``sums``: sums over columns.
+    its space or one number per row. ``sums``: sums over columns, or
+    what converts one.
     """
 
     gm: fx.GraphModule
@@ -119,12 +121,9 @@ class Region:
             place = place_in(self.space, shape_of(node))
             assert place is not None
             found.append(Result("value", i, node, place))
-        for i, node in enumerate(self.sums):
-            value, shape, count = (
-                args_of(node)[0],
-                shape_of(args_of(node)[0]),
-                len(args_of(node)[1]),
-            )
+        for i, node in enumerate(map(sum_behind, self.sums)):
+            value, dims = args_of(node)[:2]
+            shape, count = shape_of(value), len(dims)
             place = (*split(ROW, shape[:count]), *split(COL, shape[count:]))
             found.append(Result("sum", i, value, place))
         return found
@@ -157,8 +156,10 @@ class Region:
     @cached_property
     def reduces(self) -> bool:
         """Whether anything depends on a reduction over rows."""
+        over_columns = set(map(sum_behind, self.sums))
         return any(
-            node.target in ROW_REDUCTIONS and node not in self.sums for node in self.gm.graph.nodes
+            node.target in ROW_REDUCTIONS and node not in over_columns
+            for node in self.gm.graph.nodes
         )
 
     @property
@@ -189,6 +190,7 @@ def _span(tensor: torch.Tensor) -> Any:
 
 
 def _is_column_sum(node: fx.Node, space: Space) -> bool:
+    node = sum_behind(node)
     if node.target is not torch.ops.aten.sum.dim_IntList:
         return False
     return 0 in reduced_dims(node) and sympy.expand(sympy.prod(shape_of(node)) - space.n) == 0

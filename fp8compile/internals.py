@@ -9,6 +9,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +26,7 @@ from torch._higher_order_ops.triton_kernel_wrap import (
     triton_kernel_wrapper_mutation,
 )
 from torch._inductor import dependencies, inductor_prims
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import (
     CustomGraphPass,
@@ -32,6 +34,7 @@ from torch._inductor.custom_graph_pass import (
     get_hash_for_files,
 )
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedTritonKernel
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._sympy.functions import FloorDiv as FloorDiv  # ``//`` in a symbolic size
@@ -152,7 +155,7 @@ def compile_with_inductor(
         "custom_partitioner_fn": _Partitioner(key),
         "post_grad_custom_post_pass": _GraphPass(lowered, key),
     }
-    config = {**patches, **hooks}
+    config = {_STATIC_LAUNCH: True, **patches, **hooks}
     inner = inner_compile or _compile_fx_inner
     if use_caches:
         return compile_fx(gm, list(inputs), inner_compile=inner, config_patches=config)
@@ -164,7 +167,7 @@ def compile_with_inductor(
 @functools.wraps(compile_fx_inner)
 def _compile_fx_inner(*args: Any, **kwargs: Any) -> Any:
     """Inductor's code generation, for the backward too, which is compiled when it first runs."""
-    with _told_what_kernels_write():
+    with _told_what_kernels_write(), _static_launch():
         return compile_fx_inner(*args, **kwargs)
 
 
@@ -186,6 +189,54 @@ def _told_what_kernels_write() -> Iterator[None]:
                 told = _telling(getattr(triton_kernel_wrap, name), answer)
                 stack.enter_context(mock.patch.object(triton_kernel_wrap, name, told))
         yield
+
+
+# Kernels are launched as Inductor's own are, in two thirds of the host's time.
+_STATIC_LAUNCH = "static_launch_user_defined_triton_kernels"
+
+
+@contextlib.contextmanager
+def _static_launch() -> Iterator[None]:
+    """Let the setting reach the processes that compile kernels, and spare tensor descriptors.
+
+    2.11 to 2.15 forget to tell those processes; to 2.13, a kernel that takes a tensor descriptor,
+    which this way of launching cannot pass, raises a KeyError instead of being launched as before.
+    """
+    pool, type_of = AsyncCompile.process_pool, StaticallyLaunchedTritonKernel.extract_type
+
+    @functools.wraps(pool)
+    def told() -> _Workers:
+        return _Workers(pool())
+
+    def known_type(self: Any, name: str) -> str:
+        try:
+            return str(type_of(self, name))
+        except KeyError:
+            raise NotImplementedError(f"an argument of type {name}") from None
+
+    vars(told).update(cache_info=pool.cache_info, cache_clear=pool.cache_clear)
+    with (
+        mock.patch.object(AsyncCompile, "process_pool", staticmethod(told)),
+        mock.patch.object(StaticallyLaunchedTritonKernel, "extract_type", known_type),
+    ):
+        yield
+
+
+@dataclass(frozen=True)
+class _Workers:
+    """Inductor's pool; adds the setting to those that each kernel is sent to it with."""
+
+    pool: Any
+
+    def submit(self, job: Callable[..., Any], *args: Any) -> Any:
+        if args and isinstance(args[-1], dict) and "use_static_triton_launcher" in args[-1]:
+            takes_descriptors = "tensordesc<" in str(args[0].args)  # its name and its source
+            static = getattr(torch._inductor.config, _STATIC_LAUNCH) and not takes_descriptors
+            args = (*args[:-1], {**args[-1], _STATIC_LAUNCH: static})
+        return self.pool.submit(job, *args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pool, name)
 
 
 def _telling(analyse: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:

@@ -326,6 +326,16 @@ def reduced_dims(node: fx.Node) -> list[int]:
     return sorted(d % rank for d in dims) if dims else list(range(rank))
 
 
+def sum_behind(node: fx.Node) -> fx.Node:
+    """The float32 sum that a node does nothing with but convert it, else the node itself."""
+    if node.target is prims.convert_element_type.default:
+        source = args_of(node)[0]
+        is_sum = source.target is aten.sum.dim_IntList
+        if is_sum and len(source.users) == 1 and source.meta["val"].dtype is torch.float32:
+            return source
+    return node
+
+
 def _keeps_dims(node: fx.Node) -> bool:
     if node.target is aten.var_mean.correction:
         return bool(node.kwargs.get("keepdim", False))

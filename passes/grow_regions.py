@@ -30,6 +30,7 @@ from ..regions import (
     reduced_dims,
     shape_of,
     split,
+    sum_behind,
 )
 
 _MAX_READS = 8  # matrices that one kernel reads; more would not fit into its registers
@@ -48,7 +49,8 @@ def grow_regions(gm: fx.GraphModule) -> int:
 
     A region grows from a cast upwards through pointwise operators, views and reductions over rows.
     Casts that read the same matrices share a region, unless one depends on the other. Sums over
-    the columns of what a region computes (gradients of norms' weights and of biases) join it. A
+    the columns of what a region computes (gradients of norms' weights and of biases) join it, with
+    their conversion to another dtype. A
     value that others need, too, is written by the region; but where they can compute it from one
     matrix that is in memory anyway, they do.
 
@@ -243,7 +245,8 @@ class _Grower:
             return False
         if self._depends(draft.leaves, {node}) or self._depends(trial.leaves, set(draft.casts)):
             return False
-        draft.sums.append(node)
+        user = next(iter(node.users))
+        draft.sums.append(user if sum_behind(user) is node else node)
         for computed, places in trial.computed.items():
             draft.computed.setdefault(computed, set()).update(places)
         draft.reads |= trial.reads
@@ -260,9 +263,8 @@ class _Grower:
 
     def _plan_written(self) -> set[fx.Node]:
         """Decide what each region writes for others; returns values that would close a cycle."""
-        inside = {cast for d in self.drafts for cast in d.casts} | {
-            s for d in self.drafts for s in d.sums
-        }
+        sums = [node for draft in self.drafts for node in draft.sums]
+        inside = {*sums, *map(sum_behind, sums), *(c for d in self.drafts for c in d.casts)}
         stored = {leaf for draft in self.drafts for leaf in draft.leaves}
         needed = set(stored)
         writers = {node: draft for draft in reversed(self.drafts) for node in draft.computed}
@@ -362,7 +364,8 @@ def _call(
     index: int,
 ) -> fx.Node:
     """A submodule for a draft, and its call at the end of the graph."""
-    inside = sorted({*draft.computed, *draft.casts, *draft.sums}, key=order.__getitem__)
+    sums = {*draft.sums, *map(sum_behind, draft.sums)}
+    inside = sorted({*draft.computed, *draft.casts, *sums}, key=order.__getitem__)
     inputs = _inputs(draft, order)
     module = fx.GraphModule({}, _copy(inside, inputs, outputs), class_name="Region")
     module.meta["fp8_space"] = draft.space

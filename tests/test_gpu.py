@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -224,3 +225,25 @@ def test_more_than_2_31_elements(n: int) -> None:
     for name, gradient in want_grads.items():
         for part in (slice(None, 300), slice(-300, None)):
             assert sqnr_db(gradient[part], grads[name][part]) > 20
+
+
+def test_kernels_are_launched_without_tritons_own_launcher() -> None:
+    """In two thirds of the host's time; those that the workers have compiled, too."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    model = MLP(256).to(DEVICE, torch.bfloat16)
+    x = torch.randn(512, 256, device=DEVICE, dtype=torch.bfloat16)
+    launched = []
+    launch = CudaLauncher.__call__
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> None:
+        launched.append(args)
+        launch(self, *args, **kwargs)
+
+    cublaslt = mock.patch("fp8compile.backends.triton.choose_gemm", lambda *args: None)
+    with cublaslt, mock.patch.object(CudaLauncher, "__call__", noted):
+        compiled = torch.compile(model, backend="fp8", options=FP8)
+        for _ in range(2):
+            launched.clear()
+            compiled(x).sum().backward()
+    assert launched == []

@@ -63,6 +63,12 @@ def chained(x: Tensor, w: Tensor, scale: Tensor) -> Outputs:
     return quantize(product * x, scale, 2)[0::2]
 
 
+def weight_gradient(g: Tensor, x: Tensor, scale: Tensor) -> Outputs:
+    """A sum in float32 whose result is wanted in bfloat16, and one that is wanted in both."""
+    a, b = (g * x).sum(0), g.sum(0)
+    return (*quantize(g * x, scale, 0, E5M2)[:3], a.bfloat16(), b.bfloat16(), b)
+
+
 def bias_gradient(g: Tensor, x: Tensor, scale: Tensor) -> Outputs:
     d = g * x
     return (*quantize(d, scale, 0, E5M2)[:3], d.sum(0))
@@ -94,6 +100,7 @@ SIZES = {
     "swiglu": (swiglu, {"gate_up": (16, 64)}),
     "two_casts": (two_casts, {"x": (16, 32), "y": (16, 32)}),
     "chained": (chained, {"x": (32, 32), "w": (32, 32)}),
+    "weight_gradient": (weight_gradient, {"g": (16, 32), "x": (16, 32)}),
     "bias_gradient": (bias_gradient, {"g": (16, 32), "x": (16, 32)}),
     "recomputed": (recomputed, {"x": (16, 32)}),
     "other_axis": (other_axis, {"x": (16, 32)}),
@@ -247,6 +254,26 @@ getitem : e5m2[16, 32] = quantize_default[0]
 getitem_1 : e5m2[32, 16] = quantize_default[1]
 getitem_2 : f32[1] = quantize_default[2]
 return (getitem, getitem_1, getitem_2, sum_dim_int_list)""",  # noqa: E501
+    )
+
+
+def test_a_sum_over_columns_joins_with_its_conversion() -> None:
+    assert_expected_inline(
+        region_text("weight_gradient"),
+        """\
+input_1 : f32[16, 32]
+input_2 : f32[16, 32]
+input_3 : f32[3]
+mul_tensor : f32[16, 32] = aten.mul.Tensor(input_1, input_2)
+sum_dim_int_list : f32[32] = aten.sum.dim_IntList(mul_tensor, [0])
+sum_dim_int_list_1 : f32[32] = aten.sum.dim_IntList(input_1, [0])
+mul_tensor_1 : f32[16, 32] = aten.mul.Tensor(input_1, input_2)
+quantize_default : (e5m2[16, 32], e5m2[32, 16], f32[1], f32[1]) = fp8.quantize(mul_tensor_1, input_3, 0, e5m2)
+convert_element_type_default : bf16[32] = prims.convert_element_type(sum_dim_int_list, bf16)
+getitem : e5m2[16, 32] = quantize_default[0]
+getitem_1 : e5m2[32, 16] = quantize_default[1]
+getitem_2 : f32[1] = quantize_default[2]
+return (getitem, getitem_1, getitem_2, convert_element_type_default, sum_dim_int_list_1)""",  # noqa: E501
     )
 
 

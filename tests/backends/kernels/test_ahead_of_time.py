@@ -22,6 +22,7 @@ import pytest
 import torch
 import triton
 
+from fp8compile import internals
 from fp8compile.backends.fused import Tile, prepare, tiles
 from fp8compile.backends.kernels.launch import Launch
 from fp8compile.backends.kernels.scaled_mm import TileConfig, candidates, scaled_mm_launch
@@ -189,9 +190,24 @@ def compile_launch(launch: Launch) -> Report:
     return {
         "ptx": kernel.asm["ptx"],
         "shared": kernel.metadata.shared,
+        "launched_statically": launched_statically(kernel),
+        "takes_descriptors": bool(launch.descriptors),
         "elements_per_thread": tile / (32 * launch.num_warps),
         **_resources(kernel.asm["cubin"]),
     }
+
+
+def launched_statically(kernel: Any) -> bool:
+    """Whether Inductor can launch a kernel as it does its own; what it asks while we compile."""
+    from torch._inductor.runtime.static_triton_launcher import statically_launched_kernel_by_device
+
+    kernel._cubin_path = ""  # where it would be loaded from
+    with internals._static_launch():
+        try:
+            statically_launched_kernel_by_device(kernel, "cuda")
+        except NotImplementedError:
+            return False
+    return True
 
 
 class Sm90:
@@ -287,6 +303,16 @@ def test_launches_declare_what_their_kernels_write(reports: dict[str, Report]) -
     for name, writes in declared.items():
         # Inductor's analysis sees no stores of the GEMMs, by TMA or not (torch 2.13, triton 3.9).
         assert writes == (["c"] if "gemm" in name else reports[name]["written"]), name
+
+
+def test_all_are_launched_statically_but_those_that_take_descriptors(
+    reports: dict[str, Report],
+) -> None:
+    """Anything else that Inductor raises there would fail the compilation."""
+    not_so = [name for name, r in reports.items() if not r["launched_statically"]]
+    assert all(reports[name]["takes_descriptors"] for name in not_so)
+    newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
+    assert newer or len(not_so) >= 10
 
 
 def test_nothing_spills(reports: dict[str, Report]) -> None:
