@@ -355,8 +355,9 @@ def _nothing_to_do(options: Options, rows: Sequence[Row]) -> None:
         return
     why = "; ".join(sorted({f"{row.fqn}: {row.reason}" for row in rows}))
     message = f"no GEMM of this graph runs in FP8 ({why})"
-    if any(row.reason.startswith(SLOWER) for row in rows) and all(map(_by_choice, rows)):
-        log.info("%s", message)  # as it should be
+    ours = any(row.reason.startswith((SLOWER, LOGITS)) for row in rows)
+    if ours and all(map(_by_choice, rows)):  # as it should be
+        log.info("%s", message)
         return
     if options.strict:
         raise StrictError(message)

@@ -58,35 +58,36 @@ class Model(nn.Module):
 # --- what is compiled ---------------------------------------------------------------------------
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+_compiled = partial(compile_interpreted, options={"logits": "fp8"})  # the head, too
 
 
 def whole_model(model: Model) -> Loss:
-    return compile_interpreted(model)
+    return _compiled(model)
 
 
 def a_function(model: Model) -> Loss:
-    return compile_interpreted(lambda x, target: model(x, target))
+    return _compiled(lambda x, target: model(x, target))
 
 
 def a_method(model: Model) -> Loss:
-    features = compile_interpreted(model.features)
+    features = _compiled(model.features)
     return lambda x, target: F.cross_entropy(model.head(features(x)), target)
 
 
 def blocks(model: Model) -> Loss:
-    first, second = compile_interpreted(model.first), compile_interpreted(model.second)
+    first, second = _compiled(model.first), _compiled(model.second)
     return lambda x, target: F.cross_entropy(model.head(second(torch.tanh(first(x)))), target)
 
 
 def in_place(model: Model) -> Loss:
     """``model.second = torch.compile(model.second)``."""
-    model.second = compile_interpreted(model.second)  # type: ignore[assignment]
+    model.second = _compiled(model.second)  # type: ignore[assignment]
     return model
 
 
 def the_loss(model: Model) -> Loss:
     """The head and the loss together, as chunked cross entropies are compiled."""
-    loss = compile_interpreted(lambda h, target: F.cross_entropy(model.head(h), target))
+    loss = _compiled(lambda h, target: F.cross_entropy(model.head(h), target))
     return lambda x, target: loss(model.features(x), target)
 
 
@@ -96,7 +97,7 @@ def with_a_break(model: Model) -> Loss:
         torch._dynamo.graph_break()
         return F.cross_entropy(model.head(h), target)
 
-    return compile_interpreted(call)
+    return _compiled(call)
 
 
 PARTS: dict[str, tuple[Callable[[Model], Loss], set[str]]] = {

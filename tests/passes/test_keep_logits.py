@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -141,3 +142,14 @@ def test_kept_logits_are_exact_and_no_violation_of_strict(inputs: tuple[Tensor, 
     x = torch.zeros(16, 32)  # so that the body's result is its bias, in FP8 too
     compiled = compile_interpreted(model, {"strict": True})
     assert torch.equal(compiled(x, inputs[1]), model(x, inputs[1]))
+
+
+def test_a_graph_of_nothing_but_logits_is_as_it_should_be(inputs: tuple[Tensor, Tensor]) -> None:
+    """Such as a head and its loss behind a graph break: no warning, no violation of strict."""
+    head, x = nn.Linear(32, 48), inputs[0]
+    torch._dynamo.reset()
+    loss = compile_interpreted(lambda x, t: F.cross_entropy(head(x), t), {"strict": True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "FP8 is emulated here")
+        assert torch.equal(loss(x, inputs[1]), F.cross_entropy(head(x), inputs[1]))
