@@ -73,8 +73,7 @@ class Region:
 
     ``inputs``: what the kernel loads. ``groups``: casts with a scale per group of 128 elements,
     with the outputs "q" and "scale_inv". ``values``: what it writes in high precision, matrices of
-    its space or one number per row. ``sums``: sums over columns, or
-    what converts one.
+    its space or one number per row. ``sums``: sums over columns, or what converts one.
     """
 
     gm: fx.GraphModule

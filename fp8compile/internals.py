@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -167,8 +168,35 @@ def compile_with_inductor(
 @functools.wraps(compile_fx_inner)
 def _compile_fx_inner(*args: Any, **kwargs: Any) -> Any:
     """Inductor's code generation, for the backward too, which is compiled when it first runs."""
-    with _told_what_kernels_write(), _static_launch():
+    with _inductor_patched:
         return compile_fx_inner(*args, **kwargs)
+
+
+class _Patches:
+    """Replaces functions of Inductor while any thread compiles.
+
+    The first that begins does, the last that ends undoes it: a backward may be compiled while
+    another thread compiles a forward.
+    """
+
+    def __init__(self, *patches: Callable[[], AbstractContextManager[None]]) -> None:
+        self._patches = patches
+        self._lock = threading.Lock()
+        self._compiling = 0
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._compiling == 0:
+                for patch in self._patches:
+                    self._undo.enter_context(patch())
+            self._compiling += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._compiling -= 1
+            if self._compiling == 0:
+                self._undo.close()
 
 
 _writes: dict[Any, frozenset[str]] = {}  # kernel -> the arguments that it writes
@@ -237,6 +265,9 @@ class _Workers:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pool, name)
+
+
+_inductor_patched = _Patches(_told_what_kernels_write, _static_launch)
 
 
 def _telling(analyse: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:

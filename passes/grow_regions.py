@@ -50,9 +50,8 @@ def grow_regions(gm: fx.GraphModule) -> int:
     A region grows from a cast upwards through pointwise operators, views and reductions over rows.
     Casts that read the same matrices share a region, unless one depends on the other. Sums over
     the columns of what a region computes (gradients of norms' weights and of biases) join it, with
-    their conversion to another dtype. A
-    value that others need, too, is written by the region; but where they can compute it from one
-    matrix that is in memory anyway, they do.
+    their conversion to another dtype. A value that others need, too, is written by the region; but
+    where they can compute it from one matrix that is in memory anyway, they do.
 
     Requires: a forward, backward or inference graph after drop_unused_outputs.
     Ensures: no quantize node is left outside of a region; no cycle.
@@ -245,7 +244,7 @@ class _Grower:
             return False
         if self._depends(draft.leaves, {node}) or self._depends(trial.leaves, set(draft.casts)):
             return False
-        user = next(iter(node.users))
+        user = next(iter(node.users), node)
         draft.sums.append(user if sum_behind(user) is node else node)
         for computed, places in trial.computed.items():
             draft.computed.setdefault(computed, set()).update(places)

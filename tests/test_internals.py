@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import Future
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -31,20 +31,33 @@ class Pool:
 def test_workers_are_told_that_kernels_are_launched_statically() -> None:
     pool, real = Pool(), AsyncCompile.process_pool
     settings = {"use_static_triton_launcher": True}
+    pooled = functools.lru_cache(1)(lambda: pool)
     with (
-        mock.patch.object(AsyncCompile, "process_pool", staticmethod(lambda: pool)),
+        mock.patch.object(AsyncCompile, "process_pool", staticmethod(pooled)),
         config.patch({STATIC_LAUNCH: True}),
+        internals._static_launch(),
     ):
-        AsyncCompile.process_pool.cache_info = real.cache_info  # type: ignore[attr-defined]
-        AsyncCompile.process_pool.cache_clear = real.cache_clear  # type: ignore[attr-defined]
-        with internals._static_launch():
-            workers = AsyncCompile.process_pool()
-            assert workers.processes == 2
-            for source in ("'x': '*bf16'", "'a': 'tensordesc<fp8e4nv[128, 128]>'"):
-                workers.submit(torch.relu, partial(torch.relu, "kernel", source), {}, settings)
-            workers.submit(torch.relu)
+        workers = AsyncCompile.process_pool()
+        assert workers.processes == 2
+        for source in ("'x': '*bf16'", "'a': 'tensordesc<fp8e4nv[128, 128]>'"):
+            workers.submit(
+                torch.relu, functools.partial(torch.relu, "kernel", source), {}, settings
+            )
+        workers.submit(torch.relu)
     plain, descriptor, other = pool.jobs
     assert plain[-1] == {**settings, STATIC_LAUNCH: True}
     assert descriptor[-1] == {**settings, STATIC_LAUNCH: False}
     assert other == (torch.relu,) and STATIC_LAUNCH not in settings
+    assert AsyncCompile.process_pool is real
+
+
+def test_inductor_stays_patched_until_the_last_thread_has_compiled() -> None:
+    real = AsyncCompile.process_pool
+    patches = internals._Patches(internals._static_launch)
+    patches.__enter__()
+    patched = AsyncCompile.process_pool
+    patches.__enter__()  # another thread begins
+    patches.__exit__()
+    assert AsyncCompile.process_pool is patched is not real
+    patches.__exit__()
     assert AsyncCompile.process_pool is real

@@ -2,6 +2,7 @@
 
     python examples/bench/soak.py                      # on a GPU, minutes
     python examples/bench/soak.py --logits fp8 --csv soak.csv   # the head in FP8, too
+    python examples/bench/soak.py --recipe e4m3_only
     python examples/bench/soak.py --tiny --steps 20    # does it run at all?
 
 The model, the text and the loop are those of `examples/train_gpt.py`; both runs start from the same
@@ -121,6 +122,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="one layer, 64 wide")
     parser.add_argument("--steps", type=int, help="default: 1000, tiny: 300")
     parser.add_argument("--logits", choices=["high_precision", "fp8"], default="high_precision")
+    parser.add_argument("--recipe", choices=sorted(fp8compile.RECIPES), default="delayed")
     parser.add_argument("--csv", type=Path, help="append the numbers to this file")
     args = parser.parse_args()
     config = TINY if args.tiny else LARGE
@@ -132,8 +134,10 @@ def main() -> int:
 
     text = train_gpt.standard_library_text()
     high = soak("bf16" if device == "cuda" else "fp32", torch.compile, text, config, device)
-    compile_fp8 = partial(torch.compile, backend="fp8", options={"logits": args.logits})
-    name = "fp8, its logits too" if args.logits == "fp8" else "fp8"
+    options = {"logits": args.logits, "recipe": args.recipe}
+    compile_fp8 = partial(torch.compile, backend="fp8", options=options)
+    name = "fp8" if args.recipe == "delayed" else f"fp8, {args.recipe}"
+    name += ", its logits too" if args.logits == "fp8" else ""
     fp8 = soak(name, compile_fp8, text, config, device)
     problems = report(high, fp8)
     for problem in problems:
