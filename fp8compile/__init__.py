@@ -10,7 +10,7 @@ from .errors import (
 )
 from .formats import Format
 from .named_state import Events, events, load_state_dict, state_dict
-from .recipe import RECIPES, Gemm, Operand, Recipe, Scaling
+from .recipe import RECIPES, Gemm, Granularity, Operand, Recipe, Scaling
 from .scaling import update_scales
 
 __version__ = "0.1.0"
@@ -31,6 +31,7 @@ __all__ = [
     "Format",
     "Fp8CompileError",
     "Gemm",
+    "Granularity",
     "Operand",
     "OptionError",
     "PassError",

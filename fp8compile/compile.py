@@ -341,7 +341,7 @@ def _declines(options: Options, kernels: str) -> bool:
     """Emulation is for looking at FP8's numerics: there, only a named device declines."""
     if isinstance(options.decline_slower, str):
         return True
-    return options.decline_slower and kernels == TRITON
+    return options.decline_slower and kernels == TRITON and not options.recipe.is_emulated
 
 
 def _by_choice(row: Row) -> bool:

@@ -34,9 +34,11 @@ from torch._inductor.custom_graph_pass import (
     CustomPartitionerFn,
     get_hash_for_files,
 )
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedTritonKernel
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._sympy.functions import FloorDiv as FloorDiv  # ``//`` in a symbolic size
 
@@ -347,6 +349,16 @@ def cache_folder() -> Path:
 def outside_tracing() -> AbstractContextManager[Any]:
     """Run on real tensors in the middle of a compile, as timing a kernel has to."""
     return unset_fake_temporarily()
+
+
+def traced(fn: Callable[..., Any], values: Sequence[Any], fake_mode: Any) -> fx.Graph:
+    """The operators of a function of fake tensors, as Inductor wants them.
+
+    All versions: what is put into a final graph comes too late for Inductor's decompositions.
+    """
+    with fake_mode:
+        gm = make_fx(fn, decomposition_table=select_decomp_table())(*values)
+    return gm.graph
 
 
 def emit_materialized(graph: fx.Graph, value: fx.Node, strides: Sequence[Any]) -> fx.Node:

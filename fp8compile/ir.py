@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -21,11 +21,13 @@ from torch.utils.checkpoint import CheckpointPolicy
 from . import ops  # noqa: F401  (registers the fp8:: operators)
 from .errors import PassError
 from .formats import FP8_DTYPES, Format
-from .recipe import Gemm, Operand
+from .recipe import Gemm, Granularity, Operand
 
 aten = torch.ops.aten
 QUANTIZE = torch.ops.fp8.quantize.default
+QUANTIZE_BLOCKS = torch.ops.fp8.quantize_blocks.default
 SCALED_MM = torch.ops.fp8.scaled_mm.default
+SCALED_MM_BLOCKS = torch.ops.fp8.scaled_mm_blocks.default
 TRACK_AMAX = torch.ops.fp8.track_amax.default
 QUANTIZE_GROUPS = torch.ops.fp8.quantize_groups.default
 DEQUANTIZE_GROUPS = torch.ops.fp8.dequantize_groups.default
@@ -35,6 +37,13 @@ SITE_TAG = "fp8_site"  # key in meta["custom"], which AOTAutograd carries to the
 # that one compiled kernel serves all layers.
 SLOTS_PER_SITE = len(Operand) + 1
 QUANTIZE_OUTPUTS = ("fp8", "fp8_t", "scale_inv", "amax")
+# The casts, with the names of their outputs. Their first argument is the value, the last two say
+# which copies are written, and those between are how.
+CASTS: dict[Any, tuple[str, ...]] = {
+    QUANTIZE: QUANTIZE_OUTPUTS,
+    QUANTIZE_BLOCKS: ("fp8", "fp8_t", "scale_inv", "scale_inv_t"),
+}
+SCALED_MMS = (SCALED_MM, SCALED_MM_BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -70,11 +79,18 @@ class Site:
 
 @dataclass(frozen=True)
 class Edge:
-    """A GEMM operand: its role, whether the GEMM takes its base transposed, and its format."""
+    """A GEMM operand: its role, whether the GEMM takes its base transposed, and how it is cast."""
 
     operand: Operand
     transposed: bool
     format: Format | None = None
+    granularity: Granularity = Granularity.TENSOR
+
+    @property
+    def cast(self) -> str:
+        """How it is cast, as text: ``e4m3``, or ``e4m3:1x128`` where that is not tensorwise."""
+        fine = self.granularity is not Granularity.TENSOR
+        return f"{self.format or ''}" + (f":{self.granularity}" if fine else "")
 
 
 @dataclass(frozen=True)
@@ -118,14 +134,6 @@ class GemmInfo:
         """Bytes moved when each operand is read once and the output is written once."""
         read = (self.m * self.k + self.k * self.n) * operand_itemsize
         return read + self.m * self.n * self.dtype.itemsize
-
-    def with_formats(self, left: Format, right: Format) -> GemmInfo:
-        """The same GEMM with a format on both edges."""
-        return replace(
-            self,
-            left=replace(self.left, format=left),
-            right=replace(self.right, format=right),
-        )
 
 
 def _in_braces(names: Sequence[str]) -> str:
@@ -194,7 +202,7 @@ def edge_graph(gm: fx.GraphModule) -> nx.MultiDiGraph:
     """The FP8 edges of a graph: base value -> GEMM, with ``edge`` (an Edge) and ``site``."""
     graph = nx.MultiDiGraph()
     for node, info in gemms(gm):
-        if not info.is_fp8 or node.target is SCALED_MM:
+        if not info.is_fp8 or node.target in SCALED_MMS:
             continue
         for value, edge in zip(operands(node), (info.left, info.right), strict=True):
             graph.add_edge(base_of(value)[0], node, edge=edge, site=info.site)
@@ -298,8 +306,7 @@ def _remark(node: fx.Node) -> str:
     if info.reason is not None:
         return f"{info.name} {info.gemm}, not in FP8: {info.reason}"
     left, right = (
-        f"{edge.operand}{'^T' if edge.transposed else ''}"
-        + (f" {edge.format}" if edge.format else "")
+        f"{edge.operand}{'^T' if edge.transposed else ''} {edge.cast}".rstrip()
         for edge in (info.left, info.right)
     )
     return f"{info.name} {info.gemm} = {left} x {right}"
@@ -343,8 +350,8 @@ def verify(
     """Check the rules of the IR; PassError names the pass and the node that breaks one.
 
     1. The graph lints: topologically sorted, no dangling names.
-    2. Every fp8 tensor is an output of ``fp8::quantize`` and has exactly one scale_inv: the same
-       node's. Only ``fp8::scaled_mm`` takes it, with that scale_inv, or the graph returns it.
+    2. Every fp8 tensor is an output of a cast and has exactly one scale_inv: the same node's.
+       Only a scaled_mm takes it, with that scale_inv, or the graph returns it.
     3. Every ``meta["val"]`` of an ``fp8::`` node equals the re-evaluated fake (shape and dtype).
     4. Nothing is mutated but amax, by at most one ``fp8::track_amax`` per direction.
 
@@ -358,10 +365,10 @@ def verify(
         raise PassError(pass_name, f"the graph does not lint: {error}") from error
     tracked = set()
     for node in gm.graph.nodes:
-        if node.target in (QUANTIZE, SCALED_MM) and known.get(node) != node.args:
+        if node.target in (*CASTS, *SCALED_MMS) and known.get(node) != node.args:
             _verify_value(node, pass_name)
             known[node] = node.args
-        if node.target is SCALED_MM:
+        if node.target in SCALED_MMS:
             _verify_scaled_mm(node, pass_name)
         elif node.target is TRACK_AMAX:
             if is_backward(node) in tracked:
@@ -371,18 +378,35 @@ def verify(
             _verify_takes_no_fp8(node, pass_name)
 
 
+def is_cast(node: fx.Node) -> bool:
+    """Whether it casts a GEMM's operand, see CASTS."""
+    return node.target in CASTS
+
+
 def quantize_output(node: fx.Node, output: str) -> fx.Node | None:
-    """The getitem node for an output of a quantize node, or None if nothing takes it."""
-    index = QUANTIZE_OUTPUTS.index(output)
+    """The getitem node for an output of a cast, or None if nothing takes it."""
+    index = CASTS[node.target].index(output)
     return next((user for user in node.users if user.args[1] == index), None)
+
+
+def scale_of(copy: str, cast: fx.Node) -> str:
+    """The name of the output that holds the scale_inv of one of a cast's copies."""
+    own = cast.target is QUANTIZE_BLOCKS and copy == "fp8_t"
+    return "scale_inv_t" if own else "scale_inv"
 
 
 def _is_quantized(node: Any) -> bool:
     return (
-        isinstance(node, fx.Node)
-        and node.target is operator.getitem
-        and args_of(node)[0].target is QUANTIZE
+        isinstance(node, fx.Node) and node.target is operator.getitem and is_cast(args_of(node)[0])
     )
+
+
+def _is_scale_of(scale_inv: Any, value: fx.Node) -> bool:
+    """Whether a cast's output is the scale_inv of its copy ``value``."""
+    if not _is_quantized(scale_inv) or value.args[0] is not scale_inv.args[0]:
+        return False
+    cast, copy = args_of(value)
+    return quantize_output(cast, scale_of(CASTS[cast.target][copy], cast)) is scale_inv
 
 
 def _verify_scaled_mm(node: fx.Node, pass_name: str) -> None:
@@ -392,8 +416,8 @@ def _verify_scaled_mm(node: fx.Node, pass_name: str) -> None:
             # A backward graph receives the FP8 tensor and its scale_inv from the forward.
             if isinstance(value, fx.Node) and value.op == "placeholder":
                 continue
-            raise PassError(pass_name, f"operand {value} is not an output of fp8.quantize", node)
-        if not _is_quantized(scale_inv) or value.args[0] is not scale_inv.args[0]:
+            raise PassError(pass_name, f"operand {value} is not an output of a cast", node)
+        if not _is_scale_of(scale_inv, value):
             raise PassError(pass_name, f"{value} is used with {scale_inv}, not its own", node)
     formats = {value.meta["val"].dtype for value in (a, b)}
     if formats == {Format.E5M2.dtype}:

@@ -10,10 +10,12 @@ padded with zeros to a multiple of 16, so that a GEMM may have any size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn.functional import pad
 
 from .formats import Format
 
@@ -21,11 +23,11 @@ ALIGNMENT = 16  # elements, and bytes: a row of an FP8 copy, for TMA and for cuB
 _F32_MAX = torch.finfo(torch.float32).max
 
 
-def padded(size: int | torch.SymInt) -> int | torch.SymInt:
-    """The size rounded up to a multiple of 16; unchanged where it is known to be one."""
-    if statically_known_true(size % ALIGNMENT == 0):
+def padded(size: Any, multiple: Any = ALIGNMENT) -> Any:
+    """A size, known or symbolic, rounded up to a multiple; unchanged where known to be one."""
+    if statically_known_true(size % multiple == 0):
         return size
-    return (size + (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
+    return (size + (multiple - 1)) // multiple * multiple
 
 
 @torch.library.custom_op("fp8::quantize", mutates_args=())
@@ -103,11 +105,158 @@ def _with_padded_rows(q: Tensor) -> Tensor:
 def current_scale(amax: Tensor, fp8_max: float | Tensor) -> Tensor:
     """``FP8_MAX / amax``, at most the largest float32; 1 where amax is zero or not finite."""
     # Divide tensors: for a Python number torch multiplies by the reciprocal, and rounds twice.
-    scale = (torch.as_tensor(fp8_max, dtype=amax.dtype, device=amax.device) / amax).clamp(
-        max=_F32_MAX
-    )
+    largest = fp8_max if isinstance(fp8_max, Tensor) else amax.new_full((), fp8_max)
+    scale = (largest / amax).clamp(max=_F32_MAX)
     return torch.where(amax.isfinite() & (amax > 0), scale, 1.0)
 
+
+# --- a scale per block --------------------------------------------------------------------------
+
+_LARGEST_POWER = 2.0**126  # so that its reciprocal is no denormal
+
+
+@torch.library.custom_op("fp8::quantize_blocks", mutates_args=())
+def quantize_blocks(
+    x: Tensor,
+    block: Sequence[int],
+    power_of_two: bool,
+    format: torch.dtype,
+    row_major: bool = True,
+    transposed: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cast ``x`` to FP8 with a scale for every block of a copy, found from the block itself.
+
+    Args:
+        x: ``[M, N]``, float.
+        block: ``(rows, columns)`` that share a scale, in the row-major copy as in the transposed
+            one; 0 stands for all. ``(1, 0)`` has a scale per row, ``(1, 128)`` and ``(128, 128)``
+            are those of DeepSeek-V3 (arXiv 2412.19437, section 3.3.2), ``(1, 32)`` that of OCP
+            microscaling. What lies beyond the end counts as zero.
+        power_of_two: round a scale down to a power of two, as an e8m0 exponent stores it. Nothing
+            saturates then (arXiv 2506.08027, section 3), other than by OCP's own rule.
+        format: ``float8_e4m3fn`` or ``float8_e5m2``.
+        row_major, transposed: which copies to write; the others come back empty.
+
+    Returns:
+        ``q`` (``[M, N]``) and ``q_t`` (``[N, M]``), both contiguous and with rows padded with zeros
+        to a multiple of 16 elements and of ``columns``; ``scale_inv`` and ``scale_inv_t``, ``f32``
+        with a number per block. Those of blocks of one row lie in the order in which GEMMs read
+        them, ``[blocks of a row, rows]``; others as the blocks do.
+
+    The scale of a block is ``FP8_MAX / amax``, and 1 if its amax is zero or not finite; in such a
+    block, too, a NaN or infinite value becomes NaN.
+    """
+    empty = (x.new_empty(0, dtype=format), x.new_empty(0, dtype=torch.float32))
+    q, scale_inv = in_blocks(x, block, power_of_two, format) if row_major else empty
+    q_t, scale_inv_t = in_blocks(x.t(), block, power_of_two, format) if transposed else empty
+    return q, q_t, scale_inv, scale_inv_t
+
+
+@quantize_blocks.register_fake
+def _(
+    x: Tensor,
+    block: Sequence[int],
+    power_of_two: bool,
+    format: torch.dtype,
+    row_major: bool = True,
+    transposed: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def copy(wanted: bool, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        pitch = max(block[1], ALIGNMENT)
+        sizes = zip((rows, columns), block, strict=True)
+        down, across = (padded(size, length) // length if length else 1 for size, length in sizes)
+        blocks = (across, down) if block[0] == 1 else (down, across)
+        return (
+            x.new_empty((rows, padded(columns, pitch)) if wanted else (0,), dtype=format),
+            x.new_empty(blocks if wanted else (0,), dtype=torch.float32),
+        )
+
+    m, n = x.shape
+    (q, scale_inv), (q_t, scale_inv_t) = copy(row_major, m, n), copy(transposed, n, m)
+    return q, q_t, scale_inv, scale_inv_t
+
+
+def in_blocks(
+    x: Tensor, block: Sequence[int], power_of_two: bool, format: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The row-major copy of ``quantize_blocks`` and its scale_inv, in PyTorch's operators."""
+    fp8_max, pitch = Format.of(format).max, max(block[1], ALIGNMENT)
+    (m, n), high, wide = x.shape, block[0], block[1] or padded(x.shape[1], pitch)
+    down, across = padded(m, high) // high, padded(n, wide) // wide  # blocks
+    f = pad(x.float(), (0, across * wide - n, 0, down * high - m))
+    blocks = f.reshape(down, high, across, wide)
+    scale = current_scale(blocks.abs().amax((1, 3), keepdim=True), fp8_max)
+    if power_of_two:
+        scale = _floor_to_power_of_two(scale)
+    y = (blocks * scale).clamp(-fp8_max, fp8_max)
+    q = torch.where(blocks.isfinite(), y, torch.nan).to(format).reshape(f.shape)[:m]
+    scale_inv = scale.reciprocal().reshape(down, across)
+    return q.contiguous(), scale_inv.t().contiguous() if high == 1 else scale_inv
+
+
+def _floor_to_power_of_two(scale: Tensor) -> Tensor:
+    """The largest power of two that is no larger: the number without its mantissa."""
+    exponent = scale.clamp(max=_LARGEST_POWER).view(torch.int32) & 0x7F800000
+    return exponent.view(torch.float32)
+
+
+@torch.library.custom_op("fp8::scaled_mm_blocks", mutates_args=())
+def scaled_mm_blocks(
+    a: Tensor,
+    b: Tensor,
+    a_scale_inv: Tensor,
+    b_scale_inv: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    a_block: Sequence[int],
+    b_block: Sequence[int],
+    fast_accum: bool,
+) -> Tensor:
+    """``a @ b.T + bias`` of operands with a scale per block, both K-major.
+
+    Args:
+        a: ``[M, K]`` FP8, contiguous. b: ``[N, K]`` FP8, contiguous.
+        a_scale_inv, b_scale_inv: ``f32``, a number per block of ``a`` and of ``b``.
+        bias: ``[N]``, float, or None. out_dtype: bfloat16, float16 or float32.
+        a_block, b_block: see ``quantize_blocks``; both have as many columns.
+        fast_accum: see Recipe; ignored here.
+
+    Returns ``[M, N]`` of ``out_dtype``. The products of a block's columns are summed up and scaled
+    in float32, and the blocks' sums added (arXiv 2412.19437, section 3.3.2).
+    """
+    left, right = _per_row(a_scale_inv, a_block, a), _per_row(b_scale_inv, b_block, b)
+    out = a.new_zeros((a.shape[0], b.shape[0]), dtype=torch.float32)
+    wide = a_block[1] or a.shape[1]
+    for i in range(left.shape[1]):
+        part = slice(i * wide, (i + 1) * wide)
+        products = a[:, part].float() @ b[:, part].float().t()
+        out += products * left[:, i, None] * right[:, i]
+    return (out if bias is None else out + bias).to(out_dtype)
+
+
+@scaled_mm_blocks.register_fake
+def _(
+    a: Tensor,
+    b: Tensor,
+    a_scale_inv: Tensor,
+    b_scale_inv: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    a_block: Sequence[int],
+    b_block: Sequence[int],
+    fast_accum: bool,
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+def _per_row(scale_inv: Tensor, block: Sequence[int], q: Tensor) -> Tensor:
+    """A scale_inv with a row for every row of its copy."""
+    return (
+        scale_inv.t() if block[0] == 1 else scale_inv.repeat_interleave(block[0], 0)[: q.shape[0]]
+    )
+
+
+# --- activations kept in FP8 --------------------------------------------------------------------
 
 GROUP = 128  # elements of a row that share a scale where activations are stored in FP8
 

@@ -6,7 +6,7 @@ partial sums are accumulated. ``RECIPES`` holds the named ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from .errors import RecipeError
@@ -45,6 +45,42 @@ class Scaling(Enum):
         return self.value
 
 
+class Granularity(Enum):
+    """How many elements of an operand share a scale. The value is its name.
+
+    Given as rows x elements of the dimension that the GEMM sums over (K): a copy for another GEMM,
+    which sums over the other dimension, has blocks, and scales, of its own.
+    """
+
+    TENSOR = "tensorwise"
+    ROW = "rowwise"
+    BLOCK_1X128 = "1x128"
+    BLOCK_128X128 = "128x128"
+    BLOCK_1X32 = "1x32"
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and elements of K; 0 stands for all."""
+        return _BLOCKS[self]
+
+    def __str__(self) -> str:
+        return self.value
+
+
+_BLOCKS = {
+    Granularity.TENSOR: (0, 0),
+    Granularity.ROW: (1, 0),
+    Granularity.BLOCK_1X128: (1, 128),
+    Granularity.BLOCK_128X128: (128, 128),
+    Granularity.BLOCK_1X32: (1, 32),
+}
+# What a GEMM's operands may have, in either order.
+GRANULARITIES = (
+    *((same, same) for same in Granularity if same is not Granularity.BLOCK_128X128),
+    (Granularity.BLOCK_1X128, Granularity.BLOCK_128X128),
+)
+
+
 # Which two operands each GEMM multiplies.
 OPERANDS: dict[Gemm, tuple[Operand, Operand]] = {
     Gemm.FPROP: (Operand.INPUT, Operand.WEIGHT),
@@ -57,10 +93,14 @@ OPERANDS: dict[Gemm, tuple[Operand, Operand]] = {
 class Recipe:
     """A named set of choices. Raises RecipeError if they do not go together.
 
-    ``name``: how users refer to it. ``scaling``: delayed or current, always tensorwise.
-    ``formats``: the format of each operand role. ``fast_accum``: for each GEMM role, whether
-    partial sums stay in the tensor core's reduced-precision accumulator (about 14 bits of
-    mantissa on Hopper, arXiv 2412.19437 section 3.3.2) over the whole of K.
+    ``name``: how users refer to it. ``scaling``: delayed or current.
+    ``formats``: the format of each operand role. ``granularities``: how many of its elements share
+    a scale; all of them for a role that is not named. Delayed scaling is tensorwise, and the
+    operands of a GEMM have the same, or one has 1x128 and the other 128x128.
+    ``power_of_two``: round scales that are not tensorwise down to a power of two.
+    ``fast_accum``: for each GEMM role, whether partial sums stay in the tensor core's
+    reduced-precision accumulator (about 14 bits of mantissa on Hopper, arXiv 2412.19437 section
+    3.3.2) over the whole of K, which blocks of K with a scale of their own rule out.
     ``high_precision``: GEMM roles that are not cast at all.
     ``history_len``: how many optimizer steps of amax a delayed scale looks back on.
     """
@@ -72,8 +112,12 @@ class Recipe:
         (Operand.WEIGHT, Format.E4M3),
         (Operand.GRAD_OUTPUT, Format.E5M2),
     )
-    fast_accum: tuple[tuple[Gemm, bool], ...] = field(
-        default=((Gemm.FPROP, True), (Gemm.DGRAD, True), (Gemm.WGRAD, True))
+    granularities: tuple[tuple[Operand, Granularity], ...] = ()
+    power_of_two: bool = False
+    fast_accum: tuple[tuple[Gemm, bool], ...] = (
+        (Gemm.FPROP, True),
+        (Gemm.DGRAD, True),
+        (Gemm.WGRAD, True),
     )
     high_precision: tuple[Gemm, ...] = ()
     history_len: int = 16
@@ -86,12 +130,35 @@ class Recipe:
             )
         if self.history_len < 1:
             raise RecipeError(f"history_len is {self.history_len}; it must be at least 1")
+        if self.power_of_two and self.is_tensorwise:
+            raise RecipeError(
+                f"recipe {self.name!r}: power_of_two is for scales that are not tensorwise; choose "
+                f"granularities, or leave it out"
+            )
+        if self.scaling is Scaling.DELAYED and not self.is_tensorwise:
+            raise RecipeError(
+                f"recipe {self.name!r}: delayed scaling keeps one amax per tensor, which {self} "
+                "cannot use; choose scaling=Scaling.CURRENT"
+            )
         for gemm, (left, right) in OPERANDS.items():
-            if self.format_of(left) is self.format_of(right) is Format.E5M2:
-                raise RecipeError(
-                    f"recipe {self.name!r}: {gemm} would multiply {left} and {right}, both in "
-                    "e5m2, which no tensor core supports; give one of them e4m3"
-                )
+            if gemm not in self.high_precision:
+                self._check_gemm(gemm, left, right)
+
+    def _check_gemm(self, gemm: Gemm, left: Operand, right: Operand) -> None:
+        what = f"recipe {self.name!r}: {gemm} would multiply {left} and {right},"
+        if self.format_of(left) is self.format_of(right) is Format.E5M2:
+            raise RecipeError(
+                f"{what} both in e5m2, which no tensor core supports; give one of them e4m3"
+            )
+        pair = self.granularity_of(left), self.granularity_of(right)
+        if not {pair, pair[::-1]} & set(GRANULARITIES):
+            legal = "; ".join(f"{one} x {other}" for one, other in GRANULARITIES)
+            raise RecipeError(f"{what} {pair[0]} x {pair[1]}; no GEMM takes these. Legal: {legal}")
+        if self.fast_accum_of(gemm) and any(one.block[1] for one in pair):
+            raise RecipeError(
+                f"{what} {pair[0]} x {pair[1]}: every block of K has a scale, so {gemm} cannot "
+                "accumulate over all of K (fast_accum); set it to False"
+            )
 
     def format_of(self, operand: Operand) -> Format:
         """The format of an operand role; RecipeError if the recipe gives it none."""
@@ -102,14 +169,45 @@ class Recipe:
             )
         return formats[operand]
 
+    def granularity_of(self, operand: Operand) -> Granularity:
+        """How many elements of an operand role share a scale."""
+        return dict(self.granularities).get(operand, Granularity.TENSOR)
+
+    @property
+    def is_tensorwise(self) -> bool:
+        """Whether every operand has one scale."""
+        return all(self.granularity_of(operand) is Granularity.TENSOR for operand in Operand)
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether no tensor core of Hopper takes its scales, those of 1x32 blocks: a kernel of ours
+        multiplies with the right numerics, slower than bfloat16.
+        """
+        return any(self.granularity_of(o) is Granularity.BLOCK_1X32 for o in Operand)
+
     def fast_accum_of(self, gemm: Gemm) -> bool:
         """Whether a GEMM role accumulates in the tensor core's fast mode."""
         return dict(self.fast_accum)[gemm]
 
     def __str__(self) -> str:
-        formats = " ".join(f"{operand}={fmt}" for operand, fmt in self.formats)
+        chosen = {self.granularity_of(operand) for operand in Operand}
+        one = next(iter(chosen)) if len(chosen) == 1 else None
+        formats = " ".join(
+            f"{operand}={fmt}" + ("" if one else f":{self.granularity_of(operand)}")
+            for operand, fmt in self.formats
+        )
+        rounded = ", power-of-two scales" if self.power_of_two else ""
         kept = "".join(f", {gemm} in high precision" for gemm in self.high_precision)
-        return f"{self.name} ({self.scaling} tensorwise, {formats}{kept})"
+        scaling = f"{self.scaling} {one}" if one else str(self.scaling)
+        return f"{self.name} ({scaling}, {formats}{rounded}{kept})"
+
+
+_ALL_E4M3 = tuple((operand, Format.E4M3) for operand in Operand)
+_PROMOTED = tuple((gemm, False) for gemm in Gemm)  # every block of K is summed up in float32
+
+
+def _everywhere(granularity: Granularity) -> tuple[tuple[Operand, Granularity], ...]:
+    return tuple((operand, granularity) for operand in Operand)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -117,7 +215,30 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe("delayed", Scaling.DELAYED),
         Recipe("current", Scaling.CURRENT),
-        Recipe("e4m3_only", formats=tuple((operand, Format.E4M3) for operand in Operand)),
+        Recipe("e4m3_only", formats=_ALL_E4M3),
+        # Per token and per channel, as torchao's rowwise recipe.
+        Recipe("rowwise", Scaling.CURRENT, _ALL_E4M3, granularities=_everywhere(Granularity.ROW)),
+        # DeepSeek-V3, arXiv 2412.19437, section 3.3.2.
+        Recipe(
+            "blockwise",
+            Scaling.CURRENT,
+            _ALL_E4M3,
+            granularities=(
+                (Operand.INPUT, Granularity.BLOCK_1X128),
+                (Operand.WEIGHT, Granularity.BLOCK_128X128),
+                (Operand.GRAD_OUTPUT, Granularity.BLOCK_1X128),
+            ),
+            fast_accum=_PROMOTED,
+        ),
+        # OCP Microscaling Formats 1.0; E4M3 for gradients too, as arXiv 2506.08027 recommends.
+        Recipe(
+            "mx",
+            Scaling.CURRENT,
+            _ALL_E4M3,
+            granularities=_everywhere(Granularity.BLOCK_1X32),
+            power_of_two=True,
+            fast_accum=_PROMOTED,
+        ),
     )
 }
 

@@ -19,7 +19,16 @@ import sympy
 import torch
 from torch import fx
 
-from .ir import DEQUANTIZE_GROUPS, QUANTIZE, QUANTIZE_GROUPS, RESHAPES, args_of, aten, size_expr
+from .ir import (
+    DEQUANTIZE_GROUPS,
+    QUANTIZE,
+    QUANTIZE_BLOCKS,
+    QUANTIZE_GROUPS,
+    RESHAPES,
+    args_of,
+    aten,
+    size_expr,
+)
 from .ops import ALIGNMENT, GROUP
 
 prims = torch.ops.prims
@@ -485,15 +494,16 @@ def cast_parts(cast: fx.Node, space: Space) -> list[Part]:
     if cast_shape(cast)[1] == space.n:
         *rows, n = shape_of(value)
         return [Part(value, (*split(ROW, rows), *split(COL, [n])), sympy.S.Zero)]
-    pieces = concatenated_columns(value)
+    pieces = concatenated_columns(cast)
     return [Part(piece, (ROW, COL), i * space.n) for i, piece in enumerate(pieces)]
 
 
-def concatenated_columns(value: fx.Node) -> list[fx.Node]:
-    """The matrices that a matrix is the concatenation of, if they have the same width; or [].
+def concatenated_columns(cast: fx.Node) -> list[fx.Node]:
+    """The matrices that a cast one is the concatenation of, if they have the same width; or [].
 
-    The width is a multiple of 16: then nothing has to be padded between them.
+    The width is a multiple of 16, or of a block's: then nothing has to be padded between them.
     """
+    value = args_of(cast)[0]
     if (
         value.target is not aten.cat.default
         or len(value.args) < 2
@@ -502,9 +512,17 @@ def concatenated_columns(value: fx.Node) -> list[fx.Node]:
         return []
     pieces = list(args_of(value)[0])
     same = len({shape_of(piece) for piece in pieces}) == 1
-    return pieces if same and is_aligned(shape_of(pieces[0])[1]) else []
+    unit = args_of(cast)[1][1] if cast.target is QUANTIZE_BLOCKS else ALIGNMENT
+    return pieces if same and sympy.Mod(shape_of(pieces[0])[1], unit) == 0 else []
 
 
 def casts_of(gm: fx.GraphModule) -> Iterator[fx.Node]:
-    """Every cast, in graph order: ``fp8::quantize`` and ``fp8::quantize_groups``."""
-    return (node for node in gm.graph.nodes if node.target in (QUANTIZE, QUANTIZE_GROUPS))
+    """Every cast that a kernel can make tile by tile, in graph order: all but those to blocks that
+    are as wide as the matrix.
+    """
+    return (
+        node
+        for node in gm.graph.nodes
+        if node.target in (QUANTIZE, QUANTIZE_GROUPS)
+        or (node.target is QUANTIZE_BLOCKS and args_of(node)[1][1])
+    )

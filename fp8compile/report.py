@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from .cost import COSTS, GemmCost
-from .ir import SCALED_MM, GemmInfo, gemms, op_name
+from .ir import SCALED_MMS, GemmInfo, gemms, op_name
 from .recipe import Gemm
 
 
@@ -72,7 +72,7 @@ def _cost(info: GemmInfo, costs: Mapping[tuple[int, Gemm], GemmCost]) -> GemmCos
 def _row(
     node: fx.Node, info: GemmInfo, kernel_of: Callable[[fx.Node], str], cost: GemmCost | None
 ) -> Row:
-    fp8 = node.target is SCALED_MM
+    fp8 = node.target in SCALED_MMS
     left, right = info.left, info.right
     return Row(
         fqn=info.name,
@@ -82,7 +82,7 @@ def _row(
         k=_number(info.k),
         gflops=_scaled(info.flops, 1e9),
         megabytes=_scaled(info.bytes(1 if fp8 else info.dtype.itemsize), 1e6),
-        formats=f"{left.format} x {right.format}" if fp8 else "",
+        formats=f"{left.cast} x {right.cast}" if fp8 else "",
         decision="fp8" if fp8 else _dtype_text(info),
         kernel=kernel_of(node) if fp8 else "",
         reason=info.reason or "",

@@ -1,17 +1,19 @@
-"""Choose E4M3 or E5M2 for every edge."""
+"""Choose E4M3 or E5M2 for every edge, and how many elements share a scale."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from torch import fx
 
 from ..errors import PassError
 from ..formats import Format
-from ..ir import edge_graph, gemm_info
+from ..ir import Edge, edge_graph, gemm_info
 from ..recipe import Recipe
 
 
 def choose_formats(gm: fx.GraphModule, *, recipe: Recipe) -> int:
-    """Give both edges of every FP8 GEMM a format.
+    """Give both edges of every FP8 GEMM the format and the granularity of their role.
 
     Before:
         mm : bf16[16, 64] = aten.mm(x, permute)  # w fprop = input x weight^T
@@ -31,9 +33,16 @@ def choose_formats(gm: fx.GraphModule, *, recipe: Recipe) -> int:
         assert info is not None
         if info.left.format is not None:
             continue
-        left, right = (recipe.format_of(edge.operand) for edge in (info.left, info.right))
-        if left is right is Format.E5M2:
+        left, right = (_chosen(edge, recipe) for edge in (info.left, info.right))
+        if left.format is right.format is Format.E5M2:
             raise PassError("choose_formats", f"{info.gemm} would multiply e5m2 with e5m2", node)
-        node.meta["fp8"] = info.with_formats(left, right)
+        node.meta["fp8"] = replace(info, left=left, right=right)
         rewrites += 1
     return rewrites
+
+
+def _chosen(edge: Edge, recipe: Recipe) -> Edge:
+    operand = edge.operand
+    return replace(
+        edge, format=recipe.format_of(operand), granularity=recipe.granularity_of(operand)
+    )

@@ -10,8 +10,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..cost import Device, Prediction
-from ..ir import SCALED_MM, GemmInfo, gemm_info, gemms, operands
-from ..recipe import Recipe, Scaling
+from ..ir import SCALED_MMS, GemmInfo, gemm_info, gemms, operands
+from ..recipe import Granularity, Operand, Recipe, Scaling
 from .site_costs import predict_groups
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -33,7 +33,7 @@ def choose_precision(
         mm : bf16[16, 64] = aten.mm(x, permute)  # mm fprop, not in FP8: skipped by the user
 
     ``skips(fqn)`` says which sites the user asked to keep in high precision, ``recipe`` which GEMM
-    roles. With ``device``, what each GEMM costs there is predicted (for the scaling of ``recipe``),
+    roles. With ``device``, what each GEMM costs there is predicted (for the scales of ``recipe``),
     and those that FP8 would not make faster are declined, unless ``decline_slower`` is False. GEMMs
     of one site, and of sites that take the same input, are decided as a whole, for the sizes of the
     traced call.
@@ -46,16 +46,44 @@ def choose_precision(
     """
     rewrites = 0
     for node, info in list(gemms(gm)):
-        if not info.is_fp8 or node.target is SCALED_MM:
+        if not info.is_fp8 or node.target in SCALED_MMS:
             continue
         reason = _reason(node, info, skips, recipe)
         if reason is not None:
             node.meta["fp8"] = replace(info, reason=reason)
             rewrites += 1
     if device is not None:
-        rereads = recipe is not None and recipe.scaling is Scaling.CURRENT
-        rewrites += _weigh(gm, device, rereads, decline_slower)
+        rewrites += _weigh(gm, _as_seen_by(recipe, device), _rereads(recipe), decline_slower)
     return rewrites
+
+
+# Of the rate of tensorwise FP8 GEMMs, reached on an H100 in the sizes of a Llama-3-8B layer.
+_RATES = {
+    Granularity.TENSOR: 1.0,
+    Granularity.ROW: 0.95,
+    Granularity.BLOCK_1X128: 0.78,
+    Granularity.BLOCK_128X128: 0.78,
+    Granularity.BLOCK_1X32: 0.16,
+}
+
+
+def _as_seen_by(recipe: Recipe | None, device: Device) -> Device:
+    """The device with the rate that its FP8 GEMMs have under a recipe."""
+    if recipe is None:
+        return device
+    rate = min(_RATES[recipe.granularity_of(operand)] for operand in Operand)
+    return replace(device, fp8_flops=rate * device.fp8_flops)
+
+
+def _rereads(recipe: Recipe | None) -> bool:
+    """Whether a cast reads its value once more than it must, to find a scale: that of a block is
+    found in the tile that casts it.
+    """
+    return (
+        recipe is not None
+        and recipe.scaling is Scaling.CURRENT
+        and not all(recipe.granularity_of(operand).block[1] for operand in Operand)
+    )
 
 
 def _weigh(gm: fx.GraphModule, device: Device, rereads: bool, decline: bool) -> int:

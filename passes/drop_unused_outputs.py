@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..ir import QUANTIZE, evaluate, quantize_output
+from ..ir import evaluate, is_cast, quantize_output
 
 
 def drop_unused_outputs(gm: fx.GraphModule) -> int:
@@ -29,7 +29,7 @@ def drop_unused_outputs(gm: fx.GraphModule) -> int:
     """  # noqa: E501
     rewrites = 0
     for cast in gm.graph.nodes:
-        if cast.target is not QUANTIZE:
+        if not is_cast(cast):
             continue
         wanted = tuple(quantize_output(cast, output) is not None for output in ("fp8", "fp8_t"))
         if wanted != (*cast.args[4:], True, True)[:2]:

@@ -8,7 +8,7 @@ from itertools import takewhile
 from torch import fx
 
 from ..ir import (
-    SCALED_MM,
+    SCALED_MMS,
     SITE_TAG,
     Edge,
     GemmInfo,
@@ -145,7 +145,7 @@ def unsited_matmuls(gm: fx.GraphModule) -> list[tuple[fx.Node, str]]:
     return [
         (node, _BATCHED_SITE if _is_batched_site(node) else reasons[node.target])
         for node in gm.graph.nodes
-        if node.target in reasons and node.target is not SCALED_MM and "fp8" not in node.meta
+        if node.target in reasons and node.target not in SCALED_MMS and "fp8" not in node.meta
     ]
 
 

@@ -54,7 +54,7 @@ def grow_regions(gm: fx.GraphModule) -> int:
     where they can compute it from one matrix that is in memory anyway, they do.
 
     Requires: a forward, backward or inference graph after drop_unused_outputs.
-    Ensures: no quantize node is left outside of a region; no cycle.
+    Ensures: no cast is left outside of a region, but those with a scale per row; no cycle.
     Leaves alone: everything that no cast needs.
     Numerics: exact.
     """
@@ -126,7 +126,7 @@ class _Grower:
         """The region of one cast; over the columns of a part, if its parts share what they read."""
         m, n = cast_shape(cast)
         whole = self._grown(Space(m, n), [cast])
-        pieces = concatenated_columns(args_of(cast)[0])
+        pieces = concatenated_columns(cast)
         if len(pieces) > 1:
             parts = self._grown(Space(m, sympy.sympify(shape_of(pieces[0])[1])), [cast])
             if len(parts.matrices) < len(whole.matrices) * len(pieces) and _shared(self, pieces):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import fx
 
 from ..ir import (
+    CASTS,
     QUANTIZE,
-    QUANTIZE_OUTPUTS,
+    QUANTIZE_BLOCKS,
     SCALED_MM,
+    SCALED_MM_BLOCKS,
     Edge,
     GemmInfo,
     aten,
@@ -19,8 +22,9 @@ from ..ir import (
     gemm_info,
     is_backward,
     operands,
+    scale_of,
 )
-from ..recipe import Operand, Recipe
+from ..recipe import Granularity, Operand, Recipe
 
 
 def insert_casts(gm: fx.GraphModule, *, recipe: Recipe, scale: fx.Node | None = None) -> int:
@@ -38,7 +42,9 @@ def insert_casts(gm: fx.GraphModule, *, recipe: Recipe, scale: fx.Node | None = 
         w_scale_inv : f32[1] = w_q[2]
         mm_fp8      : bf16[16, 64] = fp8.scaled_mm(x_fp8, w_fp8, x_scale_inv, w_scale_inv, ...
 
-    ``scale`` is the graph input that holds the delayed scales, or None for current scaling.
+    ``scale`` is the graph input that holds the delayed scales, or None for current scaling. Edges
+    that are not tensorwise get ``fp8.quantize_blocks`` and ``fp8.scaled_mm_blocks``, and a
+    scale_inv for either copy.
 
     Requires: choose_formats.
     Ensures: both operands of a scaled_mm are K-major: the row-major or the transposed copy of
@@ -63,13 +69,18 @@ def _replace(
     left, right = operands(node)
     with graph.inserting_before(node):
         # a = left is [m, k]; b is right^T, [n, k]: both K-major.
-        a, a_scale_inv = _quantized(graph, node, left, info, info.left, scale, k_major=False)
-        b, b_scale_inv = _quantized(graph, node, right, info, info.right, scale, k_major=True)
+        cast = _cast(graph, node, left, info, info.left, recipe, scale)
+        a, a_scale_inv = _taken(graph, cast, left, k_major=False)
+        cast = _cast(graph, node, right, info, info.right, recipe, scale)
+        b, b_scale_inv = _taken(graph, cast, right, k_major=True)
         bias = node.args[0] if node.target is aten.addmm.default else None
         fused = bias if isinstance(bias, fx.Node) and bias.meta["val"].dim() == 1 else None
-        args = (a, b, a_scale_inv, b_scale_inv, fused, info.dtype)
+        args: tuple[Any, ...] = (a, b, a_scale_inv, b_scale_inv, fused, info.dtype)
         fast = recipe.fast_accum_of(info.gemm)
-        out = emit(graph, SCALED_MM, (*args, fast), f"{node.name}_fp8", like=node)
+        if not _is_tensorwise(info.left):
+            args = (*args, *(list(edge.granularity.block) for edge in (info.left, info.right)))
+        target = SCALED_MM if _is_tensorwise(info.left) else SCALED_MM_BLOCKS
+        out = emit(graph, target, (*args, fast), f"{node.name}_fp8", like=node)
         out.meta["fp8"] = info
         if bias is not None and fused is None:
             out = emit(graph, aten.add.Tensor, (out, bias), f"{node.name}_bias", like=node)
@@ -80,34 +91,49 @@ def _replace(
     graph.erase_node(node)
 
 
-def _quantized(
+def _is_tensorwise(edge: Edge) -> bool:
+    return edge.granularity is Granularity.TENSOR
+
+
+def _cast(
     graph: fx.Graph,
     gemm: fx.Node,
     value: fx.Node,
     info: GemmInfo,
     edge: Edge,
+    recipe: Recipe,
     scale: fx.Node | None,
-    k_major: bool,
-) -> tuple[fx.Node, fx.Node]:
-    """Quantize an operand's base; returns the copy the GEMM takes and its scale_inv."""
+) -> fx.Node:
+    """Quantize an operand's base."""
     assert edge.format is not None
-    base, transposed = base_of(value)
-    args = (base, scale, info.site.slot(edge.operand), edge.format.dtype)
-    cast = emit(graph, QUANTIZE, args, f"{base.name}_q", like=gemm)
+    base, _ = base_of(value)
+    how: tuple[Any, ...] = (scale, info.site.slot(edge.operand))
+    if not _is_tensorwise(edge):
+        how = (list(edge.granularity.block), recipe.power_of_two)
+    target = QUANTIZE if _is_tensorwise(edge) else QUANTIZE_BLOCKS
+    args = (base, *how, edge.format.dtype)
+    cast = emit(graph, target, args, f"{base.name}_q", like=gemm)
     if edge.operand is Operand.WEIGHT and is_backward(gemm):
         cast.meta["partitioner_tag"] = "must_be_in_backward"
     elif edge.operand is Operand.INPUT:
         # The input is a value of the forward, whichever GEMM asks for its cast.
         inherited = {k: base.meta[k] for k in ("partitioner_tag",) if k in base.meta}
         cast.meta["partitioner_tag"] = inherited.get("partitioner_tag", "is_forward")
-    copy = "fp8" if transposed == k_major else "fp8_t"
-    outputs = (quantize_getitem(graph, cast, output) for output in (copy, "scale_inv"))
+    return cast
+
+
+def _taken(
+    graph: fx.Graph, cast: fx.Node, value: fx.Node, k_major: bool
+) -> tuple[fx.Node, fx.Node]:
+    """The copy that the GEMM takes, and its scale_inv."""
+    copy = "fp8" if base_of(value)[1] == k_major else "fp8_t"
+    outputs = (quantize_getitem(graph, cast, name) for name in (copy, scale_of(copy, cast)))
     return next(outputs), next(outputs)
 
 
 def quantize_getitem(graph: fx.Graph, cast: fx.Node, output: str) -> fx.Node:
-    """The getitem node for one output of a quantize node, at the insertion point."""
-    index = QUANTIZE_OUTPUTS.index(output)
+    """The getitem node for one output of a cast, at the insertion point."""
+    index = CASTS[cast.target].index(output)
     item = emit(graph, operator.getitem, (cast, index), f"{cast.args[0]}_{output}", like=cast)
     item.meta["partitioner_tag"] = cast.meta.get("partitioner_tag", "is_forward")
     return item

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ..ir import QUANTIZE, args_of, aten, emit, evaluate, is_backward, quantize_output
+from ..ir import CASTS, args_of, aten, emit, evaluate, is_backward, is_cast, quantize_output
 from ..regions import hint, is_computable
 from .insert_casts import quantize_getitem
 
@@ -41,7 +41,7 @@ def plan_saved(gm: fx.GraphModule) -> int:
     _keep_residual_sums(gm, read)
     rewrites = 0
     for cast in list(gm.graph.nodes):
-        if cast.target is not QUANTIZE or is_backward(cast):
+        if not is_cast(cast) or is_backward(cast):
             continue
         region = checkpointed_region(cast)
         kept = [item for item in cast.users if any(is_backward(user) for user in item.users)]
@@ -95,7 +95,7 @@ def _read_by_backward(gm: fx.GraphModule) -> set[fx.Node]:
     """The forward values that backward computes with, besides those that it casts."""
     found: set[fx.Node] = set()
     for node in gm.graph.nodes:
-        if is_backward(node) and node.target is not QUANTIZE:
+        if is_backward(node) and not is_cast(node):
             found.update(value for value in node.all_input_nodes if not is_backward(value))
     return found
 
@@ -129,7 +129,7 @@ def _compute_again(value: fx.Node, read: set[fx.Node]) -> None:
 
 def _cast_again(graph: fx.Graph, cast: fx.Node) -> int:
     """Let backward's users take the outputs of a second cast, which is made there."""
-    outputs = ("fp8", "fp8_t", "scale_inv")
+    outputs = (name for name in CASTS[cast.target] if name != "amax")
     found = {name: quantize_output(cast, name) for name in outputs}
     taken = {name: item for name, item in found.items() if item is not None}
     users = {
@@ -138,7 +138,7 @@ def _cast_again(graph: fx.Graph, cast: fx.Node) -> int:
     first = min(user for group in users.values() for user in group)
     with graph.inserting_before(first):
         wanted = (bool(users.get("fp8")), bool(users.get("fp8_t")))
-        again = emit(graph, QUANTIZE, (*cast.args[:4], *wanted), f"{cast.name}_again", like=cast)
+        again = emit(graph, cast.target, (*cast.args[:4], *wanted), f"{cast.name}_again", like=cast)
         again.meta["partitioner_tag"] = _REPEATED
         for name, group in users.items():
             if group:

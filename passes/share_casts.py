@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..ir import QUANTIZE, value_key
+from ..ir import QUANTIZE, args_of, is_cast, value_key
 
 
 def share_casts(gm: fx.GraphModule) -> int:
@@ -30,11 +30,10 @@ def share_casts(gm: fx.GraphModule) -> int:
     first: dict[object, fx.Node] = {}
     rewrites = 0
     for node in list(gm.graph.nodes):
-        if node.target is not QUANTIZE:
+        if not is_cast(node):
             continue
-        value, scale, _, fmt = node.args[:4]
         repeated = node.meta.get("partitioner_tag") == "must_be_in_backward"
-        key = (value_key(value), scale, fmt, repeated)
+        key = (value_key(args_of(node)[0]), _how(node), repeated)
         if key in first:
             node.replace_all_uses_with(first[key])
             gm.graph.erase_node(node)
@@ -44,6 +43,12 @@ def share_casts(gm: fx.GraphModule) -> int:
     for cast in first.values():
         _merge_outputs(gm.graph, cast)
     return rewrites
+
+
+def _how(cast: fx.Node) -> object:
+    """What makes two casts of one value the same: all but the slot that their amax goes to."""
+    _, first, second, fmt = args_of(cast)[:4]
+    return (first, fmt) if cast.target is QUANTIZE else (tuple(first), second, fmt)
 
 
 def _merge_outputs(graph: fx.Graph, cast: fx.Node) -> None:

@@ -16,7 +16,7 @@ from torch import fx
 from ..cost import COSTS, TOKENS, Cast, Device, GemmCost, GemmWork, Prediction, Size, predict
 from ..ir import (
     RESHAPES,
-    SCALED_MM,
+    SCALED_MMS,
     GemmInfo,
     args_of,
     aten,
@@ -111,7 +111,7 @@ class _Sized:
 
 def _sized(node: fx.Node, info: GemmInfo) -> _Sized | None:
     """None where a prediction says nothing: no hint for a symbolic size, empty, an odd dtype."""
-    if node.target is SCALED_MM or info.dtype not in _DTYPES:
+    if node.target in SCALED_MMS or info.dtype not in _DTYPES:
         return None
     left, right = (value.meta["val"] for value in operands(node))
     hints = [size_hint(size) for size in (left.shape[0], right.shape[1], left.shape[1])]

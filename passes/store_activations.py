@@ -10,13 +10,13 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ..ir import (
     DEQUANTIZE_GROUPS,
-    QUANTIZE,
     QUANTIZE_GROUPS,
     args_of,
     aten,
     emit,
     evaluate,
     is_backward,
+    is_cast,
 )
 from ..ops import GROUP
 from ..regions import RESHAPES, hint, is_computable
@@ -101,7 +101,7 @@ def _is_plain(user: fx.Node) -> bool:
     """Whether a backward node is pointwise, a norm's or a cast; of a view, all that read it."""
     if user.target in RESHAPES or user.target in _MOVES:
         return all(_is_plain(reader) for reader in user.users)
-    return is_computable(user) or user.target is QUANTIZE
+    return is_computable(user) or is_cast(user)
 
 
 def _origins(value: fx.Node) -> set[fx.Node]:

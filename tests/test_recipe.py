@@ -6,7 +6,17 @@ import dataclasses
 
 import pytest
 
-from fp8compile import RECIPES, Format, Gemm, Operand, OptionError, Recipe, RecipeError, Scaling
+from fp8compile import (
+    RECIPES,
+    Format,
+    Gemm,
+    Granularity,
+    Operand,
+    OptionError,
+    Recipe,
+    RecipeError,
+    Scaling,
+)
 from fp8compile.recipe import OPERANDS, get_recipe
 
 E4M3, E5M2 = Format.E4M3, Format.E5M2
@@ -21,10 +31,25 @@ def test_named_recipes() -> None:
         "delayed": Scaling.DELAYED,
         "current": Scaling.CURRENT,
         "e4m3_only": Scaling.DELAYED,
+        "rowwise": Scaling.CURRENT,
+        "blockwise": Scaling.CURRENT,
+        "mx": Scaling.CURRENT,
     }
     for name, recipe in RECIPES.items():
-        assert recipe.formats == formats(E4M3, E4M3, E4M3 if name == "e4m3_only" else E5M2)
+        wide = name in ("delayed", "current")
+        assert recipe.formats == formats(E4M3, E4M3, E5M2 if wide else E4M3)
         assert recipe.history_len == 16 and recipe.high_precision == ()
+
+
+def test_granularities_of_the_named_recipes() -> None:
+    found = {n: [str(r.granularity_of(operand)) for operand in Operand] for n, r in RECIPES.items()}
+    assert found == {
+        **dict.fromkeys(("delayed", "current", "e4m3_only"), ["tensorwise"] * 3),
+        "rowwise": ["rowwise"] * 3,
+        "blockwise": ["1x128", "128x128", "1x128"],
+        "mx": ["1x32"] * 3,
+    }
+    assert [name for name, recipe in RECIPES.items() if recipe.power_of_two] == ["mx"]
 
 
 def test_get_recipe() -> None:
@@ -34,7 +59,7 @@ def test_get_recipe() -> None:
 
 
 def test_unknown_recipe_lists_the_names() -> None:
-    with pytest.raises(RecipeError, match=r"'delyed'.*\['current', 'delayed', 'e4m3_only'\]"):
+    with pytest.raises(RecipeError, match=r"'delyed'.*\['blockwise', 'current', 'delayed', "):
         get_recipe("delyed")
 
 
@@ -76,6 +101,10 @@ def test_every_operand_takes_part_in_two_gemms() -> None:
 def test_text() -> None:
     expected = "current (current tensorwise, input=e4m3 weight=e4m3 grad_output=e5m2)"
     assert str(RECIPES["current"]) == expected
+    expected = "current, input=e4m3:1x128 weight=e4m3:128x128 grad_output=e4m3:1x128"
+    assert str(RECIPES["blockwise"]) == f"blockwise ({expected})"
+    expected = "current 1x32, input=e4m3 weight=e4m3 grad_output=e4m3, power-of-two scales"
+    assert str(RECIPES["mx"]) == f"mx ({expected})"
     assert [str(gemm) for gemm in Gemm] == ["fprop", "dgrad", "wgrad"]
 
 
@@ -92,3 +121,46 @@ def test_a_recipe_that_leaves_nothing_for_fp8_is_refused() -> None:
 def test_a_recipe_says_what_it_keeps() -> None:
     recipe = Recipe("careful", high_precision=(Gemm.WGRAD,))
     assert str(recipe).endswith("grad_output=e5m2, wgrad in high precision)")
+
+
+PRECISE = tuple((gemm, False) for gemm in Gemm)
+ROW, ONE_ROW, SQUARE = Granularity.ROW, Granularity.BLOCK_1X128, Granularity.BLOCK_128X128
+
+
+def fine(*granularities: Granularity, **kwargs: object) -> Recipe:
+    """A recipe with a granularity for input, weight and grad_output."""
+    pairs = tuple(zip(Operand, granularities, strict=True))
+    given = {"scaling": Scaling.CURRENT, "formats": formats(E4M3, E4M3, E4M3), **kwargs}
+    return Recipe("own", granularities=pairs, **given)  # type: ignore[arg-type]
+
+
+def test_operands_need_granularities_that_a_gemm_takes() -> None:
+    with pytest.raises(RecipeError, match=r"fprop .* rowwise x 1x128; .* Legal: .*1x128 x 128x128"):
+        fine(ROW, ONE_ROW, ROW, fast_accum=PRECISE)
+    with pytest.raises(RecipeError, match=r"fprop .* 128x128 x 128x128"):
+        fine(SQUARE, SQUARE, ONE_ROW, fast_accum=PRECISE)
+    assert (
+        fine(SQUARE, ONE_ROW, ONE_ROW, fast_accum=PRECISE).granularity_of(Operand.INPUT) is SQUARE
+    )
+
+
+def test_a_gemm_in_high_precision_may_have_any() -> None:
+    kept = fine(ROW, ROW, ONE_ROW, high_precision=(Gemm.DGRAD, Gemm.WGRAD))
+    assert kept.granularity_of(Operand.GRAD_OUTPUT) is ONE_ROW
+
+
+def test_delayed_scaling_is_tensorwise() -> None:
+    with pytest.raises(RecipeError, match=r"one amax per tensor.*scaling=Scaling.CURRENT"):
+        fine(ROW, ROW, ROW, scaling=Scaling.DELAYED)
+
+
+def test_a_scale_per_block_of_k_rules_out_fast_accumulation() -> None:
+    with pytest.raises(RecipeError, match=r"1x128 x 128x128: .*\(fast_accum\); set it to False"):
+        fine(ONE_ROW, SQUARE, ONE_ROW)
+    assert fine(ROW, ROW, ROW).fast_accum_of(Gemm.FPROP)
+
+
+def test_powers_of_two_are_for_finer_scales() -> None:
+    with pytest.raises(RecipeError, match="power_of_two is for scales that are not tensorwise"):
+        Recipe("bad", Scaling.CURRENT, power_of_two=True)
+    assert fine(ROW, ROW, ROW, power_of_two=True).power_of_two
