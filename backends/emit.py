@@ -120,10 +120,10 @@ def bytes_read(region: Region) -> sympy.Expr:
 
 
 def bytes_written(region: Region) -> sympy.Expr:
-    """Bytes of the outputs; scales and the like, a few per kernel, do not count."""
+    """Bytes of the outputs; scales and the like, which are few, do not count."""
     copies = [
         sympy.prod(shape_of(args_of(cast.node)[0]))
-        for cast in region.casts
+        for cast in (*region.casts, *region.blocks)
         for output in ("fp8", "fp8_t")
         if output in cast.outputs
     ]
@@ -133,6 +133,7 @@ def bytes_written(region: Region) -> sympy.Expr:
 
 
 _DEVICE_FUNCTIONS = (
+    "block_scales",
     "inside",
     "magnitude_bits",
     "quantize_groups",

@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,8 +49,28 @@ _COLUMN_SUMS = Tile(64, 32, 4)  # of the rows of partial sums
 def tiles(region: Region) -> list[Tile]:
     """The tiles worth timing, best guess first."""
     found = _tiles(region)
+    if region.blocks:
+        found = _of_whole_blocks(region, found)
     # A program casts whole groups.
     return [tile for tile in found if tile.block_n % GROUP == 0] if region.groups else found
+
+
+def _of_whole_blocks(region: Region, usual: list[Tile]) -> list[Tile]:
+    """Tiles that blocks fill: of one block, where both copies have blocks of 128."""
+    high, wide = (max(sizes) for sizes in zip(*map(_extent, region.blocks), strict=True))
+    if region.transposes and wide == GROUP:
+        found = [Tile(GROUP, GROUP, 4), Tile(GROUP, GROUP, 8)]
+        return found if len(region.results) == 1 else found[::-1]  # more registers for several
+    if region.reduces and not region.sums_apart:
+        return [replace(tile, block_n=max(tile.block_n, wide)) for tile in usual]
+    found = [tile for tile in usual if tile.block_m % high == tile.block_n % wide == 0]
+    return found or [Tile(max(high, 32), max(wide, 32), 8)]
+
+
+def _extent(cast: Cast) -> tuple[int, int]:
+    """The rows and columns of a tile that hold whole blocks of both copies."""
+    high, wide = cast.block
+    return (max(high, wide), max(high, wide)) if "fp8_t" in cast.outputs else (high, wide)
 
 
 def _tiles(region: Region) -> list[Tile]:
@@ -59,7 +79,7 @@ def _tiles(region: Region) -> list[Tile]:
             return [Tile(64, 64, 8), Tile(32, 128, 8), Tile(32, 128, 4), Tile(32, 64, 4)]
         # Many values at once leave registers for fewer elements of each.
         return [Tile(32, 64, 4), Tile(64, 64, 8), Tile(32, 128, 4), Tile(32, 128, 8)]
-    if region.reduces:
+    if region.reduces and not region.sums_apart:
         return _whole_rows(region)
     if region.branches:  # a tile lies in one part
         return [Tile(64, 128, 4), Tile(128, 128, 4), Tile(32, 128, 4), Tile(256, 64, 4)]
@@ -239,6 +259,9 @@ def prepare(
     tensors["words"] = torch.zeros(word_count(region), dtype=torch.int32, device=device)
     for i, cast in enumerate(region.casts):
         tensors |= _cast_tensors(i, cast, inputs, device, results)
+    for i, block in enumerate(region.blocks):
+        for output, node in block.outputs.items():
+            results[node.name] = tensors[f"block_{output}_{i}"] = _empty_like(node, device)
     for i, group in enumerate(region.groups):
         for output, name in (("q", f"q_{i}"), ("scale_inv", f"group_scale_inv_{i}")):
             tensors[name] = _empty_like(group.outputs[output], device)

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ..formats import Format
-from ..ir import QUANTIZE, QUANTIZE_GROUPS, QUANTIZE_OUTPUTS, args_of
+from ..ir import CASTS, QUANTIZE, QUANTIZE_BLOCKS, QUANTIZE_GROUPS, args_of
 from ..regions import (
     COL,
     ROW,
@@ -32,7 +32,7 @@ GROUP_OUTPUTS = ("q", "scale_inv")
 
 @dataclass(frozen=True, eq=False)
 class Cast:
-    """A quantize node, and those of its outputs that are wanted, by name."""
+    """A cast, and those of its outputs that are wanted, by name."""
 
     node: fx.Node
     outputs: dict[str, fx.Node]
@@ -50,14 +50,25 @@ class Cast:
     def slot(self) -> int:
         return int(args_of(self.node)[2])
 
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns that share a scale, of a cast with a scale per block."""
+        high, wide = args_of(self.node)[1]
+        return high, wide
+
+    @property
+    def power_of_two(self) -> bool:
+        """Whether the scales of blocks are rounded to powers of two."""
+        return bool(args_of(self.node)[2])
+
 
 @dataclass(frozen=True)
 class Result:
     """A value that the kernel computes per tile, and what becomes of it.
 
-    ``kind``: "cast", "group" (a cast with a scale per group), "value" or "sum" (over columns);
-    ``index``: which of the region's casts, groups, values or sums; ``start``: for a cast, the
-    column that it is stored from.
+    ``kind``: "cast", "block" and "group" (casts with a scale per block, or per group of a row),
+    "value" or "sum" (over columns); ``index``: which of the region's results of that kind;
+    ``start``: for a cast, the column that it is stored from.
     """
 
     kind: str
@@ -71,7 +82,8 @@ class Result:
 class Region:
     """The submodule that grow_regions has made of a region.
 
-    ``inputs``: what the kernel loads. ``groups``: casts with a scale per group of 128 elements,
+    ``inputs``: what the kernel loads. ``casts``: tensorwise; ``blocks``: those with a scale per
+    block, which is found in the tile; ``groups``: those with a scale per group of 128 elements,
     with the outputs "q" and "scale_inv". ``values``: what it writes in high precision, matrices of
     its space or one number per row. ``sums``: sums over columns, or what converts one.
     """
@@ -80,6 +92,7 @@ class Region:
     space: Space
     inputs: list[fx.Node]
     casts: list[Cast]
+    blocks: list[Cast]
     groups: list[Cast]
     values: list[fx.Node]
     sums: list[fx.Node]
@@ -88,14 +101,16 @@ class Region:
     def of(gm: fx.GraphModule) -> Region:
         """Read a submodule."""
         space = gm.meta["fp8_space"]
-        casts = [Cast(node, {}) for node in gm.graph.nodes if node.target is QUANTIZE]
-        groups = [Cast(node, {}) for node in gm.graph.nodes if node.target is QUANTIZE_GROUPS]
-        by_node = {cast.node: cast for cast in (*casts, *groups)}
+        casts, blocks, groups = (
+            [Cast(node, {}) for node in gm.graph.nodes if node.target is target]
+            for target in (QUANTIZE, QUANTIZE_BLOCKS, QUANTIZE_GROUPS)
+        )
+        by_node = {cast.node: cast for cast in (*casts, *blocks, *groups)}
         values, sums = [], []
         for node in args_of(gm.graph.output_node())[0]:
             if node.target is operator.getitem and args_of(node)[0] in by_node:
                 cast, index = args_of(node)
-                names = QUANTIZE_OUTPUTS if cast.target is QUANTIZE else GROUP_OUTPUTS
+                names = CASTS.get(cast.target, GROUP_OUTPUTS)
                 by_node[cast].outputs[names[index]] = node
             elif _is_column_sum(node, space):
                 sums.append(node)
@@ -103,14 +118,15 @@ class Region:
                 values.append(node)
         scales = {args_of(cast.node)[1] for cast in casts}
         inputs = [n for n in gm.graph.find_nodes(op="placeholder") if n not in scales]
-        return Region(gm, space, inputs, casts, groups, values, sums)
+        return Region(gm, space, inputs, casts, blocks, groups, values, sums)
 
     @cached_property
     def results(self) -> list[Result]:
         """Everything that is computed per tile."""
         found = [
-            Result("cast", i, part.value, part.position, part.start)
-            for i, cast in enumerate(self.casts)
+            Result(kind, i, part.value, part.position, part.start)
+            for kind, casts in (("cast", self.casts), ("block", self.blocks))
+            for i, cast in enumerate(casts)
             for part in cast_parts(cast.node, self.space)
         ]
         for i, group in enumerate(self.groups):
@@ -134,9 +150,9 @@ class Region:
         Each with the column that it starts at. Empty unless the region only casts a concatenation
         whose parts start at multiples of 128 columns.
         """
-        if not self.casts:
+        if not (self.casts or self.blocks):
             return []
-        value = args_of(self.casts[0].node)[0]
+        value = args_of([*self.casts, *self.blocks][0].node)[0]
         alone = len(self.results) == 1 and value.target is torch.ops.aten.cat.default
         if not alone or len(value.args) < 2 or args_of(value)[1] not in (1, -1):
             return []
@@ -150,7 +166,7 @@ class Region:
 
     @property
     def transposes(self) -> bool:
-        return any("fp8_t" in cast.outputs for cast in self.casts)
+        return any("fp8_t" in cast.outputs for cast in (*self.casts, *self.blocks))
 
     @cached_property
     def reduces(self) -> bool:
@@ -163,8 +179,11 @@ class Region:
 
     @property
     def sums_apart(self) -> bool:
-        """Whether a kernel of their own computes the reductions over rows."""
-        return self.transposes and self.reduces
+        """Whether a kernel of their own computes the reductions over rows: tiles of whole rows have
+        too few for a transposed copy, or for blocks of several rows.
+        """
+        high = any(cast.block[0] > 1 for cast in self.blocks)
+        return self.reduces and (self.transposes or high)
 
     @property
     def is_large(self) -> bool:

@@ -19,12 +19,26 @@ from torch import fx
 from .. import ops
 from ..errors import PassError
 from ..internals import FloorDiv, emit_kernel_launch, emit_materialized, is_primal
-from ..ir import RESHAPES, SCALED_MM, TRACK_AMAX, args_of, aten, emit, evaluate, size_expr
+from ..ir import (
+    QUANTIZE_BLOCKS,
+    RESHAPES,
+    SCALED_MM,
+    SCALED_MM_BLOCKS,
+    SCALED_MMS,
+    TRACK_AMAX,
+    args_of,
+    aten,
+    emit,
+    evaluate,
+    size_expr,
+)
 from ..regions import hint, is_aligned
+from .blocks import is_scaled_mm, lower_block_cast, lower_to_scaled_mm
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
 from .fused import emit_once, launches, tiles
 from .kernels.launch import Launch
-from .kernels.scaled_mm import scaled_mm_launch
+from .kernels.scaled_mm import TileConfig, scaled_mm_launch
+from .kernels.scaled_mm_blocks import config_for, scaled_mm_blocks_launch
 from .kernels.update_scales import update_scales
 from .region import Cast, Region
 from .tuning import CUBLASLT, GemmShape, choose_gemm
@@ -42,8 +56,12 @@ def lower_to_triton(gm: fx.GraphModule) -> dict[str, str]:
     for node in list(gm.graph.nodes):
         if node.op == "call_module" and node not in bundled:
             lowering.region(node)
+        elif node.target is QUANTIZE_BLOCKS:
+            lower_block_cast(node)
         elif node.target is SCALED_MM:
             lowering.scaled_mm(node)
+        elif node.target is SCALED_MM_BLOCKS:
+            lowering.scaled_mm_blocks(node)
     # Not eliminate_dead_code: to it a launch, whose result nothing uses, is dead.
     for node in reversed(gm.graph.nodes):
         if not node.users and _is_replaceable(node):
@@ -151,6 +169,9 @@ class _Lowering:
             tensors["words"] = self._words(region)
         for i, cast in enumerate(region.casts):
             tensors |= self._cast_tensors(i, cast, call, outer, items)
+        for i, block in enumerate(region.blocks):
+            for output, node in block.outputs.items():
+                tensors[f"block_{output}_{i}"] = self._buffer(node, call)
         for i, group in enumerate(region.groups):
             tensors[f"q_{i}"] = self._buffer(group.outputs["q"], call)
             tensors[f"group_scale_inv_{i}"] = self._buffer(group.outputs["scale_inv"], call)
@@ -205,6 +226,10 @@ class _Lowering:
             for output, node in cast.outputs.items():
                 if output != "amax" and node in items:
                     items[node].replace_all_uses_with(tensors[f"{output}_{i}"])
+        for i, block in enumerate(region.blocks):
+            for output, node in block.outputs.items():
+                if node in items:
+                    items[node].replace_all_uses_with(tensors[f"block_{output}_{i}"])
         for i, group in enumerate(region.groups):
             for output, name in (("q", f"q_{i}"), ("scale_inv", f"group_scale_inv_{i}")):
                 if group.outputs[output] in items:
@@ -266,6 +291,37 @@ class _Lowering:
                 )
                 self._launch(launch)
                 self._keep_source("scaled_mm", _configured_source(launch))
+        node.replace_all_uses_with(out)
+
+    def scaled_mm_blocks(self, node: fx.Node) -> None:
+        """``fp8::scaled_mm_blocks`` -> ``aten._scaled_mm`` where it can, else our kernel."""
+        if is_scaled_mm(node):
+            node.replace_all_uses_with(lower_to_scaled_mm(node))
+            return
+        a, b, a_scale_inv, b_scale_inv, bias, out_dtype, *blocks, fast_accum = args_of(node)
+        for value in (a, b, a_scale_inv, b_scale_inv):
+            self._materialize(value)
+        a, b, a_scale_inv, b_scale_inv = args_of(node)[:4]
+        with self.graph.inserting_before(node):
+            m, n, k = self._size(a, 0), self._size(b, 0), self._size(a, 1)
+            out = self._empty((m, n), out_dtype, a)
+            launch = scaled_mm_blocks_launch(
+                a,
+                b,
+                out,
+                a_scale_inv,
+                b_scale_inv,
+                bias,
+                m=_proxy(m),
+                n=_proxy(n),
+                k=_proxy(k),
+                blocks=blocks,
+                config=_block_config(node),
+                fast_accum=fast_accum,
+                aligned=is_aligned(size_expr(b.meta["val"].shape[0])),
+            )
+            self._launch(launch)
+            self._keep_source("scaled_mm_blocks", _configured_source(launch))
         node.replace_all_uses_with(out)
 
     def _cublaslt(self, node: fx.Node) -> fx.Node:
@@ -343,7 +399,7 @@ class _Lowering:
 
 def _is_replaceable(node: fx.Node) -> bool:
     """Whether a node is one that lowering replaces, or arithmetic on sizes."""
-    if node.op == "call_module" or node.target is SCALED_MM:
+    if node.op == "call_module" or node.target in (*SCALED_MMS, QUANTIZE_BLOCKS):
         return True
     return node.op == "call_function" and node.target in vars(operator).values()
 
@@ -377,9 +433,17 @@ def _submodule(gm: fx.GraphModule, call: fx.Node) -> fx.GraphModule:
 
 def gemm_kernel_name(node: fx.Node) -> str:
     """What was, or will be, chosen for a scaled_mm node."""
+    if node.target is SCALED_MM_BLOCKS:
+        return "_scaled_mm" if is_scaled_mm(node) else f"triton {_block_config(node)}"
     device = args_of(node)[0].meta["val"].device
     config = choose_gemm(_gemm_shape(node), device.index or 0)
     return CUBLASLT if config is None else f"triton {config}"
+
+
+def _block_config(node: fx.Node) -> TileConfig:
+    a, b = (value.meta["val"] for value in args_of(node)[:2])
+    (m, k), n = a.shape, b.shape[0]
+    return config_for(hint(m), hint(n), hint(k), args_of(node)[6][1])
 
 
 def _gemm_shape(node: fx.Node) -> GemmShape:

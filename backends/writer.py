@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 from ..formats import Format
 from ..ir import args_of
-from ..ops import ALIGNMENT, GROUP
+from ..ops import GROUP
 from ..regions import is_aligned, shape_of
+from .block_cast import BlockCast
+from .pieces import named, padded_text, plus
 from .region import Cast, Region, Result
 from .values import Function, Values, expr_text
 
@@ -100,9 +102,9 @@ class Writer:
         lines = []
         for i, total in enumerate(self.values.totals.values()):
             for letter in sets:
-                rows, in_m = _named("rows", letter), _named("in_m", letter)
+                rows, in_m = named("rows", letter), named("in_m", letter)
                 load = f"tl.load(totals_ptr + {i} * M + {rows}, mask={in_m}, other=0.0)"
-                lines.append(f"{_named(total.name, letter)} = {load}")
+                lines.append(f"{named(total.name, letter)} = {load}")
         return lines
 
     def _tile(self) -> list[str]:
@@ -114,11 +116,23 @@ class Writer:
             lines += self._search_if_needed()
         for i, cast in enumerate(self.region.casts):
             lines += self._scale(i, cast)
-        lines += [*self._totals(self.sets), *self._results(self.sets)]
+        lines += [*self._totals(self.sets), *self._values_in_sets()]
         for result, variable in self._outputs():
             lines += getattr(self, f"_store_{result.kind}")(result, variable)
         for i, cast in enumerate(self.region.casts):
             lines += self._track(i, cast)
+        return lines
+
+    def _values_in_sets(self) -> list[str]:
+        """Compute the results; those with a scale per block, which counts what lies outside of the
+        matrix as zero, all before the first is stored: the loads of a tile are under way together.
+        """
+        lines = self._results(self.sets)
+        for variable in [variable for r, variable in self._outputs() if r.kind == "block"]:
+            for a in self.sets:
+                where = f"{named('in_m', a)} & in_n"
+                value = f"inside({named(variable, a)}, {where}, EVEN)"
+                lines.append(f"{named(f'x_{variable}', a)} = {value}")
         return lines
 
     def _results(self, sets: Sequence[str]) -> list[str]:
@@ -158,9 +172,9 @@ class Writer:
             row = "tl.arange(0, BLOCK_M)[:, None]"
             if len(sets) > 1:
                 row = f"tl.arange(0, BLOCK_M // {len(sets)})[:, None] * {len(sets)} + {j}"
-            lines.append(f"{_named('row_in_tile', letter)} = {row}")
-            lines.append(f"{_named('rows', letter)} = {first} + {_named('row_in_tile', letter)}")
-            lines.append(f"{_named('in_m', letter)} = {_named('rows', letter)} < M")
+            lines.append(f"{named('row_in_tile', letter)} = {row}")
+            lines.append(f"{named('rows', letter)} = {first} + {named('row_in_tile', letter)}")
+            lines.append(f"{named('in_m', letter)} = {named('rows', letter)} < M")
         return lines
 
     def _cols(self) -> list[str]:
@@ -177,8 +191,8 @@ class Writer:
 
     def _call(self, function: Function, letter: str, returned: Sequence[str]) -> str:
         same = {"cols", "in_n", *function.arguments}
-        arguments = [p if p in same else _named(p, letter) for p in function.parameters]
-        names = [_named(name, letter) for name in returned]
+        arguments = [p if p in same else named(p, letter) for p in function.parameters]
+        names = [named(name, letter) for name in returned]
         return f"{', '.join(names)} = {function.name}({', '.join(arguments)})"
 
     def _outputs(self) -> list[tuple[Result, str]]:
@@ -189,8 +203,8 @@ class Writer:
     def _store_value(self, result: Result, variable: str) -> list[str]:
         pointer, lines = f"value_{result.index}_ptr", []
         for letter in self.sets:
-            rows, in_m = _named("rows", letter), _named("in_m", letter)
-            value = _named(variable, letter)
+            rows, in_m = named("rows", letter), named("in_m", letter)
+            value = named(variable, letter)
             if self.region.is_matrix(result.node):
                 lines.append(
                     f"tl.store({pointer} + ({rows} * N + cols), {value}, mask={in_m} & in_n)"
@@ -202,7 +216,7 @@ class Writer:
 
     def _store_sum(self, result: Result, variable: str) -> list[str]:
         """One row of partial sums per row of tiles."""
-        terms = [f"inside({_named(variable, a)}, {_named('in_m', a)}, EVEN)" for a in self.sets]
+        terms = [f"inside({named(variable, a)}, {named('in_m', a)}, EVEN)" for a in self.sets]
         pointer = f"partial_{result.index}_ptr + (tile_m * N + cols)"
         return [
             f"col_sum = tl.sum({' + '.join(terms)}, axis=0)",
@@ -214,28 +228,32 @@ class Writer:
         width = shape_of(args_of(cast.node)[0])[1]
         pads_rows = "fp8" in cast.outputs and not is_aligned(width)
         pads_columns = "fp8_t" in cast.outputs and not is_aligned(self.region.space.m)
-        pitch = _padded(expr_text(width)) if pads_rows else expr_text(width)
-        shift = "" if result.start == 0 else f" + {expr_text(result.start)}"
+        pitch = padded_text(expr_text(width)) if pads_rows else expr_text(width)
+        shift = plus(result.start)
         lines = []
         for a in self.sets:
-            y = f"saturate({_named(variable, a)}, scale_{i}, {cast.format.max})"
-            outside = [_named("in_m", a)] * pads_columns + ["in_n"] * pads_rows
+            y = f"saturate({named(variable, a)}, scale_{i}, {cast.format.max})"
+            outside = [named("in_m", a)] * pads_columns + ["in_n"] * pads_rows
             y = f"inside({y}, {' & '.join(outside)}, EVEN)" if outside else y
-            lines.append(f"{_named('y', a)} = {y}")
+            lines.append(f"{named('y', a)} = {y}")
         if "fp8" in cast.outputs:
             in_row = f"(cols < {pitch})" if pads_rows else "in_n"
             for a in self.sets:
-                rows, in_m = _named("rows", a), _named("in_m", a)
-                value = f"{_named('y', a)}.to(fp8_{i}_ptr.dtype.element_ty)"
+                rows, in_m = named("rows", a), named("in_m", a)
+                value = f"{named('y', a)}.to(fp8_{i}_ptr.dtype.element_ty)"
                 at = f"fp8_{i}_ptr + ({rows} * {pitch} + cols{shift})"
                 lines.append(f"tl.store({at}, {value}, mask={in_m} & {in_row})")
         if "fp8_t" in cast.outputs:
-            height = _padded("M") if pads_columns else "M"
+            height = padded_text("M") if pads_columns else "M"
             lines.append("store_transposed(")
             lines.append(f"    fp8_t_{i}_ptr, y_a, y_b, y_c, y_d, first_m, first_n{shift},")
             lines.append(f"    {height} - first_m, N - first_n, {height},")
             lines.append(")")
         return lines
+
+    def _store_block(self, result: Result, variable: str) -> list[str]:
+        cast = self.region.blocks[result.index]
+        return BlockCast(result, cast, f"x_{variable}", self.sets).store()
 
     def _store_group(self, result: Result, variable: str) -> list[str]:
         """A cast with a scale per group of a row; the tile holds whole groups."""
@@ -243,15 +261,15 @@ class Writer:
         columns = f"(first_n // {GROUP} + tl.arange(0, BLOCK_N // {GROUP})[None, :])"
         lines = [f"group = {columns}"]
         for a in self.sets:
-            y, inv = _named("y", a), _named("inv", a)
-            lines.append(f"{y}, {inv} = quantize_groups({_named(variable, a)}, {fp8_max})")
+            y, inv = named("y", a), named("inv", a)
+            lines.append(f"{y}, {inv} = quantize_groups({named(variable, a)}, {fp8_max})")
         for a in self.sets:
-            rows, in_m = _named("rows", a), _named("in_m", a)
-            value = f"{_named('y', a)}.to(q_{i}_ptr.dtype.element_ty)"
+            rows, in_m = named("rows", a), named("in_m", a)
+            value = f"{named('y', a)}.to(q_{i}_ptr.dtype.element_ty)"
             lines.append(f"tl.store(q_{i}_ptr + ({rows} * N + cols), {value}, mask={in_m} & in_n)")
             at = f"group_scale_inv_{i}_ptr + ({rows} * (N // {GROUP}) + group)"
             mask = f"{in_m} & (group < N // {GROUP})"
-            lines.append(f"tl.store({at}, {_named('inv', a)}, mask={mask})")
+            lines.append(f"tl.store({at}, {named('inv', a)}, mask={mask})")
         return lines
 
     def _track(self, i: int, cast: Cast) -> list[str]:
@@ -263,7 +281,7 @@ class Writer:
     def _bits(self, i: int, sets: Sequence[str]) -> list[str]:
         """The magnitudes of all that a cast takes from this tile, each element's largest."""
         bits = [
-            f"inside(magnitude_bits({_named(variable, a)}), {_named('in_m', a)} & in_n, EVEN)"
+            f"inside(magnitude_bits({named(variable, a)}), {named('in_m', a)} & in_n, EVEN)"
             for result, variable in self._outputs()
             if (result.kind, result.index) == ("cast", i)
             for a in sets
@@ -290,6 +308,8 @@ class Writer:
         names = self._read() + self._scales()
         for i, cast in enumerate(self.region.casts):
             names += [f"{output}_{i}_ptr" for output in cast.outputs]
+        for i, block in enumerate(self.region.blocks):
+            names += [f"block_{output}_{i}_ptr" for output in block.outputs]
         for i in range(len(self.region.groups)):
             names += [f"q_{i}_ptr", f"group_scale_inv_{i}_ptr"]
         names += [f"value_{i}_ptr" for i in range(len(self.region.values))]
@@ -359,15 +379,6 @@ def word_count(region: Region) -> int:
 def _found(i: int) -> str:
     """Where the search for amax leaves what it has found for a cast."""
     return f"words_ptr + {2 + i}"
-
-
-def _padded(size: str) -> str:
-    """The length of a row of an FP8 copy: what lies behind the values is zero."""
-    return f"(({size} + {ALIGNMENT - 1}) // {ALIGNMENT} * {ALIGNMENT})"
-
-
-def _named(name: str, letter: str) -> str:
-    return f"{name}_{letter}" if letter else name
 
 
 def _function(name: str, arguments: Sequence[str], lines: Sequence[str]) -> str:

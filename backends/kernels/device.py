@@ -167,5 +167,35 @@ def quantize_groups(x, FP8_MAX: tl.constexpr):
 
 
 @triton.jit
+def block_scales(
+    bits, HIGH: tl.constexpr, WIDE: tl.constexpr, FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr
+):
+    """The scale of every HIGH x WIDE elements of a tile of `magnitude_bits`; and that of each
+    element. POWER_OF_TWO: rounded down to one, at most 2**126, whose reciprocal is no denormal.
+    """
+    DOWN: tl.constexpr = bits.shape[0] // HIGH
+    ACROSS: tl.constexpr = bits.shape[1] // WIDE
+    if HIGH == 1:
+        rows = bits
+    elif DOWN == 1:
+        rows = tl.max(bits, axis=0, keep_dims=True)
+    else:
+        rows = tl.max(tl.reshape(bits, (DOWN, HIGH, bits.shape[1])), axis=1)
+    if WIDE == 1:
+        largest = rows
+    elif ACROSS == 1:
+        largest = tl.max(rows, axis=1, keep_dims=True)
+    else:
+        largest = tl.max(tl.reshape(rows, (DOWN, ACROSS, WIDE)), axis=2)
+    amax = finite_or_inf(largest.to(tl.float32, bitcast=True))
+    scale = resolve_scale(0.0, amax, FP8_MAX)
+    if POWER_OF_TWO:
+        scale = tl.where(scale > 8.507059173023462e37, 8.507059173023462e37, scale)
+        scale = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    spread = tl.broadcast_to(scale[:, None, :, None], (DOWN, HIGH, ACROSS, WIDE))
+    return scale, tl.reshape(spread, (DOWN * HIGH, ACROSS * WIDE))
+
+
+@triton.jit
 def _byte(y, position: tl.constexpr, dtype: tl.constexpr):
     return y.to(dtype).to(tl.uint8, bitcast=True).to(tl.int32) << (8 * position)

@@ -1,0 +1,217 @@
+"""Regions whose casts have a scale per block: bit for bit where nothing comes before the cast."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from fp8compile.backends.blocks import is_scaled_mm
+from fp8compile.backends.fused import emit_once, tiles
+from fp8compile.backends.triton import lower_to_triton
+from fp8compile.compile import compile_graph
+from fp8compile.ir import QUANTIZE_BLOCKS, SCALED_MM_BLOCKS
+from fp8compile.options import parse_options
+from fp8compile.passes import drop_unused_outputs, grow_regions
+from tests.backends.common import DEVICE, only_region
+from tests.helpers import interpret, trace_final
+from tests.models import MLP, sqnr_db
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+BLOCKS = [(1, 128), (128, 128), (1, 32)]
+COPIES = [(True, True), (True, False), (False, True)]
+
+
+def quantize(
+    x: Tensor,
+    block: Sequence[int],
+    power_of_two: bool = False,
+    fmt: torch.dtype = E4M3,
+    copies: tuple[bool, bool] = (True, True),
+) -> list[Tensor]:
+    """``fp8::quantize_blocks``, of which the wanted copies and their scales are returned."""
+    outputs = torch.ops.fp8.quantize_blocks(x, block, power_of_two, fmt, *copies)
+    return [output for output, wanted in zip(outputs, copies * 2, strict=True) if wanted]
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.dtype in (E4M3, E5M2) else x
+
+
+def uneven(*shape: int) -> Tensor:
+    m, n = shape
+    x = torch.randn(m, n) * 10 ** torch.randn(m, 1) * 10 ** torch.randn(1, n)
+    return x.bfloat16().to(DEVICE)
+
+
+@pytest.mark.parametrize("copies", COPIES, ids=["both", "row-major", "transposed"])
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("shape", [(256, 384), (130, 200), (33, 16), (1, 130)], ids=str)
+def test_a_cast_alone_is_the_reference_bit_by_bit(
+    shape: tuple[int, int], block: tuple[int, int], copies: tuple[bool, bool]
+) -> None:
+    x = uneven(*shape)
+    x[0, 5], x[-1, 7], x[:, 9] = torch.nan, torch.inf, 0
+    for power_of_two, fmt in ((False, E4M3), (True, E5M2)):
+        case = only_region(lambda x: quantize(x, block, power_of_two, fmt, copies), x=x)  # noqa: B023
+        want = quantize(x, block, power_of_two, fmt, copies)
+        for tile in tiles(case.region):
+            for expected, found in zip(want, case.run(tile).values(), strict=True):
+                assert torch.equal(bits(expected), bits(found)), (tile, power_of_two)
+
+
+def norm(x: Tensor, w: Tensor) -> Tensor:
+    f = x.float()
+    return (f * torch.rsqrt(f.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * w
+
+
+def swiglu_backward(gate: Tensor, up: Tensor, g: Tensor) -> Tensor:
+    s = gate.float().sigmoid()
+    up_grad = g.float() * gate.float() * s
+    gate_grad = g.float() * up.float() * s * (1 + gate.float() * (1 - s))
+    return torch.cat([gate_grad.to(g.dtype), up_grad.to(g.dtype)], 1)
+
+
+VALUES: dict[str, tuple[Callable[..., Tensor], dict[str, tuple[int, ...]]]] = {
+    "norm": (norm, {"x": (70, 200), "w": (200,)}),
+    "norm of few columns": (norm, {"x": (70, 48), "w": (48,)}),
+    "swiglu backward": (swiglu_backward, dict.fromkeys(("gate", "up", "g"), (130, 256))),
+    "swiglu backward of odd parts": (
+        swiglu_backward,
+        dict.fromkeys(("gate", "up", "g"), (130, 200)),
+    ),
+    "weights": (lambda a, b: torch.cat([a, b]), {"a": (64, 160), "b": (144, 160)}),
+    "parts of other values": (lambda a, b: torch.cat([a, b], 1), {"a": (40, 128), "b": (40, 256)}),
+}
+
+
+def close(want: Tensor, found: Tensor) -> bool:
+    """Up to values that one more rounding moves to their neighbour."""
+    if want.dtype is torch.float32:
+        return torch.allclose(want, found, rtol=1e-5)
+    return bool(sqnr_db(want.float(), found.float()) > 35)
+
+
+@pytest.mark.parametrize("copies", COPIES, ids=["both", "row-major", "transposed"])
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("name", VALUES)
+def test_casts_behind_other_operators(
+    name: str, block: tuple[int, int], copies: tuple[bool, bool]
+) -> None:
+    fn, shapes = VALUES[name]
+    inputs = {n: torch.randn(shape).bfloat16().to(DEVICE) for n, shape in shapes.items()}
+    case = only_region(lambda **inputs: quantize(fn(**inputs), block, copies=copies), **inputs)
+    oracle = case.oracle()
+    for tile in tiles(case.region):
+        found = case.run(tile)
+        assert all(close(oracle[key], found[key]) for key in oracle), tile
+
+
+def test_values_and_column_sums_beside_a_cast() -> None:
+    def fn(x: Tensor, g: Tensor) -> list[Tensor]:
+        value = x * g.sigmoid()
+        return [*quantize(value, (1, 128)), value, value.float().sum(0)]
+
+    inputs = {name: torch.randn(130, 200).bfloat16().to(DEVICE) for name in ("x", "g")}
+    case = only_region(fn, **inputs)
+    oracle, found = case.oracle(), case.run()
+    assert all(sqnr_db(oracle[key].float(), found[key].float()) > 35 for key in oracle)
+
+
+def test_each_input_is_loaded_once_and_the_head_says_so() -> None:
+    fn, shapes = VALUES["swiglu backward"]
+    inputs = {n: torch.randn(shape).bfloat16() for n, shape in shapes.items()}
+    text = emit_once(only_region(lambda **i: quantize(fn(**i), (1, 128)), **inputs).region).text
+    assert all(text.count(f"tl.load(input_{i}_ptr") == 1 for i in (1, 2, 3))
+    assert "fp8.quantize_blocks(" in text and "each byte once" in text
+
+
+def test_a_scale_per_row_is_left_to_inductor() -> None:
+    x, w = torch.randn(32, 64), torch.randn(48, 64)
+
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        (a, a_scale_inv), (b, b_scale_inv) = (
+            quantize(value, (1, 0), copies=(True, False)) for value in (x.relu(), w)
+        )
+        args = (a, b, a_scale_inv, b_scale_inv, None, torch.float32, (1, 0), (1, 0), True)
+        return torch.ops.fp8.scaled_mm_blocks(*args)
+
+    gm = trace_final(fn, x=x, w=w)
+    assert grow_regions(gm) == 0
+    (mm,) = gm.graph.find_nodes(op="call_function", target=SCALED_MM_BLOCKS)
+    assert not is_scaled_mm(mm)  # float32
+    lower_to_triton(gm)
+    assert not [n for n in gm.graph.nodes if "fp8." in str(n.target)]
+    assert not gm.graph.find_nodes(op="call_function", target=QUANTIZE_BLOCKS)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "blocks", "out", "bias", "yes"),
+    [
+        (64, 48, 96, [(1, 0), (1, 0)], torch.bfloat16, None, True),
+        (64, 48, 96, [(1, 0), (1, 0)], torch.bfloat16, torch.bfloat16, True),
+        (64, 48, 96, [(1, 0), (1, 0)], torch.float32, None, False),
+        (64, 50, 96, [(1, 0), (1, 0)], torch.bfloat16, None, False),
+        (64, 48, 512, [(1, 128), (128, 128)], torch.bfloat16, None, True),
+        (64, 48, 512, [(1, 128), (1, 128)], torch.float32, None, True),
+        (64, 48, 512, [(1, 128), (1, 128)], torch.float32, torch.bfloat16, False),
+        (64, 48, 384, [(1, 128), (128, 128)], torch.bfloat16, None, False),
+        (63, 48, 512, [(1, 128), (128, 128)], torch.bfloat16, None, False),
+        (64, 48, 512, [(128, 128), (1, 128)], torch.bfloat16, None, False),
+        (64, 48, 512, [(1, 32), (1, 32)], torch.bfloat16, None, False),
+    ],
+)
+def test_what_scaled_mm_of_pytorch_can_do(
+    m: int, n: int, k: int, blocks: Any, out: torch.dtype, bias: torch.dtype | None, yes: bool
+) -> None:
+    """As measured with torch 2.11 on an H100."""
+    left, right = uneven(m, k).cpu(), uneven(n, k).cpu()
+
+    def fn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+        a, a_scale_inv = quantize(left, blocks[0], copies=(True, False))
+        b, b_scale_inv = quantize(right, blocks[1], copies=(True, False))
+        args = (a, b, a_scale_inv, b_scale_inv, bias, out, *blocks, False)
+        return torch.ops.fp8.scaled_mm_blocks(*args)
+
+    added = None if bias is None else torch.ones(n, dtype=bias)
+    gm = trace_final(fn, left=left, right=right, bias=added)
+    (mm,) = gm.graph.find_nodes(op="call_function", target=SCALED_MM_BLOCKS)
+    assert is_scaled_mm(mm) is yes
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("recipe", ["rowwise", "blockwise", "mx"])
+def test_whole_graphs_are_lowered(recipe: str, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    found = []
+
+    def keep(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Callable[..., Any]:
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(gm.graph, {}))
+        lowered = fx.GraphModule(gm, graph)
+        drop_unused_outputs(lowered)
+        regions = grow_regions(lowered)
+        lower_to_triton(lowered)
+        found.append((regions, lowered))
+        return interpret(gm, example_inputs)
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        options = parse_options({"recipe": recipe})
+        return compile_graph(gm, example_inputs, options, inner_compile=keep)
+
+    model = MLP(128, 256, bias=True).bfloat16()
+    torch.compile(model, backend=backend, dynamic=dynamic)(
+        torch.randn(48, 128).bfloat16()
+    ).sum().backward()
+    assert len(found) == 2
+    for regions, gm in found:
+        gm.graph.lint()
+        assert (regions > 0) is (recipe != "rowwise")
+        assert not [n for n in gm.graph.nodes if n.op == "call_module"]
+        assert not [n for n in gm.graph.nodes if "fp8." in str(n.target)]
+        arithmetic = [n for n in gm.graph.nodes if n.target in vars(operator).values()]
+        assert all("val" in n.meta for n in arithmetic)
