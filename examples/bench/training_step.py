@@ -12,7 +12,9 @@ parameters and inputs, and with the same choice of attention kernels:
     bf16     torch.compile
     fp8      torch.compile(backend="fp8"), this repository
     fp8-stored  the same, with save_activations="fp8"
+    fp8-current, fp8-rowwise, fp8-blockwise  the same, with that recipe
     torchao  float8 tensorwise (dynamic scaling) and torch.compile, if installed
+    torchao-rowwise  the same, with a scale per row
     te       TransformerEngine's TransformerLayer with DelayedScaling HYBRID, if installed
 
 Compare the times of one run only: clocks and power limits differ from card to card and day to day.
@@ -26,6 +28,7 @@ import statistics
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -116,25 +119,17 @@ def bf16(job: Job) -> Contender:
     return compiled(job, llama(job))
 
 
-def fp8(job: Job) -> Contender:
-    return _fp8(job)
-
-
-def fp8_stored(job: Job) -> Contender:
-    return _fp8(job, save_activations="fp8")
-
-
-def _fp8(job: Job, **options: object) -> Contender:
+def fp8(job: Job, **options: object) -> Contender:
     contender = compiled(job, llama(job), backend="fp8", options=options)
     # An optimizer would do this in its step().
     contender.after_backward = lambda: fp8compile.update_scales(contender.model)
     return contender
 
 
-def torchao(job: Job) -> Contender:
+def torchao(job: Job, recipe: str = "tensorwise") -> Contender:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    config = Float8LinearConfig.from_recipe_name("tensorwise")
+    config = Float8LinearConfig.from_recipe_name(recipe)
     return compiled(job, convert_to_float8_training(llama(job), config=config))
 
 
@@ -175,8 +170,10 @@ def te(job: Job) -> Contender:
 CONTENDERS: dict[str, Callable[[Job], Contender]] = {
     "bf16": bf16,
     "fp8": fp8,
-    "fp8-stored": fp8_stored,
+    "fp8-stored": partial(fp8, save_activations="fp8"),
+    **{f"fp8-{name}": partial(fp8, recipe=name) for name in ("current", "rowwise", "blockwise")},
     "torchao": torchao,
+    "torchao-rowwise": partial(torchao, recipe="rowwise"),
     "te": te,
 }
 
