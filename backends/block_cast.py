@@ -50,8 +50,14 @@ class BlockCast:
         return self.cast.block[0]
 
     @property
-    def _wide(self) -> int:
-        return self.cast.block[1]
+    def _wide(self) -> int | str:
+        """A block's columns; a tile's, where they are all that there are."""
+        return self.cast.block[1] or "BLOCK_N"
+
+    @property
+    def _unit(self) -> int:
+        """What the length of a copy's rows is a multiple of."""
+        return max(self.cast.block[1], ALIGNMENT)
 
     @property
     def _width(self) -> str:
@@ -76,27 +82,27 @@ class BlockCast:
         lines.append(self._find_scales("bits", f"{high} // {len(self.sets)}", wide))
         return lines + [self._scaled(a) for a in self.sets]
 
-    def _find_scales(self, bits: str, high: str, wide: int) -> str:
+    def _find_scales(self, bits: str, high: str, wide: int | str) -> str:
         settings = f"{high}, {wide}, {self.cast.format.max}, {self.cast.power_of_two}"
         return f"block_scale, spread = block_scales({bits}, {settings})"
 
     def _scaled(self, a: str) -> str:
         return f"{named('y', a)} = saturate({named(self.x, a)}, spread, {self.cast.format.max})"
 
-    def _columns(self, wide: int) -> tuple[str, str]:
+    def _columns(self, wide: int | str) -> tuple[str, str]:
         """The numbers of the tile's blocks in a row of blocks, and which of them there are."""
         across = f"(first_n // {wide} + tl.arange(0, BLOCK_N // {wide})[None, :])"
-        start = plus(self.result.start, wide)
+        start = "" if isinstance(wide, str) else plus(self.result.start, wide)
         return f"({across}{start})" if start else across, f"({across} < tl.cdiv(N, {wide}))"
 
     # --- stores ----------------------------------------------------------------------------------
 
     def _store_rows(self, a: str) -> list[str]:
-        pointer, unit = self._pointer("fp8"), max(self._wide, ALIGNMENT)
-        pitch = padded_text(self._width, unit)
+        pointer = self._pointer("fp8")
+        pitch = padded_text(self._width, self._unit)
         at = f"{pointer} + ({named('rows', a)} * {pitch} + cols{plus(self.result.start)})"
         value = f"{named('y', a)}.to({pointer}.dtype.element_ty)"
-        mask = f"{named('in_m', a)} & (cols < {padded_text('N', unit)})"
+        mask = f"{named('in_m', a)} & (cols < {padded_text('N', self._unit)})"
         return [f"tl.store({at}, {value}, mask={mask})"]
 
     def _store_row_scales(self, a: str) -> str:
@@ -118,7 +124,7 @@ class BlockCast:
     def _store_transposed(self) -> list[str]:
         wide, pointer = self._wide, self._pointer("fp8_t")
         height, first_n = (
-            padded_text("M", max(wide, ALIGNMENT)),
+            padded_text("M", self._unit),
             f"first_n{plus(self.result.start)}",
         )
         at, mask = f"(down * {self._width} + cols{plus(self.result.start)})", "in_n"

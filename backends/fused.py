@@ -56,7 +56,9 @@ def tiles(region: Region) -> list[Tile]:
 
 
 def _of_whole_blocks(region: Region, usual: list[Tile]) -> list[Tile]:
-    """Tiles that blocks fill: of one block, where both copies have blocks of 128."""
+    """Tiles that blocks fill: whole rows, or one block where both copies have blocks of 128."""
+    if any(cast.block[1] == 0 for cast in region.blocks):
+        return _whole_rows(region)
     high, wide = (max(sizes) for sizes in zip(*map(_extent, region.blocks), strict=True))
     if region.transposes and wide == GROUP:
         found = [Tile(GROUP, GROUP, 4), Tile(GROUP, GROUP, 8)]

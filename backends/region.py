@@ -148,9 +148,9 @@ class Region:
         """Parts of a concatenation that the kernel tells apart by the column of a tile.
 
         Each with the column that it starts at. Empty unless the region only casts a concatenation
-        whose parts start at multiples of 128 columns.
+        whose parts start at multiples of 128 columns, and not row by row.
         """
-        if not (self.casts or self.blocks):
+        if not (self.casts or self.blocks) or any(cast.block[1] == 0 for cast in self.blocks):
             return []
         value = args_of([*self.casts, *self.blocks][0].node)[0]
         alone = len(self.results) == 1 and value.target is torch.ops.aten.cat.default

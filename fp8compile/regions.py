@@ -502,10 +502,12 @@ def concatenated_columns(cast: fx.Node) -> list[fx.Node]:
     """The matrices that a cast one is the concatenation of, if they have the same width; or [].
 
     The width is a multiple of 16, or of a block's: then nothing has to be padded between them.
+    None are told apart where a row of the whole has one scale.
     """
     value = args_of(cast)[0]
     if (
-        value.target is not aten.cat.default
+        scales_rows(cast)
+        or value.target is not aten.cat.default
         or len(value.args) < 2
         or args_of(value)[1] not in (1, -1)
     ):
@@ -517,12 +519,32 @@ def concatenated_columns(cast: fx.Node) -> list[fx.Node]:
 
 
 def casts_of(gm: fx.GraphModule) -> Iterator[fx.Node]:
-    """Every cast that a kernel can make tile by tile, in graph order: all but those to blocks that
-    are as wide as the matrix.
+    """Every cast that a kernel can make tile by tile, in graph order: not a transposed copy with a
+    scale per row, which takes a whole column of the value.
     """
     return (
         node
         for node in gm.graph.nodes
         if node.target in (QUANTIZE, QUANTIZE_GROUPS)
-        or (node.target is QUANTIZE_BLOCKS and args_of(node)[1][1])
+        or (node.target is QUANTIZE_BLOCKS and (not scales_rows(node) or _fits_row(node)))
     )
+
+
+def scales_rows(cast: fx.Node) -> bool:
+    """Whether a cast has a scale per row of a copy."""
+    return cast.target is QUANTIZE_BLOCKS and not args_of(cast)[1][1]
+
+
+_MAX_ROW = 16384  # elements that one program holds
+
+
+def _fits_row(cast: fx.Node) -> bool:
+    """Whether only the row-major copy is wanted, and a program holds a row of it."""
+    width = cast_shape(cast)[1]
+    return copies_of(cast) == (True, False) and width.is_number and width <= _MAX_ROW
+
+
+def copies_of(cast: fx.Node) -> tuple[bool, bool]:
+    """Which copies a cast to one scale or to blocks writes: row-major, transposed."""
+    row_major, transposed = (*args_of(cast)[4:], True, True)[:2]
+    return row_major, transposed
