@@ -123,18 +123,15 @@ class BlockCast:
 
     def _store_transposed(self) -> list[str]:
         wide, pointer = self._wide, self._pointer("fp8_t")
-        height, first_n = (
-            padded_text("M", self._unit),
-            f"first_n{plus(self.result.start)}",
-        )
-        at, mask = f"(down * {self._width} + cols{plus(self.result.start)})", "in_n"
+        height, start = padded_text("M", self._unit), plus(self.result.start)
+        at, mask = f"(down * {self._width} + cols{start})", "in_n"
         if self._high > 1:
             across, mask = self._columns(self._high)
             at = f"({across} * tl.cdiv(M, {wide}) + down)"
         at, mask = f"{self._pointer('scale_inv_t')} + {at}", f"(down < tl.cdiv(M, {wide})) & {mask}"
         return [
             "store_transposed(",
-            f"    {pointer}, y_a, y_b, y_c, y_d, first_m, {first_n},",
+            f"    {pointer}, y_a, y_b, y_c, y_d, first_m, first_n{start},",
             f"    {height} - first_m, N - first_n, {height},",
             ")",
             f"down = first_m // {wide} + tl.arange(0, BLOCK_M // {wide})[:, None]",

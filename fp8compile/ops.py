@@ -133,7 +133,7 @@ def quantize_blocks(
             are those of DeepSeek-V3 (arXiv 2412.19437, section 3.3.2), ``(1, 32)`` that of OCP
             microscaling. What lies beyond the end counts as zero.
         power_of_two: round a scale down to a power of two, as an e8m0 exponent stores it. Nothing
-            saturates then (arXiv 2506.08027, section 3), other than by OCP's own rule.
+            saturates then (arXiv 2506.08027, section 3), as by OCP's own rule the largest may.
         format: ``float8_e4m3fn`` or ``float8_e5m2``.
         row_major, transposed: which copies to write; the others come back empty.
 
