@@ -10,9 +10,11 @@ run: eager float32 (the reference), eager float64, the compiled one, and one in 
 - The compiled step must agree with the simulated one, ``AGREEMENT_DB`` better than that one agrees
   with the reference: they round the same values, and differ only where a sum in another order
   makes one round to the next value. This tells bugs from noise. In most models the two agree to
-  100 dB; where one such value spreads, as in T5, far less (so do two simulated steps there, with
-  weights that differ by 1e-6). It is asked for in float32 on a CPU: in bfloat16, what is fused is
-  not rounded in between, and many values round to the next.
+  100 dB; where one such value spreads, as in T5, far less. How far it may spread is found by
+  simulating again with weights that differ by one rounding: the compiled step need not agree
+  better than such steps do. (Which value it is depends on the CPU, whose vectors sum in their own
+  order: Swin agreed to 62 dB on one, to 18 on another.) It is asked for in float32 on a CPU: in
+  bfloat16, what is fused is not rounded in between, and many values round to the next.
 - An output must reach ``OUTPUT_DB`` against the reference, a gradient ``GRADIENT_DB``. Where an
   architecture loses more than that in FP8, what the simulation reaches is the gate; and where
   Inductor's code loses more in the model's own precision, what that reaches. (In bfloat16 the
@@ -26,7 +28,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +51,8 @@ AGREEMENT_DB = 3.0  # half of the noise, at most, may be the compiler's own
 EXACT_DB = 60.0  # enough agreement where FP8 brings no noise
 SLACK_DB = 1.5  # how far the noise may be from that of the simulation, where the two agree
 LOOSE_SLACK_DB = 3.0  # and where they round other values
+
+_NUDGES = 4  # with each of them, other values round to the next
 
 _OTHERS = re.compile(r"\(other: (?P<count>\d+) x (?P<op>.+)\)")  # a row for several matmuls
 
@@ -77,7 +81,8 @@ class Quality:
 
     ``fp8``: compiled against the reference; ``simulated``: simulated FP8 against the reference;
     ``agreement``: compiled against simulated; ``signal``: the reference against float64; ``plain``:
-    compiled by Inductor in the model's own precision, against the reference.
+    compiled by Inductor in the model's own precision, against the reference; ``stable``: simulated
+    against simulated with weights that differ by one rounding, where that was asked.
     """
 
     name: str
@@ -86,6 +91,7 @@ class Quality:
     agreement: float
     signal: float
     plain: float = math.inf
+    stable: float = math.inf
 
     @property
     def is_output(self) -> bool:
@@ -104,7 +110,7 @@ class Quality:
         gate = min(gate, self.plain - slack)
         if not self.fp8 >= gate:
             return f"{self.name}: {self.fp8:.1f} dB, the gate is {gate:.1f}"
-        gate = min(EXACT_DB, self.simulated + AGREEMENT_DB)
+        gate = min(EXACT_DB, self.simulated + AGREEMENT_DB, self.stable - SLACK_DB)
         if exact and not self.agreement >= gate:
             agrees = f"agrees with simulated FP8 to {self.agreement:.1f} dB"
             return f"{self.name}: {agrees}, the gate is {gate:.1f}"
@@ -192,6 +198,9 @@ def check(name: str, settings: Settings = Settings()) -> Report:
         )
         for key in reference
     ]
+    if any(quality.problem(settings.is_exact) for quality in qualities) and settings.is_exact:
+        stable = _stability(model, inputs, rows, simulated)
+        qualities = [replace(quality, stable=stable[quality.name]) for quality in qualities]
     return Report(name, len(graphs), tuple(rows), tuple(qualities), settings.is_exact)
 
 
@@ -249,6 +258,21 @@ def _simulated(model: nn.Module, inputs: Mapping[str, Any], rows: Sequence[Row])
     merged = [[model.get_submodule(name).weight for name in group] for group in sites]
     with SimulatedFp8(merged):
         return step(model, model, inputs)
+
+
+def _stability(
+    model: nn.Module, inputs: Mapping[str, Any], rows: Sequence[Row], simulated: Step
+) -> dict[str, float]:
+    """How far the simulated step agrees with those of weights one rounding away, in dB."""
+    found = []
+    for seed in range(_NUDGES):
+        generator = torch.Generator().manual_seed(seed)
+        nudged = copy.deepcopy(model)
+        with torch.no_grad():
+            for weight in nudged.parameters():
+                weight.mul_(1 + 2**-23 * torch.randn(weight.shape, generator=generator))
+        found.append(_simulated(nudged, inputs, rows))
+    return {key: min(sqnr_db(x, other[key]) for other in found) for key, x in simulated.items()}
 
 
 def _moved(value: Tensor, device: Any, dtype: torch.dtype) -> Tensor:
