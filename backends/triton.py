@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -265,32 +265,20 @@ class _Lowering:
 
     def scaled_mm(self, node: fx.Node) -> None:
         """``fp8::scaled_mm`` -> our kernel or ``aten._scaled_mm``, whichever is faster here."""
-        a, b, a_scale_inv, b_scale_inv, bias, out_dtype, fast_accum = args_of(node)
-        shape = _gemm_shape(node)
-        with self.graph.inserting_before(node):
-            config = choose_gemm(shape, a.meta["val"].device.index or 0)
-            if config is None:
+        shape, device = _gemm_shape(node), args_of(node)[0].meta["val"].device.index or 0
+        config = choose_gemm(shape, device)
+        if config is None:
+            with self.graph.inserting_before(node):
                 out = self._cublaslt(node)
-            else:
-                m, n, k = self._size(a, 0), self._size(b, 0), self._size(a, 1)
-                out = self._empty((m, n), out_dtype, a)
-                launch = scaled_mm_launch(
-                    a,
-                    b,
-                    out,
-                    a_scale_inv,
-                    b_scale_inv,
-                    bias,
-                    m=_proxy(m),
-                    n=_proxy(n),
-                    k=_proxy(k),
-                    config=config,
-                    fast_accum=fast_accum,
-                    aligned=shape.aligned,
-                    num_sms=_multiprocessors(a.meta["val"].device.index or 0),
-                )
-                self._launch(launch)
-                self._keep_source("scaled_mm", _configured_source(launch))
+        else:
+            launch = functools.partial(
+                scaled_mm_launch,
+                config=config,
+                fast_accum=args_of(node)[-1],
+                aligned=shape.aligned,
+                num_sms=_multiprocessors(device),
+            )
+            out = self._own_gemm(node, launch, "scaled_mm")
         node.replace_all_uses_with(out)
 
     def scaled_mm_blocks(self, node: fx.Node) -> None:
@@ -298,31 +286,28 @@ class _Lowering:
         if is_scaled_mm(node):
             node.replace_all_uses_with(lower_to_scaled_mm(node))
             return
-        a, b, a_scale_inv, b_scale_inv, bias, out_dtype, *blocks, fast_accum = args_of(node)
-        for value in (a, b, a_scale_inv, b_scale_inv):
+        for value in args_of(node)[:4]:
             self._materialize(value)
-        a, b, a_scale_inv, b_scale_inv = args_of(node)[:4]
+        launch = functools.partial(
+            scaled_mm_blocks_launch,
+            blocks=args_of(node)[6:8],
+            config=_block_config(node),
+            fast_accum=args_of(node)[-1],
+            aligned=is_aligned(size_expr(args_of(node)[1].meta["val"].shape[0])),
+        )
+        node.replace_all_uses_with(self._own_gemm(node, launch, "scaled_mm_blocks"))
+
+    def _own_gemm(self, node: fx.Node, launch_of: Callable[..., Launch], stem: str) -> fx.Node:
+        """Launch a kernel of ours for a GEMM; returns its output."""
+        a, b, a_scale_inv, b_scale_inv, bias, out_dtype = args_of(node)[:6]
         with self.graph.inserting_before(node):
             m, n, k = self._size(a, 0), self._size(b, 0), self._size(a, 1)
             out = self._empty((m, n), out_dtype, a)
-            launch = scaled_mm_blocks_launch(
-                a,
-                b,
-                out,
-                a_scale_inv,
-                b_scale_inv,
-                bias,
-                m=_proxy(m),
-                n=_proxy(n),
-                k=_proxy(k),
-                blocks=blocks,
-                config=_block_config(node),
-                fast_accum=fast_accum,
-                aligned=is_aligned(size_expr(b.meta["val"].shape[0])),
-            )
+            operands = (a, b, out, a_scale_inv, b_scale_inv, bias)
+            launch = launch_of(*operands, m=_proxy(m), n=_proxy(n), k=_proxy(k))
             self._launch(launch)
-            self._keep_source("scaled_mm_blocks", _configured_source(launch))
-        node.replace_all_uses_with(out)
+        self._keep_source(stem, _configured_source(launch))
+        return out
 
     def _cublaslt(self, node: fx.Node) -> fx.Node:
         a, b, a_scale_inv, b_scale_inv, bias, out_dtype, fast_accum = args_of(node)
