@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -42,7 +43,7 @@ from .passes import (
 from .passes.choose_precision import KEPT, SKIPPED, SLOWER
 from .passes.find_gemms import NO_FP8_FORM, unsited_matmuls
 from .passes.keep_logits import LOGITS
-from .recipe import Scaling
+from .recipe import Recipe, Scaling
 from .report import Row, gemm_rows, other_rows
 from .scaling import ScalingState, find_state
 
@@ -84,18 +85,19 @@ def compile_graph(
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     tensors = dict(zip(inputs, example_inputs, strict=True))
     root = root or _root(example_inputs)
-    tag_sites(gm, name_of=SiteNames(root, tensors))
+    tag_sites(gm, name_of=SiteNames(root, tensors), recipe_of=options.own_recipe)
     if options.logits == HIGH_PRECISION:
         keep_logits(gm)
     sites: list[Site] = gm.meta["fp8_sites"]
-    _check_skip(options, sites, root, gm)
+    _check_globs(options, sites, root)
     device = _device(sites, example_inputs)
     kernels = resolve_kernels(options.kernels, device)
     predict_for = _predict_for(options, kernels, device, report=on_joint is not None)
     compiler = GraphCompiler(options, sites, kernels, on_joint, predict_for)
-    stateful = bool(sites) and options.recipe.scaling is Scaling.DELAYED
+    recipes = [site.recipe or options.recipe for site in sites]
+    stateful = _is_stateful(recipes)
     if stateful:
-        _check_not_sharded(options)
+        _check_not_sharded(recipes)
     state_examples: list[Tensor] = []
     if stateful:
         state_examples = [torch.zeros(SLOTS_PER_SITE * len(sites), device=device) for _ in range(3)]
@@ -113,7 +115,7 @@ def compile_graph(
         inner_compile=inner_compile,
     )
     compiler.finish(time.perf_counter() - start)
-    return CompiledGraph(run, options, sites, device, example_inputs) if stateful else run
+    return CompiledGraph(run, sites, recipes, device, example_inputs) if stateful else run
 
 
 @dataclass
@@ -144,7 +146,7 @@ class GraphCompiler:
 
     def _rewrite(self, gm: fx.GraphModule) -> None:
         state = None
-        if self.sites and self.options.recipe.scaling is Scaling.DELAYED:
+        if _is_stateful([site.recipe or self.options.recipe for site in self.sites]):
             state = StateNodes(*internals.last_inputs(gm, len(STATE_INPUTS)))
             for node in (state.scale, state.amax_bwd):
                 internals.mutated_between_forward_and_backward(node)
@@ -231,13 +233,13 @@ class CompiledGraph:
     def __init__(
         self,
         run: Callable[..., Any],
-        options: Options,
         sites: Sequence[Site],
+        recipes: Sequence[Recipe],
         device: torch.device,
         example_inputs: Sequence[Any],
     ) -> None:
         self._run = run
-        self._recipe = options.recipe
+        self._recipes = recipes
         self._device = device
         # Only a parameter can be recognised again; other weights share the graph's own state.
         self._weights = [
@@ -261,8 +263,8 @@ class CompiledGraph:
         weights = [None if i is None else args[i] for i in self._weights]
         # Another thread may replace it meanwhile: one graph serves many modules.
         state = self._state
-        if state is None or not state.belongs_to(weights, self._recipe):
-            state = self._state = find_state(weights, self._recipe, self._device)
+        if state is None or not state.belongs_to(weights, self._recipes):
+            state = self._state = find_state(weights, self._recipes, self._device)
         if state.owners is None:
             owners = owners_of([w for w in weights if w is not None])
             state.owners = [weakref.ref(owner) for owner in owners]
@@ -301,29 +303,34 @@ def _is_backward_graph(gm: fx.GraphModule) -> bool:
     return any(internals.is_tangent(node) for node in gm.graph.nodes)
 
 
-def _check_skip(
-    options: Options, sites: Sequence[Site], root: nn.Module | None, gm: fx.GraphModule
-) -> None:
+def _check_globs(options: Options, sites: Sequence[Site], root: nn.Module | None) -> None:
     """Raise OptionError for a glob that matches no site, nor any module of the model."""
-    if callable(options.skip):
-        return
     names = {site.fqn for site in sites}
     if root is not None:  # other graphs of the same model may hold the site
         names |= {name for name, module in root.named_modules() if module._parameters}
-    for glob in options.skip:
-        if not any(Options(skip=(glob,)).skips(name) for name in names):
+    globs = [("overrides", glob) for glob, _ in options.overrides]
+    if not callable(options.skip):
+        globs += [("skip", glob) for glob in options.skip]
+    for option, glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
             raise OptionError(
-                f"skip={glob!r} matches nothing; the sites are {sorted(s.fqn for s in sites)}"
+                f"{option}={glob!r} matches nothing; the sites are {sorted(s.fqn for s in sites)}"
             )
 
 
-def _check_not_sharded(options: Options) -> None:
+def _is_stateful(recipes: Sequence[Recipe]) -> bool:
+    """Whether anything has to be remembered from one step to the next."""
+    return any(recipe.scaling is Scaling.DELAYED for recipe in recipes)
+
+
+def _check_not_sharded(recipes: Sequence[Recipe]) -> None:
     """Raise OptionError where a weight's scaling state could neither move nor be saved."""
     shards = calling_shards()
     if shards:
+        names = {recipe.name for recipe in recipes if recipe.scaling is Scaling.DELAYED}
         raise OptionError(
             f"FSDP shards {shards}: its optimizer does not hold the weights that the graph "
-            f"multiplies with, so the scales of the recipe {options.recipe.name!r} would never "
+            f"multiplies with, so the scales of the recipe {min(names)!r} would never "
             "move; choose options={'recipe': 'current'}"
         )
 
@@ -341,7 +348,7 @@ def _declines(options: Options, kernels: str) -> bool:
     """Emulation is for looking at FP8's numerics: there, only a named device declines."""
     if isinstance(options.decline_slower, str):
         return True
-    return options.decline_slower and kernels == TRITON and not options.recipe.is_emulated
+    return options.decline_slower and kernels == TRITON
 
 
 def _by_choice(row: Row) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,7 +68,9 @@ class Explanation:
         if self.predicted_ratio is not None:
             device = next(row.predicted_for for row in self.rows if row.predicted_for)
             line += f"; GEMM time {self.predicted_ratio:.2f}x, predicted for {device}"
-        return f"{line}; recipe {self.recipe}"
+        own = Counter(row.recipe for row in gemms if row.recipe)
+        others = "".join(f", {name} for {count} GEMMs" for name, count in own.items())
+        return f"{line}; recipe {self.recipe}{others}"
 
     def table(self) -> Table:
         """The rows as a rich table; the name of a site stands in the first of its rows."""

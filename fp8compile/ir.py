@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from . import ops  # noqa: F401  (registers the fp8:: operators)
 from .errors import PassError
 from .formats import FP8_DTYPES, Format
-from .recipe import Gemm, Granularity, Operand
+from .recipe import Gemm, Granularity, Operand, Recipe
 
 aten = torch.ops.aten
 QUANTIZE = torch.ops.fp8.quantize.default
@@ -56,6 +56,7 @@ class Site:
     ``leader``: the first site that takes the same input, by its index. They share its scaling
     state, so that it fits graphs that merge their GEMMs and graphs that do not. ``position``: which
     matmul of its call it is, for a call that makes several, such as multi-head attention.
+    ``recipe``: its own, or None for that of the whole graph; the same as its leader's.
     """
 
     index: int
@@ -65,6 +66,7 @@ class Site:
     reason: str | None = None
     leader: int | None = None
     position: int = 0
+    recipe: Recipe | None = None
 
     @property
     def call(self) -> int:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .errors import ScalingStateError
-from .recipe import Operand
+from .recipe import Operand, Scaling
 from .scaling import (
     HISTORY,
     SCALE,
@@ -74,9 +74,11 @@ def _entries(model: nn.Module) -> dict[str, Tensor]:
     for fqn, parameter in _unwrapped(model).named_parameters():
         known: dict[int, Mapping[str, Tensor]] = dict(parked_entries.get(parameter, {}))
         for state in states_by_weight.get(parameter, ()):
-            uses = zip(state.weights(), state.uses(), strict=True)
-            for use in (use for weight, use in uses if weight is parameter):
-                known[use] = latest_entry(parameter, use, state.recipe) or {}
+            for weight, use, recipe in zip(
+                state.weights(), state.uses(), state.recipes, strict=True
+            ):
+                if weight is parameter and recipe.scaling is Scaling.DELAYED:
+                    known[use] = latest_entry(parameter, use, recipe) or {}
         for use, saved in sorted(known.items()):
             for suffix, tensor in saved.items():
                 entries[_key(fqn, use) + suffix] = tensor
@@ -150,12 +152,9 @@ def _parse(
 
 def _history_problems(key: str, parameter: Tensor, entry: Mapping[str, Tensor]) -> Iterable[str]:
     for state in states_by_weight.get(parameter, ()):
-        steps = entry[HISTORY].shape[0] if HISTORY in entry else state.recipe.history_len
-        if steps != state.recipe.history_len:
-            yield (
-                f"shape: {key}{HISTORY} has {steps} steps, the recipe "
-                f"{state.recipe.name!r} keeps {state.recipe.history_len}"
-            )
+        steps = entry[HISTORY].shape[0] if HISTORY in entry else state.history_len
+        if steps != state.history_len:
+            yield f"shape: {key}{HISTORY} has {steps} steps, the recipe keeps {state.history_len}"
 
 
 def _key(fqn: str, use: int) -> str:

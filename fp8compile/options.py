@@ -13,7 +13,7 @@ import torch
 
 from .cost import DEVICES
 from .errors import OptionError
-from .recipe import RECIPES, Recipe, get_recipe
+from .recipe import RECIPES, Recipe, Scaling, get_recipe
 
 KERNELS = ("auto", "triton", "reference")
 RAISE, FALLBACK = ON_ERROR = ("raise", "fallback")
@@ -29,15 +29,16 @@ _NEEDED = ("use_joint_graph_passes", "use_post_grad_passes")
 class Options:
     """What the user chose.
 
-    ``recipe``: a name from ``RECIPES`` or a Recipe. ``skip``: globs over fully qualified names
-    of sites, or a callable ``fqn -> bool``; what matches stays in high precision. ``strict``:
-    anything left in high precision that was not skipped on purpose, or declined as slower, is an
-    error. ``dump``: a folder for graph text and kernel source. ``kernels``: "triton" (needs
-    compute capability 9.0), "reference" (emulation, any device) or "auto" (by device).
+    ``recipe``: a name from ``RECIPES`` or a Recipe. ``overrides``: recipes of their own for the
+    sites whose names match a glob; the first that matches counts. ``skip``: globs over fully
+    qualified names of sites, or a callable ``fqn -> bool``; what matches stays in high precision.
+    ``strict``: anything left in high precision that was not skipped on purpose, or declined as
+    slower, is an error. ``dump``: a folder for graph text and kernel source. ``kernels``: "triton"
+    (needs compute capability 9.0), "reference" (emulation, any device) or "auto" (by device).
     ``inductor``: Inductor config patches, passed through. ``decline_slower``: leave in high
     precision what FP8 is predicted not to make faster, where Triton kernels run; the name of a
-    device from ``DEVICES``: decide as on that one, whatever runs. ``save_activations``: "fp8"
-    keeps for backward in FP8, with a scale per 1x128 group, what norms and activations need there;
+    device from ``DEVICES``: decide as on that one, whatever runs. ``save_activations``: "fp8" keeps
+    for backward in FP8, with a scale per 1x128 group, what norms and activations need there;
     "default" keeps it in the model's dtype. ``on_error``: what happens where a pass fails: "raise"
     a PassError, or "fallback", with a warning: the graph stays in its own precision, or runs the
     reference bodies of its FP8 operators if it is its kernels that could not be written.
@@ -46,6 +47,7 @@ class Options:
     """
 
     recipe: Recipe = RECIPES["delayed"]
+    overrides: tuple[tuple[str, Recipe], ...] = ()
     skip: tuple[str, ...] | Callable[[str], bool] = ()
     strict: bool = False
     dump: str | None = None
@@ -56,6 +58,11 @@ class Options:
     on_error: str = RAISE
     logits: str = HIGH_PRECISION
 
+    def own_recipe(self, fqn: str) -> Recipe | None:
+        """The recipe that the site of that name has of its own, if it has one."""
+        found = (recipe for glob, recipe in self.overrides if fnmatchcase(fqn, glob))
+        return next(found, None)
+
     def skips(self, fqn: str) -> bool:
         """Whether the site of that name was asked to stay in high precision."""
         if callable(self.skip):
@@ -65,7 +72,7 @@ class Options:
     def cache_key(self) -> str:
         """Everything here that changes the compiled code.
 
-        Not ``skip`` and ``logits``: what they do to the sites does.
+        Not ``overrides``, ``skip`` and ``logits``: what they do to the sites does.
         """
         inductor = sorted(self.inductor.items())
         choices = (self.decline_slower, self.save_activations)
@@ -88,8 +95,10 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
                 f"unknown option {key!r}{hint} Legal options: {legal}. Inductor's own options "
                 "go into options={'inductor': {...}}"
             )
+    recipe = _recipe("recipe", given.get("recipe", "delayed"))
     return Options(
-        recipe=_recipe(given.get("recipe", "delayed")),
+        recipe=recipe,
+        overrides=_overrides(given.get("overrides", {}), recipe),
         skip=_skip(given.get("skip", ())),
         strict=_typed("strict", given.get("strict", False), bool),
         dump=_dump(given.get("dump")),
@@ -104,12 +113,29 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
     )
 
 
-def _recipe(value: Any) -> Recipe:
+def _recipe(name: str, value: Any) -> Recipe:
     if not isinstance(value, str | Recipe):
         raise OptionError(
-            f"option 'recipe' is {value!r}; give one of {sorted(RECIPES)} or an fp8compile.Recipe"
+            f"option {name!r} is {value!r}; give one of {sorted(RECIPES)} or an fp8compile.Recipe"
         )
     return get_recipe(value)
+
+
+def _overrides(value: Any, recipe: Recipe) -> tuple[tuple[str, Recipe], ...]:
+    if not isinstance(value, Mapping) or not all(isinstance(glob, str) for glob in value):
+        raise OptionError(
+            f"option 'overrides' is {value!r}; give a dict from globs over fully qualified names "
+            "to recipes, such as {'layers.0.*': 'current', 'lm_head': 'rowwise'}"
+        )
+    overrides = tuple((g, _recipe(f"overrides[{g!r}]", each)) for g, each in value.items())
+    delayed = [r for r in (recipe, *(r for _, r in overrides)) if r.scaling is Scaling.DELAYED]
+    steps = {each.history_len: each.name for each in delayed}
+    if len(steps) > 1:
+        raise OptionError(
+            f"the recipes of one model look back equally far, but history_len is "
+            f"{' and '.join(f'{n} in {name!r}' for n, name in steps.items())}; choose one"
+        )
+    return overrides
 
 
 def _skip(value: Any) -> tuple[str, ...] | Callable[[str], bool]:

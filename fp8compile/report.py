@@ -20,11 +20,12 @@ class Row:
 
     Sizes are ``out[M, N] = left[M, K] @ right[K, N]``, as text where they are symbolic;
     ``megabytes`` counts each operand read once, in its format, and the output written once.
-    ``decision`` is "fp8" or the high-precision dtype; ``reason`` says why the latter.
-    ``sites`` are the names of all sites it computes. ``high_us`` and ``fp8_us`` are the predicted
-    microseconds in high precision and, with its casts, in FP8, on the device ``predicted_for``;
-    for a symbolic size, with its value in the traced call. ``pays_from`` is the predicted number
-    of tokens from which on FP8 is faster. They are None where nothing is predicted.
+    ``decision`` is "fp8" or the high-precision dtype; ``reason`` says why the latter. ``sites`` are
+    the names of all sites it computes, ``recipe`` that of a recipe of their own. ``high_us`` and
+    ``fp8_us`` are the predicted microseconds in high precision and, with its casts, in FP8, on the
+    device ``predicted_for``; for a symbolic size, with its value in the traced call. ``pays_from``
+    is the predicted number of tokens from which on FP8 is faster. They are None where nothing is
+    predicted.
     """
 
     fqn: str
@@ -39,6 +40,7 @@ class Row:
     kernel: str
     reason: str
     sites: tuple[str, ...] = ()
+    recipe: str = ""
     high_us: float | None = None
     fp8_us: float | None = None
     pays_from: int | None = None
@@ -87,6 +89,7 @@ def _row(
         kernel=kernel_of(node) if fp8 else "",
         reason=info.reason or "",
         sites=tuple(site.fqn for site in info.sites),
+        recipe=info.site.recipe.name if info.site.recipe else "",
         high_us=cost.high_us if cost else None,
         fp8_us=cost.fp8_us if cost else None,
         pays_from=cost.pays_from if cost else None,

@@ -27,19 +27,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import ScalingStateError
 from .ir import SLOTS_PER_SITE
-from .recipe import Operand, Recipe
+from .recipe import Operand, Recipe, Scaling
 
 SCALE, HISTORY = ".scale", ".amax_history"
 
 
 class ScalingState:
     """The delayed-scaling state of one graph's sites: flat tensors with ``SLOTS_PER_SITE`` slots a
-    site, of which one is used per operand.
+    site, of which one is used per operand, if the site's recipe is delayed at all.
 
     ``scale``, ``amax_fwd``, ``amax_bwd``: ``f32[slots]``. ``history``: ``f32[history_len, slots]``,
-    a ring that ``position`` points into. ``events``: ``i32[2, slots]``, how often an amax was not
-    finite, and how often one was too large for the scale that was used. ``weights``: for each site
-    its weight, or None where it has no parameter. ``replicas``: the process group that trains
+    a ring that ``position`` points into; all recipes with delayed scaling look back equally far.
+    ``events``: ``i32[2, slots]``, how often an amax was not finite, and how often one was too large
+    for the scale that was used. ``weights``: for each site its weight, or None where it has no
+    parameter. ``recipes``: the recipe of each site. ``replicas``: the process group that trains
     copies of the weights on other data, or None. ``number``: states are created, and so numbered,
     in the same order in every replica.
     """
@@ -48,20 +49,23 @@ class ScalingState:
 
     @torch.inference_mode(False)  # the first call may be one of inference; training goes on with it
     def __init__(
-        self, weights: Sequence[Tensor | None], recipe: Recipe, device: torch.device
+        self, weights: Sequence[Tensor | None], recipes: Sequence[Recipe], device: torch.device
     ) -> None:
-        self.recipe = recipe
+        self.recipes = tuple(recipes)
+        self.history_len = history_len(recipes)
         self._weights = [None if w is None else weakref.ref(w) for w in weights]
         slots = SLOTS_PER_SITE * len(weights)
         # Tensors of their own: CUDA graphs take an input for static only if it is aligned.
         self.scale, self.amax_fwd, self.amax_bwd = (
             torch.zeros(slots, device=device) for _ in range(3)
         )
-        self.history = torch.zeros(recipe.history_len, slots, device=device)
+        self.history = torch.zeros(self.history_len, slots, device=device)
         self.events = torch.zeros(2, slots, dtype=torch.int32, device=device)
-        fp8_max = [recipe.format_of(operand).max for operand in Operand]
-        unused = [1.0] * (SLOTS_PER_SITE - len(fp8_max))
-        self.fp8_max = torch.tensor((fp8_max + unused) * len(weights), device=device)
+        unused = [1.0] * (SLOTS_PER_SITE - len(Operand))
+        fp8_max = [
+            [recipe.format_of(operand).max for operand in Operand] + unused for recipe in recipes
+        ]
+        self.fp8_max = torch.tensor(fp8_max, device=device).flatten()
         self.position = 0
         self.updates = 0
         self.observed = False  # whether a training call has run since the last update
@@ -80,10 +84,10 @@ class ScalingState:
         """The weight of each site; None where there is none or it no longer exists."""
         return [None if ref is None else ref() for ref in self._weights]
 
-    def belongs_to(self, weights: Sequence[Tensor | None], recipe: Recipe) -> bool:
-        """Whether this is the state of exactly these weights, under this recipe."""
+    def belongs_to(self, weights: Sequence[Tensor | None], recipes: Sequence[Recipe]) -> bool:
+        """Whether this is the state of exactly these weights, under these recipes."""
         return (
-            self.recipe == recipe
+            self.recipes == tuple(recipes)
             and len(weights) == len(self._weights)
             and all(
                 w is (None if ref is None else ref())
@@ -137,7 +141,7 @@ class ScalingState:
                 self.position,
             )
         self.keep_changed_weights()
-        self.position = (self.position + 1) % self.recipe.history_len
+        self.position = (self.position + 1) % self.history_len
         self.updates += 1
         self.observed = False
 
@@ -172,6 +176,12 @@ class ScalingState:
         return uses
 
 
+def history_len(recipes: Iterable[Recipe]) -> int:
+    """How many steps those recipes look back whose scaling is delayed: all of them the same."""
+    (steps,) = {recipe.history_len for recipe in recipes if recipe.scaling is Scaling.DELAYED}
+    return steps
+
+
 def _version_of(weight: Tensor | None) -> int | None:
     """A number that every write to a tensor changes, except those through ``.data``."""
     return None if weight is None or weight.is_inference() else weight._version
@@ -195,9 +205,9 @@ _hook: Any = None
 
 
 def find_state(
-    weights: Sequence[Tensor | None], recipe: Recipe, device: torch.device
+    weights: Sequence[Tensor | None], recipes: Sequence[Recipe], device: torch.device
 ) -> ScalingState:
-    """The state of these weights under this recipe; a new one if there is none.
+    """The state of these weights under these recipes, one per site; a new one if there is none.
 
     A new state takes over what another graph has learned about the same sites, or what
     ``load_state_dict`` parked for them. Raises ScalingStateError if only part of it was loaded.
@@ -206,9 +216,9 @@ def find_state(
         anchor = next((w for w in weights if w is not None), None)
         if anchor is not None:
             for state in states_by_weight.get(anchor, ()):
-                if state.belongs_to(weights, recipe) and state.device == device:
+                if state.belongs_to(weights, recipes) and state.device == device:
                     return state
-        state = ScalingState(weights, recipe, device)
+        state = ScalingState(weights, recipes, device)
         _inherit(state)
         for weight in weights:
             if weight is not None and state not in states_by_weight.setdefault(weight, []):
@@ -221,14 +231,14 @@ def find_state(
 def _inherit(state: ScalingState) -> None:
     parked, missing = [], []
     for index, (weight, use) in enumerate(zip(state.weights(), state.uses(), strict=True)):
-        if weight is None:
+        if weight is None or state.recipes[index].scaling is not Scaling.DELAYED:
             continue
         entry = parked_entries.get(weight, {}).get(use)
         if entry is not None:
             parked.append((index, entry))
         else:
             missing.append(index)
-            other = latest_entry(weight, use, state.recipe)
+            other = latest_entry(weight, use, state.recipes[index])
             if other is not None:
                 state.set_site_entry(index, other)
     if parked and missing:
@@ -239,10 +249,10 @@ def _inherit(state: ScalingState) -> None:
             "modules: nn.ModuleList([teacher, student]) for two that are compiled together"
         )
     for index, entry in parked:
-        if entry[HISTORY].shape[0] != state.recipe.history_len:
+        if entry[HISTORY].shape[0] != state.history_len:
             raise ScalingStateError(
                 f"the loaded amax history has {entry[HISTORY].shape[0]} steps; the recipe "
-                f"{state.recipe.name!r} keeps {state.recipe.history_len}"
+                f"{state.recipes[index].name!r} keeps {state.history_len}"
             )
         state.set_site_entry(index, entry)
 
@@ -252,9 +262,8 @@ def latest_entry(weight: Tensor, use: int, recipe: Recipe) -> dict[str, Tensor] 
     found = [
         (other, index)
         for other in states_by_weight.get(weight, ())
-        if other.recipe == recipe
         for index, (w, u) in enumerate(zip(other.weights(), other.uses(), strict=True))
-        if w is weight and u == use
+        if w is weight and u == use and other.recipes[index] == recipe
     ]
     if not found:
         return None

@@ -20,9 +20,11 @@ def choose_formats(gm: fx.GraphModule, *, recipe: Recipe) -> int:
     After:
         mm : bf16[16, 64] = aten.mm(x, permute)  # w fprop = input e4m3 x weight^T e4m3
 
+    They are those of the site's own recipe, or else of ``recipe``.
+
     Requires: choose_precision.
     Ensures: no GEMM multiplies E5M2 with E5M2; a value that several GEMMs take in the same role
-        has one format, so that one cast serves them all.
+        has one format under one recipe, so that one cast serves them all.
     Leaves alone: GEMMs with a reason to stay in high precision; edges that have a format.
     Numerics: exact.
     """
@@ -33,7 +35,8 @@ def choose_formats(gm: fx.GraphModule, *, recipe: Recipe) -> int:
         assert info is not None
         if info.left.format is not None:
             continue
-        left, right = (_chosen(edge, recipe) for edge in (info.left, info.right))
+        own = info.site.recipe or recipe
+        left, right = (_chosen(edge, own) for edge in (info.left, info.right))
         if left.format is right.format is Format.E5M2:
             raise PassError("choose_formats", f"{info.gemm} would multiply e5m2 with e5m2", node)
         node.meta["fp8"] = replace(info, left=left, right=right)

@@ -11,8 +11,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..cost import Device, Prediction
 from ..ir import SCALED_MMS, GemmInfo, gemm_info, gemms, operands
-from ..recipe import Granularity, Operand, Recipe, Scaling
-from .site_costs import predict_groups
+from ..recipe import Recipe
+from .site_costs import Group, predict_groups
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -32,11 +32,11 @@ def choose_precision(
     After:
         mm : bf16[16, 64] = aten.mm(x, permute)  # mm fprop, not in FP8: skipped by the user
 
-    ``skips(fqn)`` says which sites the user asked to keep in high precision, ``recipe`` which GEMM
-    roles. With ``device``, what each GEMM costs there is predicted (for the scales of ``recipe``),
-    and those that FP8 would not make faster are declined, unless ``decline_slower`` is False. GEMMs
-    of one site, and of sites that take the same input, are decided as a whole, for the sizes of the
-    traced call.
+    ``skips(fqn)`` says which sites the user asked to keep in high precision; the recipe (the site's
+    own, or else ``recipe``) which GEMM roles. With ``device``, what each GEMM costs there is
+    predicted, for the recipe's scales, and those that FP8 would not make faster are declined,
+    unless ``decline_slower`` is False or the recipe is only emulated. GEMMs of one site, and of
+    sites that take the same input, are decided as a whole, for the sizes of the traced call.
 
     Requires: find_gemms.
     Ensures: a GEMM without a reason has no dimension that is known to be empty, and operands in
@@ -48,50 +48,25 @@ def choose_precision(
     for node, info in list(gemms(gm)):
         if not info.is_fp8 or node.target in SCALED_MMS:
             continue
-        reason = _reason(node, info, skips, recipe)
+        reason = _reason(node, info, skips, info.site.recipe or recipe)
         if reason is not None:
             node.meta["fp8"] = replace(info, reason=reason)
             rewrites += 1
     if device is not None:
-        rewrites += _weigh(gm, _as_seen_by(recipe, device), _rereads(recipe), decline_slower)
+        rewrites += _weigh(gm, device, recipe, decline_slower)
     return rewrites
 
 
-# Of the rate of tensorwise FP8 GEMMs, reached on an H100 in the sizes of a Llama-3-8B layer.
-_RATES = {
-    Granularity.TENSOR: 1.0,
-    Granularity.ROW: 0.95,
-    Granularity.BLOCK_1X128: 0.78,
-    Granularity.BLOCK_128X128: 0.78,
-    Granularity.BLOCK_1X32: 0.16,
-}
-
-
-def _as_seen_by(recipe: Recipe | None, device: Device) -> Device:
-    """The device with the rate that its FP8 GEMMs have under a recipe."""
-    if recipe is None:
-        return device
-    rate = min(_RATES[recipe.granularity_of(operand)] for operand in Operand)
-    return replace(device, fp8_flops=rate * device.fp8_flops)
-
-
-def _rereads(recipe: Recipe | None) -> bool:
-    """Whether a cast reads its value once more than it must, to find a scale: that of a block is
-    found in the tile that casts it.
-    """
-    return (
-        recipe is not None
-        and recipe.scaling is Scaling.CURRENT
-        and not all(recipe.granularity_of(operand).block[1] for operand in Operand)
-    )
-
-
-def _weigh(gm: fx.GraphModule, device: Device, rereads: bool, decline: bool) -> int:
+def _weigh(gm: fx.GraphModule, device: Device, recipe: Recipe | None, decline: bool) -> int:
     """Predict, and decline, until those left pay without what they shared with the declined."""
     declined = 0
     while True:
-        predictions = predict_groups(gm, device, rereads=rereads)
-        slower = [(group, found) for group, found in predictions.items() if not found.pays]
+        predictions = predict_groups(gm, device, recipe=recipe)
+        slower = [
+            (group, found)
+            for group, found in predictions.items()
+            if not found.pays and not _is_emulated(group, recipe)
+        ]
         if not decline or not slower:
             return declined
         for group, found in slower:
@@ -100,6 +75,13 @@ def _weigh(gm: fx.GraphModule, device: Device, rereads: bool, decline: bool) -> 
                 assert info is not None
                 node.meta["fp8"] = replace(info, reason=_why_slower(found))
             declined += len(group)
+
+
+def _is_emulated(group: Group, recipe: Recipe | None) -> bool:
+    """Whether what a group asks for is not there to be fast."""
+    info = gemm_info(group[0])
+    own = (info.site.recipe if info else None) or recipe
+    return own is not None and own.is_emulated
 
 
 def _why_slower(found: Prediction) -> str:

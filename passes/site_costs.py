@@ -1,6 +1,7 @@
 """What the GEMMs of each site, and the casts they need in FP8, cost on a device.
 
-Sites that take the same input are decided together: they share its cast, and may be merged.
+Sites that take the same input, under one recipe, are decided together: they share its cast, and may
+be merged.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..ir import (
     size_hint,
     value_key,
 )
-from ..recipe import Gemm, Operand
+from ..recipe import Gemm, Granularity, Operand, Recipe, Scaling
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # These move a value, or copy it at most: what computes it stands before them.
@@ -44,33 +45,52 @@ _MOVES = (
 Group = tuple[fx.Node, ...]  # the GEMMs of the sites that take one input
 
 
-def predict_groups(
-    gm: fx.GraphModule, device: Device, *, rereads: bool = False
-) -> dict[Group, Prediction]:
-    """Predict the GEMMs that may be FP8, by groups of sites that share an input.
+# Of the rate of tensorwise FP8 GEMMs, reached on an H100 in the sizes of a Llama-3-8B layer.
+_RATES = {
+    Granularity.TENSOR: 1.0,
+    Granularity.ROW: 0.95,
+    Granularity.BLOCK_1X128: 0.78,
+    Granularity.BLOCK_128X128: 0.78,
+    Granularity.BLOCK_1X32: 0.16,
+}
 
-    ``rereads``: a scale comes from the tensor itself, so that the cast reads it a second time.
+
+def predict_groups(
+    gm: fx.GraphModule, device: Device, *, recipe: Recipe | None = None
+) -> dict[Group, Prediction]:
+    """Predict the GEMMs that may be FP8, by groups of sites that share an input and a recipe.
+
+    ``recipe`` is that of sites that have none of their own; without any, scaling is delayed.
     What is found for each GEMM, also for those that stay in high precision, goes into
     ``gm.meta["fp8_costs"]``, under its site's index and its role.
     """
     costs: dict[tuple[int, Gemm], GemmCost] = gm.meta.setdefault(COSTS, {})
     candidates: dict[fx.Node, _Sized] = {}
     for node, info in gemms(gm):
-        sized = _sized(node, info)
+        sized = _sized(node, info, recipe)
         if sized is not None and info.is_fp8:
             candidates[node] = sized
         elif sized is not None:
             (high_us,) = predict((sized.work,), sized.tokens, device).high_us
             costs.setdefault(sized.key, GemmCost(device.name, high_us))
-    _add_casts(candidates, rereads)
+    _add_casts(candidates)
     predictions: dict[Group, Prediction] = {}
     for group in _groups(candidates):
         works = tuple(candidates[node].work for node in group)
-        found = predictions[group] = predict(works, candidates[group[0]].tokens, device)
+        first = candidates[group[0]]
+        found = predictions[group] = predict(works, first.tokens, _as_used(device, first.recipe))
         for node, high_us, fp8_us in zip(group, found.high_us, found.fp8_us, strict=True):
             cost = GemmCost(device.name, high_us, fp8_us, found.pays_from)
             costs[candidates[node].key] = cost
     return predictions
+
+
+def _as_used(device: Device, recipe: Recipe | None) -> Device:
+    """The device with the rate that its FP8 GEMMs have under a recipe."""
+    if recipe is None:
+        return device
+    rate = min(_RATES[recipe.granularity_of(operand)] for operand in Operand)
+    return replace(device, fp8_flops=rate * device.fp8_flops)
 
 
 @dataclass
@@ -79,6 +99,7 @@ class _Sized:
 
     info: GemmInfo
     sizes: dict[str, int]
+    recipe: Recipe | None
     casts: list[Cast] = field(default_factory=list)
 
     @property
@@ -109,22 +130,25 @@ class _Sized:
         return GemmWork(m, n, k, self.info.dtype.itemsize, tuple(self.casts))
 
 
-def _sized(node: fx.Node, info: GemmInfo) -> _Sized | None:
+def _sized(node: fx.Node, info: GemmInfo, recipe: Recipe | None) -> _Sized | None:
     """None where a prediction says nothing: no hint for a symbolic size, empty, an odd dtype."""
     if node.target in SCALED_MMS or info.dtype not in _DTYPES:
         return None
     left, right = (value.meta["val"] for value in operands(node))
     hints = [size_hint(size) for size in (left.shape[0], right.shape[1], left.shape[1])]
     known = [size for size in hints if size]
-    return _Sized(info, dict(zip("mnk", known, strict=True))) if len(known) == 3 else None
+    if len(known) < 3:
+        return None
+    return _Sized(info, dict(zip("mnk", known, strict=True)), info.site.recipe or recipe)
 
 
 def _groups(candidates: Mapping[fx.Node, _Sized]) -> Iterator[Group]:
-    inputs: dict[int, object] = {}
+    inputs: dict[int, object] = {}  # of each site, by its index
     for node, each in candidates.items():
         if each.info.gemm is Gemm.FPROP:
             side = 0 if each.info.left.operand is Operand.INPUT else 1
-            inputs[each.info.site.index] = value_key(base_of(operands(node)[side])[0])
+            value = value_key(base_of(operands(node)[side])[0])
+            inputs[each.info.site.index] = value, each.recipe
     groups: dict[object, list[fx.Node]] = defaultdict(list)
     for node, each in candidates.items():
         index = each.info.site.index
@@ -143,14 +167,15 @@ class _Quantized:
     rows: Size
     columns: Size
     again: bool  # a weight, in backward
+    rereads: bool  # to find the scale first
     copies: set[bool] = field(default_factory=set)
     takers: list[fx.Node] = field(default_factory=list)
 
 
-def _add_casts(candidates: Mapping[fx.Node, _Sized], rereads: bool) -> None:
+def _add_casts(candidates: Mapping[fx.Node, _Sized]) -> None:
     """Give every GEMM its part, by FLOPs, of the casts that insert_casts and share_casts leave."""
     for quantized in _quantized(candidates):
-        cast = _cast(quantized, rereads)
+        cast = _cast(quantized)
         total = sum(candidates[node].flops for node in quantized.takers)
         for node in quantized.takers:
             share = sympy.Rational(candidates[node].flops, total)
@@ -164,15 +189,27 @@ def _quantized(candidates: Mapping[fx.Node, _Sized]) -> list[_Quantized]:
         for value, edge, axes in zip(operands(node), (left, right), ("mk", "kn"), strict=True):
             base, transposed = base_of(value)
             again = edge.operand is Operand.WEIGHT and is_backward(node)
-            key = value_key(base), edge.operand, again
+            key = value_key(base), edge.operand, again, each.recipe
             rows, columns = (each.size(axis) for axis in axes)
-            quantized = found.setdefault(key, _Quantized(base, rows, columns, again))
+            rereads = _rereads(each.recipe, edge.operand)
+            quantized = found.setdefault(key, _Quantized(base, rows, columns, again, rereads))
             quantized.copies.add(transposed == (edge is right))
             quantized.takers.append(node)
     return list(found.values())
 
 
-def _cast(quantized: _Quantized, rereads: bool) -> Cast:
+def _rereads(recipe: Recipe | None, operand: Operand) -> bool:
+    """Whether a cast reads its value once more than it must, to find a scale: that of a block is
+    found in the tile that casts it.
+    """
+    return (
+        recipe is not None
+        and recipe.scaling is Scaling.CURRENT
+        and not recipe.granularity_of(operand).block[1]
+    )
+
+
+def _cast(quantized: _Quantized) -> Cast:
     """The kernel of one cast, or what it adds to the kernel that computes its value.
 
     Fused, it writes its copies instead of the value, if nothing else needs that.
@@ -180,7 +217,7 @@ def _cast(quantized: _Quantized, rereads: bool) -> Cast:
     itemsize, copies = quantized.value.meta["val"].dtype.itemsize, len(quantized.copies)
     separate = Cast(quantized.rows, quantized.columns, itemsize, copies)
     fused = not quantized.again and _is_pointwise(_origin(quantized.value))
-    if rereads:  # what finds the amax cannot cast yet
+    if quantized.rereads:  # what finds the amax cannot cast yet
         return separate if fused else replace(separate, read=2 * itemsize, launches=2)
     if not fused:
         return separate

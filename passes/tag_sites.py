@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..internals import is_static_input
 from ..ir import SITE_TAG, Site, args_of
+from ..recipe import Recipe
 
 TWO_ACTIVATIONS = "matmul of two activations"
 _LINEAR = (F.linear, torch._C._nn.linear)
@@ -30,7 +31,10 @@ _INLINED = ("tag_activation_checkpoint",)
 
 
 def tag_sites(
-    gm: fx.GraphModule, *, name_of: Callable[[fx.Node, fx.Node | None], str] | None = None
+    gm: fx.GraphModule,
+    *,
+    name_of: Callable[[fx.Node, fx.Node | None], str] | None = None,
+    recipe_of: Callable[[str], Recipe | None] | None = None,
 ) -> int:
     """Number the matmul calls with a 2-D weight; the sites go into ``gm.meta["fp8_sites"]``.
 
@@ -40,11 +44,12 @@ def tag_sites(
         linear = linear(x, w)    # meta["custom"]["fp8_site"] = 0
 
     ``name_of(call, weight)`` gives a site its fully qualified name, from the call node and the
-    placeholder its weight comes from (None if it comes from none).
+    placeholder its weight comes from (None if it comes from none). ``recipe_of(name)`` says which
+    recipe the site has of its own, or None.
 
     Requires: a graph of torch-level calls, as Dynamo gives it to a backend.
     Ensures: sites are numbered in graph order; inside activation-checkpointed regions too. Those
-        with the same input have the same leader.
+        with the same input and recipe have the same leader.
         A call of ``multi_head_attention_forward`` has a site for each of its projections.
     Leaves alone: matmuls of two batched operands (attention), 1-D operands, einsum. Sites with a
         reason: calls inside control flow (cond, while_loop, scan) and custom autograd functions;
@@ -52,7 +57,7 @@ def tag_sites(
     Numerics: exact.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    tagger = _Tagger(placeholders, name_of or _name)
+    tagger = _Tagger(placeholders, name_of or _name, recipe_of or (lambda name: None))
     tagger.tag(gm, {node: _Input(node, _is_static(node)) for node in placeholders}, None)
     gm.meta["fp8_sites"] = tagger.sites
     return len(tagger.sites)
@@ -74,11 +79,15 @@ class _Tagger:
     """Finds the sites of a graph and of the bodies in it."""
 
     def __init__(
-        self, placeholders: list[fx.Node], name_of: Callable[[fx.Node, fx.Node | None], str]
+        self,
+        placeholders: list[fx.Node],
+        name_of: Callable[[fx.Node, fx.Node | None], str],
+        recipe_of: Callable[[str], Recipe | None],
     ) -> None:
         self.sites: list[Site] = []
         self._placeholders = placeholders
         self._name_of = name_of
+        self._recipe_of = recipe_of
         self._leaders: dict[Any, int] = {}
 
     def tag(self, gm: fx.GraphModule, inputs: Mapping[fx.Node, _Input], reason: str | None) -> None:
@@ -113,15 +122,17 @@ class _Tagger:
     ) -> Site:
         weight_first = _is_parameter(origins[0]) and not _is_parameter(origins[1])
         weight, shared = origins[not weight_first], operands[weight_first]
-        index = len(self.sites)
+        index, fqn = len(self.sites), self._name_of(node, weight)
+        recipe = self._recipe_of(fqn)
         return Site(
             index=index,
-            fqn=self._name_of(node, weight),
+            fqn=fqn,
             weight=self._placeholders.index(weight) if weight in self._placeholders else None,
             weight_first=weight_first,
             reason=reason,
-            leader=self._leaders.setdefault(shared, index) if shared else index,
+            leader=self._leaders.setdefault((shared, recipe), index) if shared else index,
             position=position,
+            recipe=recipe,
         )
 
     def _tag_bodies(

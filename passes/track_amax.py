@@ -22,12 +22,13 @@ def track_amax(gm: fx.GraphModule, *, amax_fwd: fx.Node, amax_bwd: fx.Node) -> i
 
     Requires: share_casts.
     Ensures: at most one fp8.track_amax per direction; every value is recorded once per step.
-    Leaves alone: casts that backward repeats of what forward has recorded.
+    Leaves alone: casts that backward repeats of what forward has recorded; those that take no
+        scale, but find their own.
     Numerics: exact.
     """
     if any(node.target is TRACK_AMAX for node in gm.graph.nodes):
         return 0
-    casts = [node for node in gm.graph.nodes if node.target is QUANTIZE]
+    casts = [node for node in gm.graph.nodes if node.target is QUANTIZE and _is_delayed(node)]
     recorded: set[tuple[int, fx.Node]] = set()
     tracked = 0
     output = gm.graph.output_node()
@@ -48,6 +49,10 @@ def track_amax(gm: fx.GraphModule, *, amax_fwd: fx.Node, amax_bwd: fx.Node) -> i
                 node = emit(gm.graph, TRACK_AMAX, args, f"track_amax_{direction[0]}wd")
             node.meta["partitioner_tag"] = f"must_be_in_{direction}"
     return tracked
+
+
+def _is_delayed(cast: fx.Node) -> bool:
+    return args_of(cast)[1] is not None
 
 
 def _held(cast: fx.Node) -> set[tuple[int, fx.Node]]:

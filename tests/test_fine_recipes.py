@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8compile
 from fp8compile.cost import H100
-from fp8compile.passes.choose_precision import _as_seen_by, _rereads
+from fp8compile.passes.site_costs import _as_used, _rereads
 from fp8compile.recipe import Operand
 from tests.helpers import compile_interpreted
 from tests.models import Llama, sqnr_db
@@ -134,9 +134,9 @@ def test_explain_names_the_granularity() -> None:
 def test_what_costs_depend_on() -> None:
     """A block's scale is found in the tile that casts it; its GEMMs are slower than others."""
     recipes = fp8compile.RECIPES
-    rereads = {name: _rereads(r) for name, r in recipes.items()}
+    rereads = {name: _rereads(r, Operand.INPUT) for name, r in recipes.items()}
     assert [name for name, yes in rereads.items() if yes] == ["current", "rowwise"]
-    seen = {n: _as_seen_by(r, H100).fp8_flops for n, r in recipes.items()}
+    seen = {n: _as_used(H100, r).fp8_flops for n, r in recipes.items()}
     assert seen["delayed"] == H100.fp8_flops > seen["rowwise"] > seen["blockwise"] > seen["mx"]
     assert [name for name, recipe in recipes.items() if recipe.is_emulated] == ["mx"]
 

@@ -54,8 +54,15 @@ def test_everything_at_once(tmp_path: Path) -> None:
             "decline_slower": False,
         }
     )
-    skip, inductor = ("lm_head", "layers.0.*"), {"max_autotune": True}
-    assert options == Options(own, skip, True, str(tmp_path), "reference", inductor, False)
+    assert options == Options(
+        recipe=own,
+        skip=("lm_head", "layers.0.*"),
+        strict=True,
+        dump=str(tmp_path),
+        kernels="reference",
+        inductor={"max_autotune": True},
+        decline_slower=False,
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp8compile import scaling
+from fp8compile import RECIPES, scaling
 from fp8compile.compile import CompiledGraph
 from fp8compile.ir import Site
-from fp8compile.options import Options
 from tests.habits.common import (
     EMULATED,
     assert_same_training,
@@ -79,8 +78,8 @@ def test_threads_that_share_a_graph_get_the_scales_of_their_own_weights() -> Non
     weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
     graph = CompiledGraph(
         lambda weight, scale, amax_fwd, amax_bwd: scale,
-        Options(),
         [Site(0, "site", weight=0)],
+        [RECIPES["delayed"]],
         torch.device("cpu"),
         weights[:1],
     )
@@ -114,13 +113,13 @@ def test_optimizer_steps_while_other_models_get_their_states() -> None:
     model = mlp()
     loss_of(compile_interpreted(model)(batch())).backward()
     optimizer = sgd(model, lr=0.0)
-    recipe = only_state(model).recipe
+    recipe = RECIPES["delayed"]
     others: list[Tensor] = []
 
     def add_states() -> None:
         for _ in range(1000):
             others.append(nn.Parameter(torch.zeros(1)))
-            scaling.find_state([others[-1]], recipe, torch.device("cpu"))
+            scaling.find_state([others[-1]], [recipe], torch.device("cpu"))
 
     def step() -> None:
         for _ in range(1000):

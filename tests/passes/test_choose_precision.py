@@ -193,8 +193,8 @@ def test_casts_are_fused_into_pointwise_producers() -> None:
     casts = {}
     for kind in ("input", "fused", "also read"):
         gm = found_gemms(Casts(kind))
-        sized = {node: each for node, info in gemms(gm) if (each := _sized(node, info))}
-        _add_casts(sized, rereads=False)
+        sized = {node: each for node, info in gemms(gm) if (each := _sized(node, info, None))}
+        _add_casts(sized)
         fprop_gemm = next(each for each in sized.values() if each.info.gemm is Gemm.FPROP)
         casts[kind] = fprop_gemm.casts[0]
     assert (casts["input"].read, casts["input"].written, casts["input"].launches) == (4, 2, 1)
