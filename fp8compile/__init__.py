@@ -10,6 +10,7 @@ from .errors import (
 )
 from .formats import Format
 from .named_state import Events, events, load_state_dict, state_dict
+from .profiles import Profile
 from .recipe import RECIPES, Gemm, Granularity, Operand, Recipe, Scaling
 from .scaling import update_scales
 
@@ -17,11 +18,15 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    # explain needs the compiler, and with it Inductor: loaded when it is first asked for.
+    # These need the compiler, and with it Inductor: loaded when they are first asked for.
     if name == "explain":
         from .explanation import explain
 
         return explain
+    if name == "profile":
+        from .profiling import profile
+
+        return profile
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -35,6 +40,7 @@ __all__ = [
     "Operand",
     "OptionError",
     "PassError",
+    "Profile",
     "Recipe",
     "RecipeError",
     "Scaling",
@@ -44,6 +50,7 @@ __all__ = [
     "events",
     "explain",
     "load_state_dict",
+    "profile",
     "state_dict",
     "update_scales",
 ]

@@ -14,7 +14,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -43,6 +43,7 @@ from .passes import (
 from .passes.choose_precision import KEPT, SKIPPED, SLOWER
 from .passes.find_gemms import NO_FP8_FORM, unsited_matmuls
 from .passes.keep_logits import LOGITS
+from .profiles import BUDGET
 from .recipe import Recipe, Scaling
 from .report import Row, gemm_rows, other_rows
 from .scaling import ScalingState, find_state
@@ -88,6 +89,7 @@ def compile_graph(
     tag_sites(gm, name_of=SiteNames(root, tensors), recipe_of=options.own_recipe)
     if options.logits == HIGH_PRECISION:
         keep_logits(gm)
+    _keep(gm, options.kept_by_budget())
     sites: list[Site] = gm.meta["fp8_sites"]
     _check_globs(options, sites, root)
     device = _device(sites, example_inputs)
@@ -303,6 +305,13 @@ def _is_backward_graph(gm: fx.GraphModule) -> bool:
     return any(internals.is_tangent(node) for node in gm.graph.nodes)
 
 
+def _keep(gm: fx.GraphModule, reasons: Mapping[str, str]) -> None:
+    """Give sites a reason, by their names, to stay in high precision."""
+    gm.meta["fp8_sites"] = [
+        replace(site, reason=site.reason or reasons.get(site.fqn)) for site in gm.meta["fp8_sites"]
+    ]
+
+
 def _check_globs(options: Options, sites: Sequence[Site], root: nn.Module | None) -> None:
     """Raise OptionError for a glob that matches no site, nor any module of the model."""
     names = {site.fqn for site in sites}
@@ -353,7 +362,7 @@ def _declines(options: Options, kernels: str) -> bool:
 
 def _by_choice(row: Row) -> bool:
     """Whether a GEMM that could be FP8 is not: strict is about those that cannot."""
-    return row.reason in (SKIPPED, KEPT, LOGITS) or row.reason.startswith(SLOWER)
+    return row.reason in (SKIPPED, KEPT, LOGITS) or row.reason.startswith((SLOWER, BUDGET))
 
 
 def _nothing_to_do(options: Options, rows: Sequence[Row]) -> None:
@@ -362,7 +371,7 @@ def _nothing_to_do(options: Options, rows: Sequence[Row]) -> None:
         return
     why = "; ".join(sorted({f"{row.fqn}: {row.reason}" for row in rows}))
     message = f"no GEMM of this graph runs in FP8 ({why})"
-    ours = any(row.reason.startswith((SLOWER, LOGITS)) for row in rows)
+    ours = any(row.reason.startswith((SLOWER, LOGITS, BUDGET)) for row in rows)
     if ours and all(map(_by_choice, rows)):  # as it should be
         log.info("%s", message)
         return

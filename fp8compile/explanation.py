@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import itertools
-import types
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +19,8 @@ from .options import parse_options
 from .passes.choose_precision import SLOWER
 from .recipe import Gemm, Recipe
 from .report import Row
+from .untouched import fresh, left_as_it_was
 
-_calls = itertools.count()
 _SIZES = ("M", "N", "K")
 _PREDICTED = ("high -> fp8 us", "pays from")
 _COLUMNS = ("site", "GEMM", *_SIZES, "runs in", *_PREDICTED, "kernel or reason")
@@ -126,8 +123,8 @@ def explain(
         return gm.forward
 
     target = internals.uncompiled(model)
-    with _left_as_it_was(target):
-        torch.compile(_fresh(target), backend=backend, dynamic=False)(*inputs, **kwargs)
+    with left_as_it_was(target):
+        torch.compile(fresh(target), backend=backend, dynamic=False)(*inputs, **kwargs)
     return Explanation(tuple(_by_site(rows)), parsed.recipe)
 
 
@@ -164,32 +161,6 @@ def _by_site(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (sites[row.fqn], roles.get(row.gemm, len(roles))))
 
 
-def _fresh(target: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy with a code object of its own: what Dynamo remembers of the target stays untouched."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return target(*args, **kwargs)
-
-    function = target if isinstance(target, types.FunctionType) else call
-    code = function.__code__.replace(co_name=f"explain_{next(_calls)}")
-    fresh = types.FunctionType(code, function.__globals__, closure=function.__closure__)
-    fresh.__defaults__, fresh.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
-    return fresh
-
-
 def _no_code(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     """In place of Inductor's code generation: the graphs are only looked at."""
     return gm.forward
-
-
-@contextlib.contextmanager
-def _left_as_it_was(model: Any) -> Iterator[None]:
-    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
-    saved = [buffer.detach().clone() for buffer in buffers]
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in zip(buffers, saved, strict=True):
-                    buffer.copy_(value)

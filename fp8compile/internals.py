@@ -91,6 +91,21 @@ def add_input(gm: fx.GraphModule, name: str, example: Tensor) -> fx.Node:
     return node
 
 
+def boxed(run: Callable[..., Any]) -> Callable[[list[Any]], Any]:
+    """A function that takes its arguments in one list, which it empties, so that they are freed.
+
+    All versions: AOTAutograd calls what has ``_boxed_call`` like that, and warns of what has not.
+    """
+
+    def call(args: list[Any]) -> Any:
+        values = list(args)
+        args.clear()
+        return run(*values)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
 def is_static_input(node: fx.Node) -> bool:
     """Whether a Dynamo graph's input is the same at every call: a parameter or a buffer.
 

@@ -224,7 +224,7 @@ def scaled_mm_blocks(
     Returns ``[M, N]`` of ``out_dtype``. The products of a block's columns are summed up and scaled
     in float32, and the blocks' sums added (arXiv 2412.19437, section 3.3.2).
     """
-    left, right = _per_row(a_scale_inv, a_block, a), _per_row(b_scale_inv, b_block, b)
+    left, right = per_row(a_scale_inv, a_block, a), per_row(b_scale_inv, b_block, b)
     out = a.new_zeros((a.shape[0], b.shape[0]), dtype=torch.float32)
     wide = a_block[1] or a.shape[1]
     for i in range(left.shape[1]):
@@ -249,7 +249,7 @@ def _(
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
-def _per_row(scale_inv: Tensor, block: Sequence[int], q: Tensor) -> Tensor:
+def per_row(scale_inv: Tensor, block: Sequence[int], q: Tensor) -> Tensor:
     """A scale_inv with a row for every row of its copy."""
     return (
         scale_inv.t() if block[0] == 1 else scale_inv.repeat_interleave(block[0], 0)[: q.shape[0]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,12 +13,14 @@ import torch
 
 from .cost import DEVICES
 from .errors import OptionError
+from .profiles import Profile
 from .recipe import RECIPES, Recipe, Scaling, get_recipe
 
 KERNELS = ("auto", "triton", "reference")
 RAISE, FALLBACK = ON_ERROR = ("raise", "fallback")
 SAVE_ACTIVATIONS = ("default", "fp8")
 HIGH_PRECISION = "high_precision"
+RECIPE, AUTO = FORMATS = ("recipe", "auto")
 DUMP_VARIABLE = "FP8COMPILE_DUMP"
 # Inductor's settings that the backend works through.
 HOOKS = ("joint_custom_pre_pass", "custom_partitioner_fn", "post_grad_custom_post_pass")
@@ -43,7 +45,10 @@ class Options:
     a PassError, or "fallback", with a warning: the graph stays in its own precision, or runs the
     reference bodies of its FP8 operators if it is its kernels that could not be written.
     ``logits``: "high_precision" keeps the matmuls whose results a cross entropy in the same graph
-    is computed from in the model's dtype, "fp8" casts them like all others.
+    is computed from in the model's dtype, "fp8" casts them like all others. ``profile``: what
+    ``fp8compile.profile`` measured, or the path it was saved to. ``formats``: "recipe", or "auto":
+    those that lose least by the profile. ``error_budget_db``: the SQNR that outputs and gradients
+    shall have by the profile; sites that cost too much stay in high precision.
     """
 
     recipe: Recipe = RECIPES["delayed"]
@@ -57,11 +62,25 @@ class Options:
     save_activations: str = "default"
     on_error: str = RAISE
     logits: str = HIGH_PRECISION
+    profile: Profile | None = None
+    formats: str = RECIPE
+    error_budget_db: float | None = None
 
     def own_recipe(self, fqn: str) -> Recipe | None:
         """The recipe that the site of that name has of its own, if it has one."""
         found = (recipe for glob, recipe in self.overrides if fnmatchcase(fqn, glob))
-        return next(found, None)
+        own = next(found, None)
+        if self.formats != AUTO or self.profile is None:
+            return own
+        recipe = own or self.recipe
+        chosen = replace(recipe, formats=self.profile.formats_of(fqn, recipe))
+        return own if chosen.formats == recipe.formats else chosen
+
+    def kept_by_budget(self) -> Mapping[str, str]:
+        """The sites that the error budget keeps in high precision, each with the reason."""
+        if self.profile is None or self.error_budget_db is None:
+            return {}
+        return self.profile.kept_for(self.error_budget_db)
 
     def skips(self, fqn: str) -> bool:
         """Whether the site of that name was asked to stay in high precision."""
@@ -72,7 +91,8 @@ class Options:
     def cache_key(self) -> str:
         """Everything here that changes the compiled code.
 
-        Not ``overrides``, ``skip`` and ``logits``: what they do to the sites does.
+        Not ``overrides``, ``skip``, ``logits``, and what follows from a profile: what they do to
+        the sites does.
         """
         inductor = sorted(self.inductor.items())
         choices = (self.decline_slower, self.save_activations)
@@ -110,7 +130,36 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
         ),
         on_error=_one_of("on_error", given.get("on_error", RAISE), ON_ERROR),
         logits=_one_of("logits", given.get("logits", HIGH_PRECISION), (HIGH_PRECISION, "fp8")),
+        profile=_profile(given),
+        formats=_one_of("formats", given.get("formats", RECIPE), FORMATS),
+        error_budget_db=_error_budget(given.get("error_budget_db")),
     )
+
+
+def _profile(given: Mapping[str, Any]) -> Profile | None:
+    value = given.get("profile")
+    if value is None:
+        for name, on in (("formats", AUTO), ("error_budget_db", given.get("error_budget_db"))):
+            if given.get(name) == on is not None:
+                raise OptionError(
+                    f"option {name!r} is {on!r}, which needs to know the model: make a profile "
+                    "with fp8compile.profile(model, batches), and give it as option 'profile'"
+                )
+        return None
+    if isinstance(value, str | os.PathLike):
+        return Profile.load(value)
+    return _typed("profile", value, Profile)
+
+
+def _error_budget(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise OptionError(
+            f"option 'error_budget_db' is {value!r}; give the SQNR that outputs and gradients "
+            "shall have, in dB, such as 20.0"
+        )
+    return float(value)
 
 
 def _recipe(name: str, value: Any) -> Recipe:

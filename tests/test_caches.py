@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import fp8compile
-from fp8compile import internals
+from fp8compile import Profile, internals
 from fp8compile.compile import GraphCompiler, _may_be_cached
 from fp8compile.cost import H100, H200
 from fp8compile.options import Options, parse_options
@@ -227,9 +227,18 @@ CHANGES: dict[str, Any] = {
     "save_activations": "fp8",
     "on_error": "fallback",
     "logits": "fp8",
+    "profile": Profile(()),
+    "formats": "auto",
+    "error_budget_db": 20.0,
+}
+# What goes with a change to be one.
+WITH: dict[str, dict[str, Any]] = {
+    "formats": {"profile": Profile(())},
+    "error_budget_db": {"profile": Profile(())},
 }
 # These keep a graph from the caches, or count by what they come to.
-NOT_IN_THE_KEY = ("overrides", "skip", "dump", "on_error", "logits")
+FROM_A_PROFILE = ("profile", "formats", "error_budget_db")
+NOT_IN_THE_KEY = ("overrides", "skip", "dump", "on_error", "logits", *FROM_A_PROFILE)
 
 
 def test_every_option_has_a_change() -> None:
@@ -238,7 +247,8 @@ def test_every_option_has_a_change() -> None:
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_option_is_in_the_key_or_keeps_from_the_caches(name: str) -> None:
-    options, default = parse_options({name: CHANGES[name]}), parse_options({})
+    options = parse_options({name: CHANGES[name], **WITH.get(name, {})})
+    default = parse_options({})
     changed = options.cache_key() != default.cache_key()
     assert changed == (name not in NOT_IN_THE_KEY)
     assert _may_be_cached(default, None)

@@ -17,12 +17,13 @@ LAYERS = (
     {"errors", "formats"},
     {"recipe", "cost"},
     {"ops", "internals"},
-    {"ir", "modules", "options"},
+    {"profiles"},
+    {"ir", "modules", "options", "untouched"},
     {"scaling", "dump", "report", "regions"},
     {"named_state"},
     {"passes", "backends"},
     {"compile"},
-    {"explanation", "doctor"},
+    {"explanation", "profiling", "doctor"},
     {"__main__"},
 )
 # PyTorch's underscored names that are used outside of internals.py on purpose.

@@ -1,0 +1,349 @@
+"""Measure what a model's edges hold, and what each group of sites loses in FP8.
+
+The compiled graphs are run node by node, with every cast left out: values stay in high precision
+until a GEMM takes them. A GEMM looks at its operands, casts them to either format to see what is
+lost, and multiplies them in FP8 only if that is the experiment.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, fx, nn
+
+from . import internals
+from .compile import compile_graph
+from .errors import OptionError
+from .formats import Format
+from .ir import CASTS, QUANTIZE_BLOCKS, SCALED_MMS, Edge, GemmInfo, gemm_info
+from .ops import current_scale, in_blocks, per_row
+from .options import Options, parse_options
+from .profiles import Group, Profile, Seen
+from .recipe import Gemm, Granularity, Operand, Recipe, Scaling
+from .report import Row
+from .untouched import fresh, left_as_it_was
+
+Step = Callable[[Callable[..., Any], Any], Any]
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+_SAMPLE = 2**20  # elements that quantiles are found from, at most
+
+
+def profile(
+    model: Callable[..., Any],
+    batches: Iterable[Any],
+    *,
+    step: Step | None = None,
+    options: Mapping[str, Any] | None = None,
+    sensitivity: bool = True,
+) -> Profile:
+    """See what a model's GEMMs would lose in FP8; for ``formats="auto"`` and ``error_budget_db``.
+
+    Every batch is run once in the model's own precision, which shows what the edges hold. With
+    ``sensitivity``, the first batch is run once more for each group of sites that take one input,
+    with only that group in FP8, which shows what it costs outputs and gradients.
+
+    ``batches``: what ``model`` is called with: a tensor, a tuple of arguments or a dict of keyword
+    arguments. ``step(call, batch)``: how to use a batch, if not like that: it calls ``call`` in
+    place of the model and returns the loss. Without a scalar loss, the result of ``step``, there is
+    no backward, and nothing is known of gradients. ``options``: those of the compile that the
+    profile is for; its recipe, ``overrides``, ``skip`` and ``logits`` count.
+
+    Parameters, gradients, buffers, scaling state and random number generators are left as they
+    were. Raises OptionError for wrong options, and where there is no batch or nothing to profile.
+    """
+    chosen = parse_options(options)
+    runs = _Runs(internals.uncompiled(model), step or _plain_step, chosen)
+    given = list(batches)
+    if not given:
+        raise OptionError("profile needs at least one batch")
+    with left_as_it_was(runs.model):
+        runs.observe(given)
+        if not runs.records:
+            raise OptionError("no GEMM of this model can run in FP8: there is nothing to profile")
+        noise = runs.noise_of_each(given[0]) if sensitivity else {}
+    return runs.result(noise)
+
+
+def _plain_step(call: Callable[..., Any], batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return call(**batch)
+    return call(*batch) if isinstance(batch, tuple | list) else call(batch)
+
+
+Key = tuple[int, int]  # a graph, by its number, and the first site of a group, by its index
+
+
+@dataclass
+class _Record:
+    """What is collected about a group."""
+
+    sites: dict[str, None] = field(default_factory=dict)  # in order
+    edges: dict[Operand, _EdgeRecord] = field(default_factory=dict)
+
+
+class _Runs:
+    """A model, compiled for looking at it."""
+
+    def __init__(self, model: Callable[..., Any], step: Step, options: Options) -> None:
+        self.model, self.step, self.options = model, step, options
+        self.records: dict[Key, _Record] = defaultdict(_Record)
+        self.rows: list[Row] = []
+        self.in_fp8: Key | None = None
+        self.observing = False
+        self._graphs = itertools.count()
+        self._outputs: list[Tensor] = []
+        torch_model = torch.compile(fresh(model), backend=self._compile)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            outputs = torch_model(*args, **kwargs)
+            self._outputs += _floats(outputs)
+            return outputs
+
+        self.call = call
+
+    def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        number = next(self._graphs)
+
+        def interpret(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+            return internals.boxed(_WithoutCasts(gm, number, self).run)
+
+        root = self.model if isinstance(self.model, nn.Module) else None
+        return compile_graph(
+            gm,
+            example_inputs,
+            _stateless(self.options),
+            inner_compile=interpret,
+            on_joint=self.rows.extend,
+            root=root,
+        )
+
+    def recipe_of(self, fqn: str) -> Recipe:
+        return self.options.own_recipe(fqn) or self.options.recipe
+
+    def observe(self, batches: Sequence[Any]) -> None:
+        self.observing = True
+        for batch in _progress(batches, "observing batches"):
+            self.run(batch)
+        self.observing = False
+
+    def noise_of_each(self, batch: Any) -> dict[Key, tuple[float, float | None]]:
+        """What outputs and gradients lose with only one group in FP8."""
+        outputs, gradients = self.run(batch)
+        noise: dict[Key, tuple[float, float | None]] = {}
+        for key in _progress(list(self.records), "casting one group at a time"):
+            self.in_fp8 = key
+            seen, grads = self.run(batch)
+            lost = [_noise(a, b) for a, b in zip(gradients, grads, strict=True)]
+            known = [each for each in lost if each is not None]
+            total = _noise(_flat(outputs), _flat(seen)) or 0.0
+            noise[key] = total, sum(known) / len(known) if known else None
+        self.in_fp8 = None
+        return noise
+
+    def run(self, batch: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """One step: the model's outputs and the gradients of its parameters, if there is a loss."""
+        parameters = list(self.model.parameters()) if isinstance(self.model, nn.Module) else []
+        for parameter in parameters:
+            parameter.grad = None
+        self._outputs = []
+        torch.manual_seed(0)  # the same dropout in every run
+        loss = self.step(self.call, batch)
+        if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+            loss.backward()
+        outputs = [output.detach() for output in self._outputs]
+        return outputs, [p.grad for p in parameters if p.grad is not None]
+
+    def result(self, noise: Mapping[Key, tuple[float, float | None]]) -> Profile:
+        groups = []
+        for key, record in self.records.items():
+            output, gradient = noise.get(key, (None, None))
+            edges = {str(operand): edge.seen() for operand, edge in record.edges.items()}
+            sites = tuple(record.sites)
+            groups.append(Group(sites, edges, output, gradient, self._saved_us(sites)))
+        profiled = {site for group in groups for site in group.sites}
+        others = dict.fromkeys(site for r in self.rows for site in r.sites if site not in profiled)
+        device = next((row.predicted_for for row in self.rows if row.predicted_for), "")
+        return Profile(tuple(groups), tuple(others), device)
+
+    def _saved_us(self, sites: Sequence[str]) -> float | None:
+        rows = [row for row in self.rows if row.sites and row.sites[0] in sites]
+        times = [(r.high_us, r.fp8_us) for r in rows]
+        saved = [high - fp8 for high, fp8 in times if high is not None and fp8 is not None]
+        return sum(saved) if saved else None
+
+
+class _WithoutCasts(fx.Interpreter):
+    """Runs a graph with its values in high precision up to the GEMMs that take them."""
+
+    def __init__(self, gm: fx.GraphModule, number: int, runs: _Runs) -> None:
+        super().__init__(gm)
+        self._number, self._runs = number, runs
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target not in (*CASTS, *SCALED_MMS):
+            return super().run_node(n)
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        if n.target in CASTS:
+            one = args[0].new_ones(1, dtype=torch.float32)
+            return args[0], args[0].t(), one, one
+        info = gemm_info(n)
+        assert info is not None
+        return self._multiply(info, n.target, args)
+
+    def _multiply(self, info: GemmInfo, target: Any, args: Sequence[Any]) -> Tensor:
+        a, b, _, _, bias, dtype, *blocks_and_fast = args
+        leader = info.site.index if info.site.leader is None else info.site.leader
+        key = self._number, leader
+        recipe = self._runs.recipe_of(info.site.fqn)
+        if self._runs.observing:
+            self._observe(key, info, recipe, a, b)
+        if self._runs.in_fp8 == key:
+            a, a_scale_inv = _quantized(a, info.left, recipe)
+            b, b_scale_inv = _quantized(b, info.right, recipe)
+            return target(a, b, a_scale_inv, b_scale_inv, bias, dtype, *blocks_and_fast)
+        out = a @ b.t() if bias is None else torch.addmm(bias.to(a.dtype), a, b.t())
+        return out.to(dtype)
+
+    def _observe(self, key: Key, info: GemmInfo, recipe: Recipe, a: Tensor, b: Tensor) -> None:
+        record = self._runs.records[key]
+        record.sites |= dict.fromkeys(site.fqn for site in info.sites)
+        for edge, value in ((info.left, a), (info.right, b)):
+            # Once as the recipe's own GEMM takes it, and gradients in both GEMMs that do.
+            if info.gemm is Gemm.FPROP or edge.operand is Operand.GRAD_OUTPUT:
+                seen = record.edges.setdefault(edge.operand, _EdgeRecord(edge, recipe))
+                seen.add(value.detach())
+
+
+# --- one edge -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _EdgeRecord:
+    """The sums that a Seen is made of."""
+
+    edge: Edge
+    recipe: Recipe
+    amax: list[float] = field(default_factory=list)
+    squares: float = 0.0
+    elements: int = 0
+    quantiles: list[Tensor] = field(default_factory=list)
+    lost: dict[Format, list[tuple[float, float, float]]] = field(
+        default_factory=lambda: {each: [] for each in Format}
+    )
+
+    def add(self, x: Tensor) -> None:
+        """Look at ``[rows, K]``, as a GEMM takes it."""
+        if not x.numel():
+            return
+        x = x.float()
+        self.amax.append(float(x.abs().amax()))
+        self.squares += float(x.double().square().sum())
+        self.elements += x.numel()
+        sample = x.flatten()[:: max(1, x.numel() // _SAMPLE)].abs()[:_SAMPLE]
+        self.quantiles.append(sample.quantile(sample.new_tensor(QUANTILES)).cpu())
+        for each, lost in self.lost.items():
+            lost.append(_lost(x, self._dequantized(x, each)))
+
+    def _dequantized(self, x: Tensor, each: Format) -> tuple[Tensor, Tensor]:
+        """What a cast to a format makes of a value, and which elements it clips."""
+        granularity = self.edge.granularity
+        if granularity is not Granularity.TENSOR:
+            block = granularity.block
+            q, scale_inv = in_blocks(x, block, self.recipe.power_of_two, each.dtype)
+            per = per_row(scale_inv, block, q).repeat_interleave(block[1] or q.shape[1], 1)
+            y = (q.float() * per)[:, : x.shape[1]]
+            return y, torch.zeros_like(x, dtype=torch.bool)
+        past = self.amax[:-1][-self.recipe.history_len :]
+        delayed = self.recipe.scaling is Scaling.DELAYED and past
+        scale = current_scale(x.new_tensor(max(past) if delayed else self.amax[-1]), each.max)
+        y = (x * scale).clamp(-each.max, each.max).to(each.dtype).float() / scale
+        return y, x.abs() * scale > each.max
+
+    def seen(self) -> Seen:
+        def mean(each: Format, which: int) -> float:
+            return sum(lost[which] for lost in self.lost[each]) / max(1, len(self.lost[each]))
+
+        found = torch.stack(self.quantiles).mean(0).tolist() if self.quantiles else []
+        noise, underflow, saturated = (
+            {str(each): mean(each, which) for each in Format} for which in range(3)
+        )
+        return Seen(
+            amax=max(self.amax, default=0.0),
+            rms=(self.squares / max(1, self.elements)) ** 0.5,
+            quantiles=dict(zip(map(str, QUANTILES), found, strict=False)),
+            noise=noise,
+            underflow=underflow,
+            saturated=saturated,
+        )
+
+
+def _lost(x: Tensor, cast: tuple[Tensor, Tensor]) -> tuple[float, float, float]:
+    """Noise per row, and the shares of elements that underflow and saturate; see Seen."""
+    y, clipped = cast
+    power, error = x.square().sum(1), (y - x).square().sum(1)
+    noise = (error / power)[power > 0]
+    there = x != 0
+    underflow = (there & (y == 0)).sum() / there.sum().clamp(min=1)
+    return (
+        float(noise.mean()) if noise.numel() else 0.0,
+        float(underflow),
+        float(clipped.float().mean()),
+    )
+
+
+def _quantized(x: Tensor, edge: Edge, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """The row-major copy and its scale_inv, as a cast makes them that finds its own scale."""
+    assert edge.format is not None
+    if edge.granularity is Granularity.TENSOR:
+        q, _, scale_inv, _ = torch.ops.fp8.quantize(x, None, 0, edge.format.dtype, True, False)
+        return q, scale_inv
+    how = list(edge.granularity.block), recipe.power_of_two, edge.format.dtype
+    q, _, scale_inv, _ = QUANTIZE_BLOCKS(x, *how, True, False)
+    return q, scale_inv
+
+
+# --- small things -------------------------------------------------------------------------------
+
+
+def _stateless(options: Options) -> Options:
+    """The same choices, with every legal GEMM in FP8 and no scaling state."""
+
+    def current(recipe: Recipe) -> Recipe:
+        return replace(recipe, scaling=Scaling.CURRENT)
+
+    return Options(
+        recipe=current(options.recipe),
+        overrides=tuple((glob, current(recipe)) for glob, recipe in options.overrides),
+        skip=options.skip,
+        kernels="reference",
+        decline_slower=False,
+        logits=options.logits,
+    )
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(outputs)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten().float() for tensor in tensors] or [torch.zeros(0)])
+
+
+def _noise(reference: Tensor, other: Tensor) -> float | None:
+    """The power of the difference over that of the reference; None if that is zero."""
+    power = float(reference.double().square().sum())
+    return float((other - reference).double().square().sum()) / power if power else None
+
+
+def _progress(items: Sequence[Any], what: str) -> Iterable[Any]:
+    """A bar on a terminal, nothing elsewhere."""
+    console = Console(stderr=True)
+    return track(items, what, console=console, disable=not console.is_terminal, transient=True)

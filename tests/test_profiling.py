@@ -1,0 +1,380 @@
+"""Profiles: what they measure, and the formats and sites that follow from it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fp8compile
+from fp8compile import RECIPES, Format, Gemm, Operand, OptionError, Profile
+from fp8compile.options import parse_options
+from fp8compile.profiles import HYSTERESIS_DB, Group, Seen
+from tests.helpers import compile_interpreted
+from tests.models import MLP, Llama, sqnr_db
+
+pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
+
+
+@pytest.fixture(autouse=True)
+def compile_anew() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def squares(call: Callable[..., Tensor], x: Tensor) -> Tensor:
+    return call(x).square().mean()
+
+
+def gradients(step: Callable[[], Tensor], model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    step().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# --- what is measured ---------------------------------------------------------------------------
+
+
+def test_what_edges_hold() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64))
+    batches = [torch.randn(48, 64) for _ in range(3)]
+    found = fp8compile.profile(model, batches, step=squares, sensitivity=False)
+    assert [group.sites for group in found.groups] == [("0",), ("1",)]
+    edges = found.groups[0].edges
+    assert list(edges) == [str(operand) for operand in Operand]
+    every = torch.cat(batches)
+    assert edges["input"].amax == float(every.abs().max())
+    assert edges["input"].rms == pytest.approx(float(every.square().mean().sqrt()))
+    halves = [float(batch.abs().quantile(0.5)) for batch in batches]
+    assert edges["input"].quantiles["0.5"] == pytest.approx(statistics.mean(halves))
+    assert edges["weight"].amax == float(model[0].weight.abs().max())
+    assert found.groups[0].output_noise is None
+    # Three bits of mantissa are 6 dB better than two.
+    noise = edges["weight"].noise
+    assert 5 < 10 * torch.tensor(noise["e5m2"] / noise["e4m3"]).log10() < 7
+
+
+def test_noise_is_that_of_the_reference_cast() -> None:
+    model, x = nn.Linear(64, 32, bias=False), torch.randn(48, 64)
+    found = fp8compile.profile(model, [x], options={"recipe": "rowwise"}, sensitivity=False)
+    q, _, scale_inv, _ = torch.ops.fp8.quantize_blocks(x, [1, 0], False, Format.E4M3.dtype)
+    error = (q.float() * scale_inv.t() - x).square().sum(1) / x.square().sum(1)
+    noise = found.groups[0].edges["input"].noise["e4m3"]
+    assert noise == pytest.approx(float(error.mean()), rel=1e-5)
+
+
+def test_delayed_scales_are_those_of_the_batches_before() -> None:
+    """The second batch is twice as large: clipped with delayed scaling, not with current."""
+    x = torch.randn(48, 64)
+    model = nn.Linear(64, 32)
+    clipped = {
+        recipe: fp8compile.profile(
+            model, [x, 2 * x, x], options={"recipe": recipe}, sensitivity=False
+        )
+        .groups[0]
+        .edges["input"]
+        .saturated["e4m3"]
+        for recipe in ("delayed", "current")
+    }
+    assert clipped["current"] == 0
+    too_large = float((2 * x.abs() > x.abs().max()).float().mean())
+    assert clipped["delayed"] == pytest.approx(too_large / 3)
+
+
+def test_noise_of_one_group_is_what_skipping_all_others_leaves() -> None:
+    torch.manual_seed(1)
+    model, x = MLP(), torch.randn(48, 64)
+    found = fp8compile.profile(model, [x], step=squares)
+    assert [group.sites for group in found.groups] == [("gate", "up"), ("down",)]
+    with torch.no_grad():
+        want = model(x)
+        only_down = compile_interpreted(model, {"recipe": "current", "skip": ["gate", "up"]})(x)
+    noise = float((only_down - want).square().sum() / want.square().sum())
+    assert found.groups[1].output_noise == pytest.approx(noise, rel=1e-3)
+    expected = gradients(partial(squares, model, x), model)
+    compiled = compile_interpreted(model, {"recipe": "current", "skip": ["gate", "up"]})
+    got = gradients(partial(squares, compiled, x), model)
+    lost = [10 ** (-sqnr_db(expected[name], got[name]) / 10) for name in expected]
+    assert found.groups[1].gradient_noise == pytest.approx(statistics.mean(lost), rel=1e-3)
+
+
+def test_nothing_is_left_behind() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Dropout(), nn.Linear(64, 64))
+    x = torch.randn(48, 64)
+    squares(model, x).backward()
+    before = copy.deepcopy(model)
+    grads = [p.grad for p in model.parameters()]
+    random = torch.get_rng_state()
+    fp8compile.profile(model, [x], step=squares)
+    assert all(a is b for a, b in zip(grads, (p.grad for p in model.parameters()), strict=True))
+    assert torch.equal(random, torch.get_rng_state())
+    for (name, now), then in zip(model.state_dict().items(), before.state_dict().values()):
+        assert torch.equal(now, then), name
+    assert fp8compile.state_dict(model) == {}
+
+
+def test_without_a_loss_nothing_is_known_of_gradients() -> None:
+    found = fp8compile.profile(nn.Linear(64, 32), [torch.randn(48, 64)])
+    assert list(found.groups[0].edges) == ["input", "weight"]
+    assert found.groups[0].gradient_noise is None and found.groups[0].output_noise
+    assert "gradients not measured" in str(found)
+
+
+@pytest.mark.parametrize("batch", [(torch.ones(16, 16),), {"input": torch.ones(16, 16)}])
+def test_batches_of_arguments(batch: Any) -> None:
+    found = fp8compile.profile(nn.Linear(16, 16), [batch], sensitivity=False)
+    assert found.groups[0].edges["input"].amax == 1
+
+
+def test_nothing_to_profile() -> None:
+    with pytest.raises(OptionError, match="at least one batch"):
+        fp8compile.profile(nn.Linear(16, 16), [])
+    with pytest.raises(OptionError, match="no GEMM of this model can run in FP8"):
+        fp8compile.profile(nn.ReLU(), [torch.ones(16, 16)])
+
+
+def test_the_table() -> None:
+    text = str(fp8compile.profile(MLP(), [torch.randn(48, 64)], step=squares))
+    assert "gate, up" in text and "3 sites in 2 groups" in text
+    assert text.count("grad_output") == 2
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    found = fp8compile.profile(MLP(), [torch.randn(48, 64)], step=squares)
+    found.save(tmp_path / "profile.json")
+    assert Profile.load(tmp_path / "profile.json") == found
+    options = parse_options({"profile": tmp_path / "profile.json", "formats": "auto"})
+    assert options.profile == found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda held: held.pop("groups"),
+        lambda held: held.update(more=1),
+        lambda held: held.update(version=0),
+        lambda held: held["groups"][0].pop("sites"),
+        lambda held: held["groups"][0]["edges"].update(input={}),
+    ],
+)
+def test_other_files_are_refused(
+    change: Callable[[dict[str, Any]], object], tmp_path: Path
+) -> None:
+    file = tmp_path / "profile.json"
+    fp8compile.profile(nn.Linear(16, 16), [torch.ones(16, 16)]).save(file)
+    held = json.loads(file.read_text())
+    change(held)
+    file.write_text(json.dumps(held))
+    with pytest.raises(OptionError, match=r"profile\.json"):
+        Profile.load(file)
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    file.write_text('{"version": 1, "gro')
+    with pytest.raises(OptionError, match="holds no profile"):
+        Profile.load(file)
+
+
+# --- formats ------------------------------------------------------------------------------------
+
+
+def seen(e4m3: float, e5m2: float) -> Seen:
+    return Seen(1.0, 1.0, {}, {"e4m3": e4m3, "e5m2": e5m2}, {}, {})
+
+
+def profile_of(**edges: Seen) -> Profile:
+    return Profile((Group(("fc",), edges),))
+
+
+FINE, COARSE = (1e-3, 4e-3), (4e-3, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("noise", "formats"),
+    [
+        ((FINE, FINE, FINE), "e4m3 e4m3 e4m3"),
+        ((FINE, FINE, COARSE), "e4m3 e4m3 e5m2"),
+        ((COARSE, FINE, FINE), "e5m2 e4m3 e4m3"),
+        # No GEMM takes two of them: the one that needs it most has it.
+        (((9e-3, 1e-3), FINE, COARSE), "e5m2 e4m3 e4m3"),
+    ],
+)
+def test_the_formats_that_lose_least(noise: Any, formats: str) -> None:
+    names = [str(operand) for operand in Operand]
+    found = profile_of(**{name: seen(*each) for name, each in zip(names, noise, strict=True)})
+    chosen = found.formats_of("fc", RECIPES["delayed"])
+    assert " ".join(str(fmt) for _, fmt in chosen) == formats
+
+
+def test_a_draw_leaves_the_recipes_formats() -> None:
+    for gain_db, changes in ((HYSTERESIS_DB - 0.1, False), (HYSTERESIS_DB + 0.1, True)):
+        found = profile_of(grad_output=seen(1e-3, 1e-3 * 10 ** (gain_db / 10)))
+        chosen = dict(found.formats_of("fc", RECIPES["delayed"]))
+        assert (chosen[Operand.GRAD_OUTPUT] is Format.E4M3) is changes
+
+
+def test_two_e5m2_where_no_gemm_multiplies_them() -> None:
+    kept = replace(RECIPES["delayed"], high_precision=(Gemm.WGRAD,))
+    found = profile_of(input=seen(*COARSE), weight=seen(*FINE), grad_output=seen(*COARSE))
+    formats = [str(fmt) for _, fmt in found.formats_of("fc", kept)]
+    assert formats == ["e5m2", "e4m3", "e5m2"]
+
+
+def test_a_site_that_the_profile_does_not_know() -> None:
+    with pytest.raises(OptionError, match="has not seen the site 'other'; it knows"):
+        profile_of(input=seen(*FINE)).formats_of("other", RECIPES["delayed"])
+
+
+class Weighted(nn.Module):
+    """Tokens with small embeddings and a small part in the loss, over many octaves.
+
+    What the norm does in backward makes all gradients of embeddings equally large again.
+    """
+
+    def __init__(self, octaves: float, tokens: int = 64, width: int = 64) -> None:
+        super().__init__()
+        share = 2.0 ** -torch.linspace(0, octaves, tokens)[:, None]
+        self.register_buffer("share", share)
+        self.embed = nn.Parameter(torch.randn(tokens, width) * share)
+        self.norm = nn.RMSNorm(width, eps=0.0)
+        self.fc = nn.Linear(width, width, bias=False)
+
+    def forward(self, target: Tensor) -> Tensor:
+        return ((self.fc(self.norm(self.embed)) - target).square() * self.share).sum()
+
+
+@pytest.mark.parametrize(("octaves", "right"), [(4, "e4m3"), (24, "e5m2")])
+def test_auto_formats_follow_the_range_of_gradients(octaves: float, right: str) -> None:
+    model, target = Weighted(octaves), torch.randn(64, 64)
+    found = fp8compile.profile(model, [target], sensitivity=False)
+    want = gradients(partial(model, target), model)
+    worst = {}
+    options: dict[str, dict[str, Any]] = {
+        "e5m2": {"recipe": "delayed"},
+        "e4m3": {"recipe": "e4m3_only"},
+        "auto": {"profile": found, "formats": "auto"},
+    }
+    for name, each in options.items():
+        compiled = compile_interpreted(model, each)
+        got = gradients(partial(compiled, target), model)
+        worst[name] = min(sqnr_db(want[key], got[key]) for key in want)
+        torch._dynamo.reset()
+    (wrong,) = {"e4m3", "e5m2"} - {right}
+    assert worst["auto"] == worst[right] > worst[wrong] + 2
+
+
+def test_llama_gradients_with_auto_formats() -> None:
+    """E4M3 everywhere here, at settled scales."""
+    model, ids = Llama(), torch.randint(0, 256, (4, 64))
+
+    def step(call: Callable[..., Tensor], ids: Tensor) -> Tensor:
+        return F.cross_entropy(call(ids).flatten(0, 1), ids.roll(-1, 1).flatten())
+
+    found = fp8compile.profile(model, [ids], step=step, sensitivity=False)
+    want = gradients(partial(step, model, ids), model)
+    compiled = compile_interpreted(model, {"profile": found, "formats": "auto"})
+    for _ in range(3):
+        got = gradients(partial(step, compiled, ids), model)
+        fp8compile.update_scales(model)
+    quality = {name: sqnr_db(want[name], got[name]) for name in want}
+    assert {name: db for name, db in quality.items() if db < 21} == {}
+    assert statistics.median(quality.values()) >= 22.5
+
+
+def test_only_sites_whose_formats_differ_have_a_recipe_of_their_own() -> None:
+    model, x = MLP(), torch.randn(48, 64)
+    found = fp8compile.profile(model, [x], step=squares, sensitivity=False)
+    options = {"profile": found, "formats": "auto"}
+    for recipe, own in (("delayed", "delayed"), ("e4m3_only", "")):
+        rows = fp8compile.explain(model, x, options={**options, "recipe": recipe}).rows
+        assert {(row.recipe, row.formats) for row in rows} == {(own, "e4m3 x e4m3")}
+
+
+# --- the budget ---------------------------------------------------------------------------------
+
+
+def test_what_costs_most_per_microsecond_stays_in_high_precision() -> None:
+    groups = [
+        Group(("cheap",), {}, output_noise=1e-4, saved_us=10.0),
+        Group(("dear",), {}, output_noise=2e-3, saved_us=1.0),
+        Group(("fast",), {}, output_noise=3e-3, saved_us=1000.0),
+        Group(("slow",), {}, output_noise=1e-6, saved_us=-5.0),
+    ]
+    profile = Profile(tuple(groups))
+    assert list(profile.kept_for(20)) == []
+    assert list(profile.kept_for(23)) == ["slow", "dear"]
+    assert list(profile.kept_for(26)) == ["slow", "dear", "cheap", "fast"]
+    assert profile.kept_for(23)["dear"] == "kept by the error budget of 23 dB: alone it has 27.0 dB"
+
+
+class Outlier(nn.Module):
+    """A residual block between two linear layers, the second of which has an outlier in its way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.last = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.first(x))
+        spike = torch.zeros_like(h)
+        spike[0, 0] = 1e6
+        h = h + self.second(h + spike)[1:].mean() + h
+        return self.last(h)
+
+
+def test_the_budget_is_kept() -> None:
+    model, x = Outlier(), torch.randn(48, 64)
+    found = fp8compile.profile(model, [x], step=squares)
+    assert found.groups[1].sites == ("second",)
+    options = {"recipe": "current", "profile": found, "decline_slower": False}
+    want = gradients(partial(squares, model, x), model)
+    quality = {}
+    for budget in (None, 20.0):
+        torch._dynamo.reset()
+        rows = fp8compile.explain(model, x, options={**options, "error_budget_db": budget}).rows
+        kept = {row.fqn for row in rows if not row.is_fp8}
+        compiled = compile_interpreted(model, {**options, "error_budget_db": budget})
+        got = gradients(partial(squares, compiled, x), model)
+        lost = [10 ** (-sqnr_db(want[name], got[name]) / 10) for name in want]
+        quality[budget] = -10 * torch.tensor(statistics.mean(lost)).log10()
+        assert "second" in kept if budget else not kept
+    assert quality[20.0] > 20 > quality[None]
+
+
+def test_strict_accepts_what_the_budget_keeps() -> None:
+    model, x = MLP(), torch.randn(48, 64)
+    found = fp8compile.profile(model, [x], step=squares)
+    options = {"profile": found, "error_budget_db": 100.0, "strict": True}
+    out = compile_interpreted(model, options)(x)
+    assert torch.equal(out, model(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"formats": "auto"}, "needs to know the model"),
+        ({"error_budget_db": 20.0}, "needs to know the model"),
+        ({"error_budget_db": -1}, "give the SQNR"),
+        ({"error_budget_db": True}, "give the SQNR"),
+        ({"formats": "best"}, "choose one of"),
+        ({"profile": 3}, "it must be a Profile"),
+    ],
+)
+def test_what_is_wrong_with_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        parse_options(options)
