@@ -154,7 +154,14 @@ class Profile:
     def table(self) -> Table:
         """A row per group and operand role."""
         table = Table(caption=self._summary(), caption_justify="left")
-        columns = ("sites", "operand", "amax", "noise e4m3 / e5m2", "underflow", "only this in FP8")
+        columns = (
+            "sites",
+            "operand",
+            "amax",
+            "noise e4m3 / e5m2",
+            "underflow",
+            "only this: outputs / gradients, saved",
+        )
         for name in columns:
             table.add_column(name, justify="left" if name in columns[:2] else "right")
         for group in self.groups:

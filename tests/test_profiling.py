@@ -118,7 +118,9 @@ def test_nothing_is_left_behind() -> None:
     fp8compile.profile(model, [x], step=squares)
     assert all(a is b for a, b in zip(grads, (p.grad for p in model.parameters()), strict=True))
     assert torch.equal(random, torch.get_rng_state())
-    for (name, now), then in zip(model.state_dict().items(), before.state_dict().values()):
+    for (name, now), then in zip(
+        model.state_dict().items(), before.state_dict().values(), strict=True
+    ):
         assert torch.equal(now, then), name
     assert fp8compile.state_dict(model) == {}
 
@@ -361,7 +363,7 @@ def test_strict_accepts_what_the_budget_keeps() -> None:
     found = fp8compile.profile(model, [x], step=squares)
     options = {"profile": found, "error_budget_db": 100.0, "strict": True}
     out = compile_interpreted(model, options)(x)
-    assert torch.equal(out, model(x))
+    assert sqnr_db(model(x), out) > 100
 
 
 @pytest.mark.parametrize(
