@@ -1,8 +1,7 @@
-"""Casts with a scale per block, and their GEMMs, in operators that Inductor compiles.
+"""GEMMs of operands with a scale per block, in an operator of PyTorch where that takes them.
 
-A cast becomes the operators of its reference, which Inductor fuses with what produces the value.
-Its GEMM becomes ``aten._scaled_mm`` where that takes it: CUTLASS for scales per row, cuBLASLt for
-blocks of 128. Elsewhere our own kernel multiplies.
+``aten._scaled_mm`` has CUTLASS for scales per row, and cuBLASLt for blocks of 128. Elsewhere our
+own kernel multiplies.
 """
 
 from __future__ import annotations
@@ -16,31 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from ..internals import traced
-from ..ir import CASTS, QUANTIZE_BLOCKS, args_of, fake_mode_of, size_expr
-from ..ops import in_blocks
+from ..ir import args_of, fake_mode_of, size_expr
 from ..regions import is_aligned
 
 _FOUR = 4  # numbers of 4 bytes: the alignment that cuBLASLt asks for
-
-
-def lower_block_cast(cast: fx.Node) -> None:
-    """``fp8::quantize_blocks`` -> the operators of its reference."""
-    x, block, power_of_two, fmt = args_of(cast)[:4]
-    made: dict[bool, Sequence[fx.Node]] = {}
-    for item in list(cast.users):
-        name = CASTS[QUANTIZE_BLOCKS][args_of(item)[1]]
-        turned = name.endswith("_t")
-        if turned not in made:
-            copy = partial(_copy, block=block, power_of_two=power_of_two, fmt=fmt, turned=turned)
-            made[turned] = _inline(cast, copy, x)
-        item.replace_all_uses_with(made[turned][name.startswith("scale_inv")])
-        cast.graph.erase_node(item)
-
-
-def _copy(
-    x: Tensor, block: Sequence[int], power_of_two: bool, fmt: torch.dtype, turned: bool
-) -> tuple[Tensor, Tensor]:
-    return in_blocks(x.t() if turned else x, block, power_of_two, fmt)
 
 
 def is_scaled_mm(node: fx.Node) -> bool:

@@ -42,6 +42,7 @@ class Tile:
         return f"{self.block_m}x{self.block_n}w{self.num_warps}"
 
 
+_SHARED = {"words_ptr", "maxima_ptr"}  # through which programs find scales together
 _SEARCH_PROGRAMS = 4 * 132  # of an H100 SXM's or H200's multiprocessors
 _COLUMN_SUMS = Tile(64, 32, 4)  # of the rows of partial sums
 
@@ -57,7 +58,7 @@ def tiles(region: Region) -> list[Tile]:
 
 def _of_whole_blocks(region: Region, usual: list[Tile]) -> list[Tile]:
     """Tiles that blocks fill: whole rows, or one block where both copies have blocks of 128."""
-    if any(cast.block[1] == 0 for cast in region.blocks):
+    if region.scales_rows and not region.rows_apart:
         return _whole_rows(region)
     high, wide = (max(sizes) for sizes in zip(*map(_extent, region.blocks), strict=True))
     if region.transposes and wide == GROUP:
@@ -71,7 +72,7 @@ def _of_whole_blocks(region: Region, usual: list[Tile]) -> list[Tile]:
 
 def _extent(cast: Cast) -> tuple[int, int]:
     """The rows and columns of a tile that hold whole blocks of both copies."""
-    high, wide = cast.block
+    high, wide = (max(1, size) for size in cast.block)  # a row's scale was found before
     return (max(high, wide), max(high, wide)) if "fp8_t" in cast.outputs else (high, wide)
 
 
@@ -130,12 +131,13 @@ def launches(
         grid = _cdiv(m, found_by.block_m) * _cdiv(n, found_by.block_n)
         programs = min(grid, _SEARCH_PROGRAMS) if isinstance(grid, int) else _SEARCH_PROGRAMS
         search = getattr(module, source.amax_name)
-        made.append(_launch(search, tensors, sizes, found_by, programs, {"words_ptr"}))
+        writes = _SHARED & set(search.arg_names)
+        made.append(_launch(search, tensors, sizes, found_by, programs, writes))
     tiles_m = _cdiv(m, tile.block_m)
     programs = tiles_m * _cdiv(n, tile.block_n)
     main = getattr(module, source.name)
     writes = written(region, main.arg_names) - {"totals_ptr"}
-    writes -= {"words_ptr"} if search_apart(region) else set()
+    writes -= _SHARED if search_apart(region) else set()
     made.append(_launch(main, tensors, sizes, tile, programs, writes))
     if region.sums:
         completing = getattr(module, source.column_sums_name)
@@ -258,7 +260,9 @@ def prepare(
     device = next(iter(inputs.values())).device
     tensors: dict[str, Any] = {node.name: inputs[node.name] for node in region.inputs}
     results: dict[str, Tensor] = {}
-    tensors["words"] = torch.zeros(word_count(region), dtype=torch.int32, device=device)
+    counts = {"words": word_count(region), "maxima": int(region.maxima_size)}
+    for name, count in counts.items():
+        tensors[name] = torch.zeros(count, dtype=torch.int32, device=device)
     for i, cast in enumerate(region.casts):
         tensors |= _cast_tensors(i, cast, inputs, device, results)
     for i, block in enumerate(region.blocks):

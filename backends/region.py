@@ -20,6 +20,7 @@ from ..regions import (
     Position,
     Space,
     cast_parts,
+    cast_shape,
     place_in,
     reduced_dims,
     shape_of,
@@ -28,6 +29,7 @@ from ..regions import (
 )
 
 GROUP_OUTPUTS = ("q", "scale_inv")
+_LONGEST_ROW = 16384  # elements that one program holds to find their scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +152,7 @@ class Region:
         Each with the column that it starts at. Empty unless the region only casts a concatenation
         whose parts start at multiples of 128 columns, and not row by row.
         """
-        if not (self.casts or self.blocks) or any(cast.block[1] == 0 for cast in self.blocks):
+        if not (self.casts or self.blocks) or (self.scales_rows and not self.rows_apart):
             return []
         value = args_of([*self.casts, *self.blocks][0].node)[0]
         alone = len(self.results) == 1 and value.target is torch.ops.aten.cat.default
@@ -167,6 +169,43 @@ class Region:
     @property
     def transposes(self) -> bool:
         return any("fp8_t" in cast.outputs for cast in (*self.casts, *self.blocks))
+
+    @property
+    def scales_rows(self) -> bool:
+        """Whether a cast has a scale per row."""
+        return any(cast.block[1] == 0 for cast in self.blocks)
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether a kernel of its own finds the scales of rows: where not only rows are cast, which
+        takes tiles that hold no whole rows, or where one is too long for a program.
+        """
+        width = self.space.n
+        short = bool(width.is_number) and width <= _LONGEST_ROW
+        return self.scales_rows and (self.transposes or not short)
+
+    @cached_property
+    def maxima(self) -> dict[tuple[int, str], sympy.Expr]:
+        """Where, in one buffer, the largest magnitudes of rows lie that such a kernel finds: the
+        first of them, by the index of the block cast and the copy.
+        """
+        return {key: first for key, first, _ in self._maxima}
+
+    @property
+    def maxima_size(self) -> sympy.Expr:
+        """The length of that buffer; 0 if nothing is looked for."""
+        return sympy.Add(*(size for _, _, size in self._maxima))
+
+    @cached_property
+    def _maxima(self) -> list[tuple[tuple[int, str], sympy.Expr, sympy.Expr]]:
+        found, first = [], sympy.S.Zero
+        for i, cast in enumerate(self.blocks if self.rows_apart else ()):
+            sizes = zip(("fp8", "fp8_t"), cast_shape(cast.node), strict=True)
+            for copy, size in sizes:
+                if cast.block[1] == 0 and copy in cast.outputs:
+                    found.append(((i, copy), first, size))
+                    first += size
+        return found
 
     @cached_property
     def reduces(self) -> bool:

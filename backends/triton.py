@@ -20,7 +20,6 @@ from .. import ops
 from ..errors import PassError
 from ..internals import FloorDiv, emit_kernel_launch, emit_materialized, is_primal
 from ..ir import (
-    QUANTIZE_BLOCKS,
     RESHAPES,
     SCALED_MM,
     SCALED_MM_BLOCKS,
@@ -33,7 +32,7 @@ from ..ir import (
     size_expr,
 )
 from ..regions import hint, is_aligned
-from .blocks import is_scaled_mm, lower_block_cast, lower_to_scaled_mm
+from .blocks import is_scaled_mm, lower_to_scaled_mm
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
 from .fused import emit_once, launches, tiles
 from .kernels.launch import Launch
@@ -56,8 +55,6 @@ def lower_to_triton(gm: fx.GraphModule) -> dict[str, str]:
     for node in list(gm.graph.nodes):
         if node.op == "call_module" and node not in bundled:
             lowering.region(node)
-        elif node.target is QUANTIZE_BLOCKS:
-            lower_block_cast(node)
         elif node.target is SCALED_MM:
             lowering.scaled_mm(node)
         elif node.target is SCALED_MM_BLOCKS:
@@ -167,6 +164,9 @@ class _Lowering:
         tensors: dict[str, Any] = {node.name: outer[node] for node in region.inputs}
         if _padded_words(region):
             tensors["words"] = self._words(region)
+        if region.rows_apart:
+            size = self._extent(region.maxima_size, call)
+            tensors["maxima"] = self._empty((size,), torch.int32, call.all_input_nodes[0], 0)
         for i, cast in enumerate(region.casts):
             tensors |= self._cast_tensors(i, cast, call, outer, items)
         for i, block in enumerate(region.blocks):
@@ -384,7 +384,7 @@ class _Lowering:
 
 def _is_replaceable(node: fx.Node) -> bool:
     """Whether a node is one that lowering replaces, or arithmetic on sizes."""
-    if node.op == "call_module" or node.target in (*SCALED_MMS, QUANTIZE_BLOCKS):
+    if node.op == "call_module" or node.target in SCALED_MMS:
         return True
     return node.op == "call_function" and node.target in vars(operator).values()
 

@@ -16,6 +16,7 @@ from ..regions import is_aligned, shape_of
 from .block_cast import BlockCast
 from .pieces import named, padded_text, plus
 from .region import Cast, Region, Result
+from .row_cast import RowCast
 from .values import Function, Values, expr_text
 
 
@@ -62,7 +63,7 @@ class Writer:
         return _function(name, [*self._inputs(), "totals_ptr"], lines)
 
     def amax(self, name: str) -> str:
-        """The kernel that finds the amax of the casts, unless all scales are known."""
+        """The kernel that finds the amax of the casts, unless all scales are known, and of rows."""
         casts = range(len(self.region.casts))
         lines = [*self._extent(), *self._tile_counts()]
         if self._known():
@@ -74,6 +75,9 @@ class Writer:
         for i in casts:
             lines += [f"    {line}" for line in self._bits(i, ("",))]
             lines.append(f"    bits_{i} = tl.maximum(bits_{i}, bits)")
+        for result, variable in self._outputs():
+            if result.kind == "block" and self._has_rows_apart(result):
+                lines += [f"    {line}" for line in self._search_rows(result, variable)]
         for i in casts:
             lines += self._leave_amax(i, f"bits_{i}")
         return _function(name, [*self._read(), *self._scales()], lines)
@@ -253,7 +257,26 @@ class Writer:
 
     def _store_block(self, result: Result, variable: str) -> list[str]:
         cast = self.region.blocks[result.index]
+        if self._has_rows_apart(result):
+            return self._row_cast(result, f"x_{variable}").store()
         return BlockCast(result, cast, f"x_{variable}", self.sets).store()
+
+    def _has_rows_apart(self, result: Result) -> bool:
+        """Whether a kernel before this one has looked for the largest of its rows."""
+        return self.region.rows_apart and self.region.blocks[result.index].block[1] == 0
+
+    def _row_cast(self, result: Result, x: str) -> RowCast:
+        maxima = self.region.maxima.items()
+        found = {
+            copy: f"maxima_ptr + {expr_text(first)}" if first != 0 else "maxima_ptr"
+            for (index, copy), first in maxima
+            if index == result.index
+        }
+        return RowCast(result, self.region.blocks[result.index], x, self.sets, found)
+
+    def _search_rows(self, result: Result, variable: str) -> list[str]:
+        bits = f"bits = inside(magnitude_bits({variable}), in_m & in_n, EVEN)"
+        return [bits, *self._row_cast(result, variable).search("bits")]
 
     def _store_group(self, result: Result, variable: str) -> list[str]:
         """A cast with a scale per group of a row; the tile holds whole groups."""
@@ -297,7 +320,8 @@ class Writer:
         """What the values of a tile are computed from, and the words that programs share."""
         totals = ["totals_ptr"] if self.region.sums_apart else []
         words = ["words_ptr"] if self.region.casts else []
-        return [*self._inputs(), *totals, *words]
+        maxima = ["maxima_ptr"] if self.region.rows_apart else []
+        return [*self._inputs(), *totals, *words, *maxima]
 
     def _scales(self) -> list[str]:
         casts = enumerate(self.region.casts)
@@ -323,7 +347,7 @@ class Writer:
 
     def _known(self) -> str:
         """Whether every cast has a scale from earlier steps; "" where that is never so."""
-        if not all(cast.is_delayed for cast in self.region.casts):
+        if self.region.rows_apart or not all(cast.is_delayed for cast in self.region.casts):
             return ""
         return " & ".join(f"(tl.load(scale_{i}_ptr) > 0)" for i in range(len(self.region.casts)))
 

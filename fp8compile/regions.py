@@ -502,11 +502,11 @@ def concatenated_columns(cast: fx.Node) -> list[fx.Node]:
     """The matrices that a cast one is the concatenation of, if they have the same width; or [].
 
     The width is a multiple of 16, or of a block's: then nothing has to be padded between them.
-    None are told apart where a row of the whole has one scale.
+    None are told apart where only rows are cast, each of the whole with one scale.
     """
     value = args_of(cast)[0]
     if (
-        scales_rows(cast)
+        scales_whole_rows(cast)
         or value.target is not aten.cat.default
         or len(value.args) < 2
         or args_of(value)[1] not in (1, -1)
@@ -514,37 +514,20 @@ def concatenated_columns(cast: fx.Node) -> list[fx.Node]:
         return []
     pieces = list(args_of(value)[0])
     same = len({shape_of(piece) for piece in pieces}) == 1
-    unit = args_of(cast)[1][1] if cast.target is QUANTIZE_BLOCKS else ALIGNMENT
+    wide = args_of(cast)[1][1] if cast.target is QUANTIZE_BLOCKS else 0
+    unit = max(wide, ALIGNMENT)
     return pieces if same and sympy.Mod(shape_of(pieces[0])[1], unit) == 0 else []
 
 
 def casts_of(gm: fx.GraphModule) -> Iterator[fx.Node]:
-    """Every cast that a kernel can make tile by tile, in graph order: not a transposed copy with a
-    scale per row, which takes a whole column of the value.
-    """
-    return (
-        node
-        for node in gm.graph.nodes
-        if node.target in (QUANTIZE, QUANTIZE_GROUPS)
-        or (node.target is QUANTIZE_BLOCKS and (not scales_rows(node) or _fits_row(node)))
-    )
+    """Every cast, in graph order."""
+    casts = (QUANTIZE, QUANTIZE_BLOCKS, QUANTIZE_GROUPS)
+    return (node for node in gm.graph.nodes if node.target in casts)
 
 
-def scales_rows(cast: fx.Node) -> bool:
-    """Whether a cast has a scale per row of a copy."""
-    return cast.target is QUANTIZE_BLOCKS and not args_of(cast)[1][1]
-
-
-_MAX_ROW = 16384  # elements that one program holds
-
-
-def _fits_row(cast: fx.Node) -> bool:
-    """Whether only the row-major copy is wanted, and a program holds a row of it."""
-    width = cast_shape(cast)[1]
-    return copies_of(cast) == (True, False) and width.is_number and width <= _MAX_ROW
-
-
-def copies_of(cast: fx.Node) -> tuple[bool, bool]:
-    """Which copies a cast to one scale or to blocks writes: row-major, transposed."""
-    row_major, transposed = (*args_of(cast)[4:], True, True)[:2]
-    return row_major, transposed
+def scales_whole_rows(cast: fx.Node) -> bool:
+    """Whether a cast has a scale per row, and writes no copy whose rows are the value's columns."""
+    if cast.target is not QUANTIZE_BLOCKS or args_of(cast)[1][1]:
+        return False
+    _, transposed = (*args_of(cast)[4:], True, True)[:2]
+    return not transposed

@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import fx
 
-from ..ir import CASTS, QUANTIZE, QUANTIZE_BLOCKS, args_of, aten, emit, evaluate
+from ..ir import QUANTIZE, args_of, aten
 from ..regions import (
     COL,
     ROW,
@@ -23,13 +23,12 @@ from ..regions import (
     cast_shape,
     casts_of,
     concatenated_columns,
-    copies_of,
     hint,
     is_computable,
     place_in,
     reads,
     reduced_dims,
-    scales_rows,
+    scales_whole_rows,
     shape_of,
     split,
     sum_behind,
@@ -56,28 +55,11 @@ def grow_regions(gm: fx.GraphModule) -> int:
     where they can compute it from one matrix that is in memory anyway, they do.
 
     Requires: a forward, backward or inference graph after drop_unused_outputs.
-    Ensures: no cast is left outside of a region, but transposed copies with a scale per row, which
-        are casts of their own then; no cycle.
+    Ensures: no cast is left outside of a region; no cycle.
     Leaves alone: everything that no cast needs.
     Numerics: exact.
     """
-    _split_copies(gm)
     return _Grower(gm).run()
-
-
-def _split_copies(gm: fx.GraphModule) -> None:
-    """Cast each copy by itself, where a scale per row leaves only one of them to a region."""
-    for cast in list(gm.graph.nodes):
-        if scales_rows(cast) and copies_of(cast) == (True, True):
-            with gm.graph.inserting_after(cast):
-                args = (*args_of(cast)[:4], False, True)
-                other = emit(gm.graph, QUANTIZE_BLOCKS, args, f"{cast.name}_t", like=cast)
-            cast.args = (*args_of(cast)[:4], True, False)
-            cast.meta["val"] = evaluate(cast)
-            for item in list(cast.users):
-                if CASTS[QUANTIZE_BLOCKS][args_of(item)[1]].endswith("_t"):
-                    item.replace_input_with(cast, other)
-                    other.append(item)
 
 
 Read = tuple[fx.Node, Position]
@@ -255,8 +237,8 @@ class _Grower:
 
     def _join_sum(self, draft: _Draft, node: fx.Node, value: fx.Node) -> bool:
         place = _summed_position(node, value, draft.space)
-        # Tiles of whole rows, which scales of rows need, would leave as many partial sums as rows.
-        if place is None or any(scales_rows(cast) for cast in draft.casts):
+        # Tiles of whole rows, which scales of rows may need, leave as many partial sums as rows.
+        if place is None or any(scales_whole_rows(cast) for cast in draft.casts):
             return False
         trial = _Draft(draft.space, [])
         self._absorb_for(draft, trial, value, place)

@@ -167,11 +167,25 @@ def quantize_groups(x, FP8_MAX: tl.constexpr):
 
 
 @triton.jit
+def floor_to_power_of_two(scale):
+    """Rounded down to a power of two; at most 2**126, whose reciprocal is no denormal."""
+    scale = tl.where(scale > 8.507059173023462e37, 8.507059173023462e37, scale)
+    return (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def row_scale(bits, FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """The scale of each row, or column, from the largest of its `magnitude_bits`."""
+    scale = resolve_scale(0.0, bits.to(tl.float32, bitcast=True), FP8_MAX)
+    return floor_to_power_of_two(scale) if POWER_OF_TWO else scale
+
+
+@triton.jit
 def block_scales(
     bits, HIGH: tl.constexpr, WIDE: tl.constexpr, FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr
 ):
     """The scale of every HIGH x WIDE elements of a tile of `magnitude_bits`; and that of each
-    element. POWER_OF_TWO: rounded down to one, at most 2**126, whose reciprocal is no denormal.
+    element. POWER_OF_TWO: rounded down to one.
     """
     DOWN: tl.constexpr = bits.shape[0] // HIGH
     ACROSS: tl.constexpr = bits.shape[1] // WIDE
@@ -190,8 +204,7 @@ def block_scales(
     amax = finite_or_inf(largest.to(tl.float32, bitcast=True))
     scale = resolve_scale(0.0, amax, FP8_MAX)
     if POWER_OF_TWO:
-        scale = tl.where(scale > 8.507059173023462e37, 8.507059173023462e37, scale)
-        scale = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        scale = floor_to_power_of_two(scale)
     spread = tl.broadcast_to(scale[:, None, :, None], (DOWN, HIGH, ACROSS, WIDE))
     return scale, tl.reshape(spread, (DOWN * HIGH, ACROSS * WIDE))
 

@@ -14,7 +14,7 @@ from fp8compile.backends.blocks import is_scaled_mm
 from fp8compile.backends.fused import emit_once, tiles
 from fp8compile.backends.triton import lower_to_triton
 from fp8compile.compile import compile_graph
-from fp8compile.ir import QUANTIZE_BLOCKS, SCALED_MM_BLOCKS
+from fp8compile.ir import SCALED_MM_BLOCKS
 from fp8compile.options import parse_options
 from fp8compile.passes import drop_unused_outputs, grow_regions
 from tests.backends.common import DEVICE, only_region
@@ -22,7 +22,7 @@ from tests.helpers import interpret, trace_final
 from tests.models import MLP, sqnr_db
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-BLOCKS = [(1, 128), (128, 128), (1, 32)]
+BLOCKS = [(1, 128), (128, 128), (1, 32), (1, 0)]
 COPIES = [(True, True), (True, False), (False, True)]
 
 
@@ -130,42 +130,61 @@ def test_each_input_is_loaded_once_and_the_head_says_so() -> None:
     assert "fp8.quantize_blocks(" in text and "each byte once" in text
 
 
-@pytest.mark.parametrize("shape", [(33, 48), (130, 200), (5, 2100)], ids=str)
-def test_a_scale_per_row_is_the_reference_bit_by_bit(shape: tuple[int, int]) -> None:
+def bit_by_bit(fn: Callable[[Tensor], list[Tensor]], x: Tensor) -> bool:
+    """Whether every tile of the region of a function gives what the reference does."""
+    case = only_region(fn, x=x)
+    oracle = case.oracle()
+    return all(
+        torch.equal(bits(oracle[name]), bits(found))
+        for tile in tiles(case.region)
+        for name, found in case.run(tile).items()
+    )
+
+
+@pytest.mark.parametrize("shape", [(5, 2100), (3, 16500)], ids=str)
+def test_long_rows_with_a_scale_each(shape: tuple[int, int]) -> None:
+    """One of them is too long for a program that holds it all."""
     x = uneven(*shape)
     x[0, 5], x[-1, 7], x[:, 9] = torch.nan, torch.inf, 0
-    case = only_region(lambda x: quantize(x, (1, 0), copies=(True, False)), x=x)
-    want = quantize(x, (1, 0), copies=(True, False))
-    for tile in tiles(case.region):
-        for expected, found in zip(want, case.run(tile).values(), strict=True):
-            assert torch.equal(bits(expected), bits(found)), tile
+    region = only_region(lambda x: quantize(x, (1, 0), copies=(True, False)), x=x).region
+    assert region.rows_apart is (shape[1] > 16384)
+    assert bit_by_bit(lambda x: quantize(x, (1, 0), copies=(True, False)), x)
 
 
-@pytest.mark.parametrize("name", VALUES)
-def test_a_scale_per_row_behind_other_operators(name: str) -> None:
-    fn, shapes = VALUES[name]
-    inputs = {n: torch.randn(shape).bfloat16().to(DEVICE) for n, shape in shapes.items()}
-    case = only_region(lambda **i: quantize(fn(**i), (1, 0), copies=(True, False)), **inputs)
-    oracle, found = case.oracle(), case.run()
-    assert all(close(oracle[key], found[key]) for key in oracle)
+@pytest.mark.parametrize("rows", [(True, True), (True, False)], ids=["both", "row-major"])
+@pytest.mark.parametrize("block", [(0, 0), (1, 128)], ids=str)
+def test_scales_per_row_beside_others_of_one_value(
+    block: tuple[int, int], rows: tuple[bool, bool]
+) -> None:
+    """As where sites with recipes of their own take one input."""
+
+    def fn(x: Tensor) -> list[Tensor]:
+        if block == (0, 0):
+            others = list(torch.ops.fp8.quantize(x, None, 0, E4M3)[:3])
+        else:
+            others = quantize(x, block)
+        return [*quantize(x, (1, 0), copies=rows), *others]
+
+    assert bit_by_bit(fn, uneven(70, 200))
 
 
-def test_a_transposed_copy_with_a_scale_per_row_is_left_to_inductor() -> None:
+def test_column_sums_beside_scales_per_row() -> None:
     def fn(x: Tensor) -> list[Tensor]:
         value = x.relu()
-        return [*quantize(value, (1, 0)), value.sum(0)]
+        return [*quantize(value, (1, 0)), value.float().sum(0)]
 
     gm = trace_final(fn, x=torch.randn(32, 64))
-    want = gm(torch.ones(32, 64))
     assert grow_regions(gm) == 1
-    (cast,) = gm.graph.find_nodes(op="call_function", target=QUANTIZE_BLOCKS)
-    assert cast.args[4:] == (False, True)
     (call,) = gm.graph.find_nodes(op="call_module")
-    assert len(call.users) == 3  # the other copy and its scales, and the value, but not the sum
-    for expected, found in zip(want, gm(torch.ones(32, 64)), strict=True):
-        assert torch.equal(bits(expected), bits(found))
-    lower_to_triton(gm)
-    assert not [n for n in gm.graph.nodes if "fp8." in str(n.target)]
+    assert len(call.users) == 5  # both copies with their scales, and the sum
+
+
+def test_search_loads_each_input_once() -> None:
+    fn, shapes = VALUES["swiglu backward"]
+    inputs = {n: torch.randn(shape).bfloat16() for n, shape in shapes.items()}
+    text = emit_once(only_region(lambda **i: quantize(fn(**i), (1, 0)), **inputs).region).text
+    assert all(text.count(f"tl.load(input_{i}_ptr") == 1 for i in (1, 2, 3))
+    assert text.count("tl.atomic_max(maxima_ptr") == 4  # rows and columns of either half
 
 
 @pytest.mark.parametrize(
