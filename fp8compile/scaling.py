@@ -2,8 +2,8 @@
 
 Inside a compiled graph the state is only read (``scale``) and max-accumulated (``amax_fwd``,
 ``amax_bwd``). Everything else happens here, once per optimizer step. A scale of 0 means that no
-amax is known, none seen yet or one that has outgrown the history; the cast then uses current
-scaling, so that the first step is right.
+amax is known, none seen yet or one that has outgrown the history or jumped; the cast then uses
+current scaling, so that the first step is right, and so are those after a jump.
 
 A ScalingState belongs to the list of weights that a compiled graph multiplies with. It is found
 through them at run time, because one compiled graph may serve many modules. The replicas of a
@@ -37,8 +37,9 @@ class ScalingState:
     site, of which one is used per operand.
 
     ``scale``, ``amax_fwd``, ``amax_bwd``: ``f32[slots]``. ``history``: ``f32[history_len, slots]``,
-    a ring that ``position`` points into. ``events``: ``i32[2, slots]``, how often an amax was not
-    finite, and how often one was too large for the scale that was used. ``weights``: for each site
+    a ring that ``position`` points into. ``events``: ``i32[3, slots]``, how often an amax was not
+    finite, how often one was too large for the scale that was used, and how often one jumped (see
+    ``fp8::update_scales``). ``weights``: for each site
     its weight, or None where it has no parameter. ``replicas``: the process group that trains
     copies of the weights on other data, or None. ``number``: states are created, and so numbered,
     in the same order in every replica.
@@ -58,7 +59,7 @@ class ScalingState:
             torch.zeros(slots, device=device) for _ in range(3)
         )
         self.history = torch.zeros(recipe.history_len, slots, device=device)
-        self.events = torch.zeros(2, slots, dtype=torch.int32, device=device)
+        self.events = torch.zeros(3, slots, dtype=torch.int32, device=device)
         fp8_max = [recipe.format_of(operand).max for operand in Operand]
         unused = [1.0] * (SLOTS_PER_SITE - len(fp8_max))
         self.fp8_max = torch.tensor((fp8_max + unused) * len(weights), device=device)
@@ -135,6 +136,8 @@ class ScalingState:
                 self.events,
                 self.fp8_max,
                 self.position,
+                self.recipe.jump_limit,
+                self.recipe.saturation_limit,
             )
         self.keep_changed_weights()
         self.position = (self.position + 1) % self.recipe.history_len
