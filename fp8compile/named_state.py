@@ -26,10 +26,13 @@ from .scaling import (
 
 
 class Events(NamedTuple):
-    """In how many steps an operand's amax was not finite, or its delayed scale was too large."""
+    """In how many steps an operand's amax was not finite, its delayed scale was too large, or its
+    amax jumped; see ``events``.
+    """
 
     not_finite: int
     saturated: int
+    jumped: int
 
 
 # --- what went wrong ----------------------------------------------------------------------------
@@ -43,14 +46,17 @@ def events(model: nn.Module) -> dict[str, Events]:
     under the name of the first. ``not_finite`` counts the steps whose amax was inf or NaN: the
     scale did not move. ``saturated`` counts those whose values had outgrown the scale so far that
     clipping changed them by more than rounding does; the next step's scale is right again.
+    ``jumped`` counts how often the amax of the last steps came to lie further apart than the
+    recipe's ``jump_limit``: from the next step on until they agree again, the operand is cast with
+    current scaling. A spike is one jump, and so are two within ``history_len`` steps.
     """
     counts: dict[str, Tensor] = {}
     for key, state, site in named_states(model):
         counts[key] = counts.get(key, 0) + state.events[:, slots_of(site)].cpu()
     return {
         f"{key}.{operand}": Events(*found)
-        for key, both in counts.items()
-        for operand, found in zip(Operand, both.t().tolist(), strict=True)
+        for key, kinds in counts.items()
+        for operand, found in zip(Operand, kinds.t().tolist(), strict=True)
         if any(found)
     }
 
@@ -152,9 +158,9 @@ def _parse(
 
 def _history_problems(key: str, parameter: Tensor, entry: Mapping[str, Tensor]) -> Iterable[str]:
     for state in states_by_weight.get(parameter, ()):
-        steps = entry[HISTORY].shape[0] if HISTORY in entry else state.history_len
-        if steps != state.history_len:
-            yield f"shape: {key}{HISTORY} has {steps} steps, the recipe keeps {state.history_len}"
+        steps = entry[HISTORY].shape[0] if HISTORY in entry else state.moved_by.history_len
+        if steps != state.moved_by.history_len:
+            yield f"shape: {key}{HISTORY} has {steps} steps, the recipe keeps {state.moved_by.history_len}"
 
 
 def _key(fqn: str, use: int) -> str:

@@ -354,6 +354,15 @@ def _(amax: Tensor, values: Sequence[Tensor], slots: Sequence[int]) -> None:
 SATURATED = 1 + 2**-4
 
 
+def _lie_apart(history: Tensor, limit: float) -> Tensor:
+    """Whether a slot's largest amax in a history is more than ``limit`` times its smallest.
+
+    A zero is a step without the slot, or one of nothing but zeros; it says nothing.
+    """
+    smallest = torch.where(history > 0, history, torch.inf).amin(0)
+    return history.amax(0) > limit * smallest
+
+
 @torch.library.custom_op(
     "fp8::update_scales",
     mutates_args=("scale", "amax_fwd", "amax_bwd", "history", "events"),
@@ -366,15 +375,27 @@ def update_scales(
     events: Tensor,
     fp8_max: Tensor,
     position: int,
+    jump_limit: float,
+    saturation_limit: float,
 ) -> None:
     """End a step of delayed scaling on the flat state of a graph; see ScalingState for shapes.
 
     Writes the step's amax into ``history[position]``, sets each scale to ``fp8_max`` over the
     largest amax in the history, and clears both amax tensors. A slot whose history holds no amax
-    keeps its scale. One whose amax has outgrown the history is still growing, as behind a weight
-    that starts at zero: its scale becomes 0, so that the next step finds its own. An amax that is
-    not finite is not recorded, and counts as an event in ``events[0]``; one that this step's scale
-    was too large for counts in ``events[1]``.
+    keeps its scale. An amax that is not finite is not recorded, and counts as an event in
+    ``events[0]``; one that this step's scale was too large for counts in ``events[1]``.
+
+    Two guard rails set a scale to 0, so that the next step finds its own (current scaling):
+
+    - The amax is more than ``saturation_limit`` times the largest of the history. It was clipped,
+      and may still be growing, as behind a weight that starts at zero.
+    - The largest amax of the history, this step's included, is more than ``jump_limit`` times the
+      smallest that is not zero. One scale cannot do for both; so a slot that has jumped, up or
+      down, stays in current scaling until the history has forgotten what was before the jump, or
+      the spike. Each time this begins counts in ``events[2]``.
+
+    Both depend on nothing but the history and this step's amax, and so are the same in all
+    replicas. A limit of ``inf`` turns one off.
     """
     amax = torch.maximum(amax_fwd, amax_bwd)
     finite = amax.isfinite()
@@ -383,11 +404,14 @@ def update_scales(
     previous = history.amax(0)
     # The first step has no history: its amax is all that there is to go by.
     seen = (previous > 0) | (position > 0)
-    growing = finite & (amax > SATURATED * previous) & seen
+    clipped = finite & (amax > saturation_limit * previous) & seen
+    apart_before = _lie_apart(history, jump_limit)
     history[position] = torch.where(finite, amax, 0.0)
+    apart = _lie_apart(history, jump_limit)
+    events[2] += (apart & ~apart_before).int()
     largest = history.amax(0)
     known = torch.where(largest > 0, current_scale(largest, fp8_max), scale)
-    scale.copy_(torch.where(growing, 0.0, known))
+    scale.copy_(torch.where(clipped | apart, 0.0, known))
     amax_fwd.zero_()
     amax_bwd.zero_()
 
@@ -401,5 +425,7 @@ def _(
     events: Tensor,
     fp8_max: Tensor,
     position: int,
+    jump_limit: float,
+    saturation_limit: float,
 ) -> None:
     return None

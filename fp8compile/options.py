@@ -178,12 +178,13 @@ def _overrides(value: Any, recipe: Recipe) -> tuple[tuple[str, Recipe], ...]:
         )
     overrides = tuple((g, _recipe(f"overrides[{g!r}]", each)) for g, each in value.items())
     delayed = [r for r in (recipe, *(r for _, r in overrides)) if r.scaling is Scaling.DELAYED]
-    steps = {each.history_len: each.name for each in delayed}
-    if len(steps) > 1:
-        raise OptionError(
-            f"the recipes of one model look back equally far, but history_len is "
-            f"{' and '.join(f'{n} in {name!r}' for n, name in steps.items())}; choose one"
-        )
+    for name in ("history_len", "jump_limit", "saturation_limit"):  # of the state that they share
+        found = {getattr(each, name): each.name for each in delayed}
+        if len(found) > 1:
+            raise OptionError(
+                f"all delayed scales of a model move alike, but {name} is "
+                f"{' and '.join(f'{n} in {r!r}' for n, r in found.items())}; choose one"
+            )
     return overrides
 
 

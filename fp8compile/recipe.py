@@ -103,6 +103,12 @@ class Recipe:
     3.3.2) over the whole of K, which blocks of K with a scale of their own rule out.
     ``high_precision``: GEMM roles that are not cast at all.
     ``history_len``: how many optimizer steps of amax a delayed scale looks back on.
+    ``jump_limit``, ``saturation_limit``: the guard rails of delayed scaling, factors of at least 1;
+    ``inf`` turns one off. The largest amax in the history may be ``jump_limit`` times the smallest
+    (a history of one step has no jumps). The amax of a step may be ``saturation_limit`` times the
+    largest of the steps before: by so much its largest value was clipped. How many others were,
+    too, nobody counts, which would cost every cast. Beyond a limit an operand goes back to current
+    scaling from the next step on, without a recompilation, until its amax agree again.
     """
 
     name: str
@@ -121,6 +127,8 @@ class Recipe:
     )
     high_precision: tuple[Gemm, ...] = ()
     history_len: int = 16
+    jump_limit: float = 32.0
+    saturation_limit: float = 1 + 2**-4  # clipping by less does no more than rounding does
 
     def __post_init__(self) -> None:
         if set(self.high_precision) == set(Gemm):
@@ -130,6 +138,12 @@ class Recipe:
             )
         if self.history_len < 1:
             raise RecipeError(f"history_len is {self.history_len}; it must be at least 1")
+        for name, limit in (("jump", self.jump_limit), ("saturation", self.saturation_limit)):
+            if not limit >= 1:  # nor is NaN
+                raise RecipeError(
+                    f"{name}_limit is {limit}; it is a factor between two amax, at least 1, and "
+                    "float('inf') turns this guard rail off"
+                )
         if self.power_of_two and self.is_tensorwise:
             raise RecipeError(
                 f"recipe {self.name!r}: power_of_two is for scales that are not tensorwise; choose "

@@ -2,8 +2,8 @@
 
 Inside a compiled graph the state is only read (``scale``) and max-accumulated (``amax_fwd``,
 ``amax_bwd``). Everything else happens here, once per optimizer step. A scale of 0 means that no
-amax is known, none seen yet or one that has outgrown the history; the cast then uses current
-scaling, so that the first step is right.
+amax is known, none seen yet or one that has outgrown the history or jumped; the cast then uses
+current scaling, so that the first step is right, and so are those after a jump.
 
 A ScalingState belongs to the list of weights that a compiled graph multiplies with. It is found
 through them at run time, because one compiled graph may serve many modules. The replicas of a
@@ -37,10 +37,11 @@ class ScalingState:
     site, of which one is used per operand, if the site's recipe is delayed at all.
 
     ``scale``, ``amax_fwd``, ``amax_bwd``: ``f32[slots]``. ``history``: ``f32[history_len, slots]``,
-    a ring that ``position`` points into; all recipes with delayed scaling look back equally far.
-    ``events``: ``i32[2, slots]``, how often an amax was not finite, and how often one was too large
-    for the scale that was used. ``weights``: for each site its weight, or None where it has no
-    parameter. ``recipes``: the recipe of each site. ``replicas``: the process group that trains
+    a ring that ``position`` points into; all recipes with delayed scaling move alike.
+    ``events``: ``i32[3, slots]``, how often an amax was not finite, how often one was too large for
+    the scale that was used, and how often one jumped (see ``fp8::update_scales``). ``weights``: for
+    each site its weight, or None where it has no parameter. ``recipes``: the recipe of each site.
+    ``replicas``: the process group that trains
     copies of the weights on other data, or None. ``number``: states are created, and so numbered,
     in the same order in every replica.
     """
@@ -52,15 +53,15 @@ class ScalingState:
         self, weights: Sequence[Tensor | None], recipes: Sequence[Recipe], device: torch.device
     ) -> None:
         self.recipes = tuple(recipes)
-        self.history_len = history_len(recipes)
+        self.moved_by = next(r for r in recipes if r.scaling is Scaling.DELAYED)
         self._weights = [None if w is None else weakref.ref(w) for w in weights]
         slots = SLOTS_PER_SITE * len(weights)
         # Tensors of their own: CUDA graphs take an input for static only if it is aligned.
         self.scale, self.amax_fwd, self.amax_bwd = (
             torch.zeros(slots, device=device) for _ in range(3)
         )
-        self.history = torch.zeros(self.history_len, slots, device=device)
-        self.events = torch.zeros(2, slots, dtype=torch.int32, device=device)
+        self.history = torch.zeros(self.moved_by.history_len, slots, device=device)
+        self.events = torch.zeros(3, slots, dtype=torch.int32, device=device)
         unused = [1.0] * (SLOTS_PER_SITE - len(Operand))
         fp8_max = [
             [recipe.format_of(operand).max for operand in Operand] + unused for recipe in recipes
@@ -139,9 +140,11 @@ class ScalingState:
                 self.events,
                 self.fp8_max,
                 self.position,
+                self.moved_by.jump_limit,
+                self.moved_by.saturation_limit,
             )
         self.keep_changed_weights()
-        self.position = (self.position + 1) % self.history_len
+        self.position = (self.position + 1) % self.moved_by.history_len
         self.updates += 1
         self.observed = False
 
@@ -174,12 +177,6 @@ class ScalingState:
             uses.append(seen.get(id(weight), 0))
             seen[id(weight)] = uses[-1] + 1
         return uses
-
-
-def history_len(recipes: Iterable[Recipe]) -> int:
-    """How many steps those recipes look back whose scaling is delayed: all of them the same."""
-    (steps,) = {recipe.history_len for recipe in recipes if recipe.scaling is Scaling.DELAYED}
-    return steps
 
 
 def _version_of(weight: Tensor | None) -> int | None:
@@ -249,10 +246,10 @@ def _inherit(state: ScalingState) -> None:
             "modules: nn.ModuleList([teacher, student]) for two that are compiled together"
         )
     for index, entry in parked:
-        if entry[HISTORY].shape[0] != state.history_len:
+        if entry[HISTORY].shape[0] != state.moved_by.history_len:
             raise ScalingStateError(
                 f"the loaded amax history has {entry[HISTORY].shape[0]} steps; the recipe "
-                f"{state.recipes[index].name!r} keeps {state.history_len}"
+                f"{state.recipes[index].name!r} keeps {state.moved_by.history_len}"
             )
         state.set_site_entry(index, entry)
 

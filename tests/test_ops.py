@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -210,9 +211,11 @@ def state(slots: int, history: int = 4) -> dict[str, Any]:
     zeros = {name: torch.zeros(slots) for name in ("scale", "amax_fwd", "amax_bwd")}
     return zeros | {
         "history": torch.zeros(history, slots),
-        "events": torch.zeros(2, slots, dtype=torch.int32),
+        "events": torch.zeros(3, slots, dtype=torch.int32),
         "fp8_max": torch.full((slots,), 448.0),
         "position": 0,
+        "jump_limit": 32.0,
+        "saturation_limit": 1.0625,
     }
 
 
@@ -226,7 +229,7 @@ def test_update_scales() -> None:
     # new amax; larger amax in the history; nothing seen; inf seen; nan seen
     assert s["scale"].tolist() == [448 / 4, 448 / 8, 9, 9, 448 / 2]
     assert s["history"][0].tolist() == [4, 2, 0, 0, 0]
-    assert s["events"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]
+    assert s["events"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
     assert torch.count_nonzero(s["amax_fwd"]) == torch.count_nonzero(s["amax_bwd"]) == 0
 
 
@@ -236,7 +239,7 @@ def test_update_scales_counts_what_saturated_beyond_rounding() -> None:
     s["scale"][5] = torch.finfo(torch.float32).max  # overflows
     s["amax_fwd"] = torch.tensor([100.0, 8.0, 8.5, 8.51, torch.inf, 8.0])
     fp8.update_scales(*s.values())
-    assert s["events"].tolist() == [[0, 0, 0, 0, 1, 0], [0, 0, 0, 1, 0, 1]]
+    assert s["events"][:2].tolist() == [[0, 0, 0, 0, 1, 0], [0, 0, 0, 1, 0, 1]]
 
 
 def test_update_scales_overwrites_the_oldest() -> None:
@@ -246,6 +249,50 @@ def test_update_scales_overwrites_the_oldest() -> None:
         s["position"] = step % 2
         fp8.update_scales(*s.values())
     assert s["history"].flatten().tolist() == [1, 2] and s["scale"] == 448 / 2
+
+
+def run(amax: Sequence[float], history: int = 4, **limits: float) -> tuple[list[float], int]:
+    """The largest amax that each step's new scale stands for (0: unknown), and the jumps."""
+    s, represented = state(1, history) | limits, []
+    for step, value in enumerate(amax):
+        s["amax_fwd"][0] = value
+        s["position"] = step % history
+        fp8.update_scales(*s.values())
+        represented.append(round(448.0 / float(s["scale"]), 3) if s["scale"] else 0.0)
+    return represented, int(s["events"][2])
+
+
+def test_a_spike_keeps_its_slot_in_current_scaling_until_it_is_forgotten() -> None:
+    spike = [1.0, 1, 100, 1, 1, 1, 1, 1]
+    assert run(spike) == ([1, 1, 0, 0, 0, 0, 1, 1], 1)
+    assert run(spike, jump_limit=torch.inf) == ([1, 1, 0, 100, 100, 100, 1, 1], 0)
+    both = {"jump_limit": torch.inf, "saturation_limit": torch.inf}
+    assert run(spike, **both) == ([1, 1, 100, 100, 100, 100, 1, 1], 0)
+
+
+def test_a_jump_counts_in_both_directions_and_only_beyond_the_limit() -> None:
+    assert run([1.0, 32, 32, 32]) == ([1, 0, 32, 32], 0)  # outgrown, and no jump
+    assert run([1.0, 33, 33, 33, 33, 33]) == ([1, 0, 0, 0, 33, 33], 1)
+    assert run([33.0, 1, 1, 1, 1, 1]) == ([33, 0, 0, 0, 1, 1], 1)
+    assert run([32.0, 1, 1, 1, 1, 1]) == ([32, 32, 32, 32, 1, 1], 0)
+
+
+def test_numbers_that_come_in_turns_stay_in_current_scaling() -> None:
+    assert run([1.0, 100] * 4) == ([1, 0, 0, 0, 0, 0, 0, 0], 1)
+
+
+def test_two_spikes_are_two_jumps_if_the_first_was_forgotten() -> None:
+    assert run([1.0, 100, 1, 1, 1, 1, 100, 1]) == ([1, 0, 0, 0, 0, 1, 0, 0], 2)
+
+
+def test_steps_without_an_amax_are_no_jump() -> None:
+    assert run([0.0, 0, 4, 0, 4, 0, 0, torch.inf, 4]) == ([0, 0, 0, 4, 4, 4, 4, 4, 4], 0)
+
+
+def test_the_saturation_limit_moves_where_a_clipped_slot_goes_to_current_scaling() -> None:
+    growth = [1.0, 1.5, 1.5, 4.0, 4.0]
+    assert run(growth) == ([1, 0, 1.5, 0, 4], 0)
+    assert run(growth, saturation_limit=2.0) == ([1, 1.5, 1.5, 0, 4], 0)
 
 
 # --- registration -------------------------------------------------------------------------------

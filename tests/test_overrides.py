@@ -120,6 +120,7 @@ def test_the_first_glob_that_matches_counts() -> None:
         ({1: "rowwise"}, "give a dict from globs"),
         ({"0": 3}, r"overrides\['0'\]\" is 3; give one of"),
         ({"0": replace(RECIPES["delayed"], name="short", history_len=4)}, "history_len is 16 in"),
+        ({"0": replace(RECIPES["delayed"], name="own", jump_limit=4)}, "jump_limit is 32.0 in"),
     ],
 )
 def test_what_is_wrong_with_overrides(overrides: Any, message: str) -> None:

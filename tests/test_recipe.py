@@ -89,6 +89,15 @@ def test_an_empty_history_is_refused() -> None:
         Recipe("bad", history_len=0)
 
 
+@pytest.mark.parametrize("limit", ["jump_limit", "saturation_limit"])
+@pytest.mark.parametrize("value", [0.5, -2.0, 0.0, float("nan"), float("-inf")])
+def test_a_limit_below_one_is_refused(limit: str, value: float) -> None:
+    with pytest.raises(RecipeError, match=rf"^{limit} is {value}; .*at least 1, .*'inf'\) turns"):
+        Recipe("bad", **{limit: value})
+    for legal in (1.0, 2, float("inf")):
+        assert getattr(Recipe("own", **{limit: legal}), limit) == legal
+
+
 def test_recipe_error_is_a_value_error() -> None:
     assert issubclass(RecipeError, ValueError) and issubclass(OptionError, ValueError)
 

@@ -184,11 +184,11 @@ def test_events_are_read_by_name() -> None:
         train(compiled, magnitude * x)
         fp8compile.update_scales(model)
     found = fp8compile.events(compiled)
-    assert found["0.weight.input"] == fp8compile.Events(not_finite=0, saturated=1)
+    assert found["0.weight.input"] == fp8compile.Events(not_finite=0, saturated=1, jumped=0)
     assert not any(name.endswith("weight.weight") for name in found)
     train(compiled, torch.full_like(x, torch.nan))
     fp8compile.update_scales(model)
-    assert fp8compile.events(model)["0.weight.input"] == (1, 1)
+    assert fp8compile.events(model)["0.weight.input"] == (1, 1, 0)
     assert fp8compile.events(model)["2.weight.grad_output"].not_finite == 1
 
 
@@ -206,7 +206,7 @@ def test_a_module_used_twice_has_events_of_both_uses() -> None:
     for y in (-x, 5 * x):
         compiled(x, y).sum().backward()
         fp8compile.update_scales(model)
-    assert fp8compile.events(model) == {"fc.weight#1.input": (0, 1)}
+    assert fp8compile.events(model) == {"fc.weight#1.input": (0, 1, 0)}
 
 
 def test_a_bad_first_step_leaves_no_scale() -> None:

@@ -21,7 +21,7 @@ class Launch:
     Attributes:
         kernel: a `@triton.jit` function.
         tensors: kernel argument -> tensor, graph node, or None (the kernel then never uses it).
-        sizes: kernel argument -> integer known at run time (an int, or a proxy of a graph node).
+        sizes: kernel argument -> number known at run time (or a proxy of a graph node).
         constants: kernel argument -> compile-time constant.
         grid: number of programs per axis; may hold proxies.
         descriptors: those of `tensors` that are passed as TMA descriptors -> block shape.

@@ -1,8 +1,9 @@
 """The delayed-scaling step: roll the amax history of every slot and update its scale.
 
-One launch for all slots of a graph, once per optimizer step, without a host synchronisation.
-A slot that has never seen a usable amax keeps its scale; one whose amax outgrows its history
-gets 0, for unknown.
+One launch for all slots of a graph, once per optimizer step, without a host synchronisation;
+what it computes is defined by ``fp8::update_scales``.
+A slot that has never seen a usable amax keeps its scale; one whose amax outgrows its history, or
+whose history holds both small and large ones, gets 0, for unknown.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ from .launch import Launch, run
 _BLOCK = 128
 
 
+@triton.jit
+def _or_inf(amax):
+    """An amax, or infinity for one that says nothing."""
+    return tl.where(amax > 0, amax, float("inf"))
+
+
 @triton.jit(do_not_specialize=["position"])
 def _update_scales_kernel(
     scale_ptr,
@@ -31,6 +38,8 @@ def _update_scales_kernel(
     position,
     S,
     H,
+    jump_limit,
+    saturation_limit,
     SATURATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -49,18 +58,25 @@ def _update_scales_kernel(
         counts + S, tl.load(counts + S, mask=mask, other=0) + tl.where(saturated, 1, 0), mask=mask
     )
 
-    largest = amax
-    previous = tl.zeros((BLOCK,), tl.float32)
+    largest, smallest = amax, _or_inf(amax)
+    before, least_before = tl.zeros((BLOCK,), tl.float32), _or_inf(tl.zeros((BLOCK,), tl.float32))
     for row in range(H):
         past = tl.load(history_ptr + row * S + slots, mask=mask, other=0.0)
-        previous = tl.maximum(previous, past)
-        largest = tl.maximum(largest, tl.where(row == position, 0.0, past))
-    growing = (amax > SATURATED * previous) & ((previous > 0) | (position > 0))
+        before = tl.maximum(before, past)
+        least_before = tl.minimum(least_before, _or_inf(past))
+        kept = tl.where(row == position, 0.0, past)
+        largest = tl.maximum(largest, kept)
+        smallest = tl.minimum(smallest, _or_inf(kept))
+    clipped = (amax > saturation_limit * before) & ((before > 0) | (position > 0))
+    apart = largest > jump_limit * smallest
+    jumped = apart & (before <= jump_limit * least_before)
     tl.store(history_ptr + position * S + slots, amax, mask=mask)
+    counts += 2 * S
+    tl.store(counts, tl.load(counts, mask=mask, other=0) + tl.where(jumped, 1, 0), mask=mask)
 
     new = scale_from_amax(tl.where(largest > 0, largest, 1.0), fp8_max)
     known = tl.where(largest > 0, new, scale)
-    tl.store(scale_ptr + slots, tl.where(growing, 0.0, known), mask=mask)
+    tl.store(scale_ptr + slots, tl.where(clipped | apart, 0.0, known), mask=mask)
     tl.store(amax_fwd_ptr + slots, tl.zeros((BLOCK,), tl.float32), mask=mask)
     tl.store(amax_bwd_ptr + slots, tl.zeros((BLOCK,), tl.float32), mask=mask)
 
@@ -73,6 +89,8 @@ def update_scales_launch(
     events: Any,
     fp8_max: Any,
     position: Any,
+    jump_limit: float,
+    saturation_limit: float,
     *,
     slots: Any,
     history_len: Any,
@@ -82,8 +100,10 @@ def update_scales_launch(
     Args:
         scale, amax_fwd, amax_bwd, fp8_max: `f32[slots]`; both amax are left zero.
         history: `f32[history_len, slots]`, a ring; row `position` is overwritten.
-        events: `i32[2, slots]`, counts in row 0 amax that were not finite (such an amax counts as
-            zero), in row 1 those that `scale` was too large for.
+        events: `i32[3, slots]`, counts in row 0 amax that were not finite (such an amax counts as
+            zero), in row 1 those that `scale` was too large for, in row 2 jumps.
+        jump_limit, saturation_limit: see `fp8::update_scales`. Arguments of the kernel, so that
+            recipes share it.
     """
     return Launch(
         kernel=_update_scales_kernel,
@@ -95,7 +115,13 @@ def update_scales_launch(
             "events_ptr": events,
             "fp8_max_ptr": fp8_max,
         },
-        sizes={"position": position, "S": slots, "H": history_len},
+        sizes={
+            "position": position,
+            "S": slots,
+            "H": history_len,
+            "jump_limit": jump_limit,
+            "saturation_limit": saturation_limit,
+        },
         constants={"SATURATED": SATURATED, "BLOCK": _BLOCK},
         grid=((slots + _BLOCK - 1) // _BLOCK, 1, 1),
     )
@@ -109,6 +135,8 @@ def update_scales(
     events: Tensor,
     fp8_max: Tensor,
     position: int,
+    jump_limit: float,
+    saturation_limit: float,
 ) -> None:
     """Do one delayed-scaling step now, in place."""
     history_len, slots = history.shape
@@ -120,6 +148,8 @@ def update_scales(
         events,
         fp8_max,
         position,
+        jump_limit,
+        saturation_limit,
         slots=slots,
         history_len=history_len,
     )

@@ -124,7 +124,8 @@ def test_a_finite_step_gives_finite_numbers_and_scales(
     if recipe == "delayed":
         state = only_state(run.layer)
         assert state.scale.isfinite().all() and (state.events[0] == 0).all()
-        assert (scale(run.layer, "weight") > 0).all()
+        jumped = state.events[2, :3] > 0  # then there is none, and each cast finds its own
+        assert torch.equal(scale(run.layer, "weight") > 0, ~jumped)
 
 
 @OPERANDS
@@ -139,13 +140,18 @@ def test_current_scaling_forgets_at_once(case: str, operand: int) -> None:
 @OPERANDS
 @pytest.mark.parametrize("case", ["zero", "constant", "denormal", "smallest", "tiny"])
 def test_a_step_with_smaller_numbers_leaves_the_delayed_scale(case: str, operand: int) -> None:
-    """The larger amax is still in the history: the next step is as if nothing had been."""
+    """The larger amax is still in the history: the next step is as if nothing had been. Much
+    smaller ones are a jump, unless they are zeros.
+    """
     run, eager = runs("delayed")
     good = operands()
     run.step(*good)
     before = scale(run.layer, "weight")
     run.step(*changed(good, operand, FINITE[case]))
+    jumped = case in ("denormal", "smallest", "tiny")
+    before[operand] *= not jumped
     assert torch.equal(scale(run.layer, "weight"), before)
+    assert [tuple(found) for found in fp8compile.events(run.layer).values()] == [(0, 0, 1)] * jumped
     assert_good(run.step(*good), eager.step(*good))
 
 
@@ -164,16 +170,16 @@ def test_a_run_that_starts_with_smaller_numbers(case: str, operand: int) -> None
         assert_good(first, eager.step(*good))
     else:
         name = f"weight.{('input', 'weight', 'grad_output')[operand]}"
-        assert fp8compile.events(run.layer) == {name: (0, 1)}
+        assert fp8compile.events(run.layer) == {name: (0, 1, case != "constant")}
     assert_good(run.step(*good), eager.step(*good))
 
 
 @OPERANDS
-def test_a_spike_costs_range_until_it_is_forgotten(operand: int) -> None:
+def test_without_the_guard_rail_a_spike_costs_range_until_it_is_forgotten(operand: int) -> None:
     """A step with 1000 times the numbers is clipped; the next finds its own scale; then the history
     takes 10 bits of range for a while.
     """
-    run, eager = runs(Recipe("short", history_len=4))
+    run, eager = runs(Recipe("short", history_len=4, jump_limit=torch.inf))
     good = operands()
     run.step(*good)
     before = scale(run.layer, "weight")[operand]
@@ -222,7 +228,7 @@ def test_a_step_that_is_not_finite_is_counted_and_forgotten(case: str, operand: 
     run.step(*changed(good, operand, at_one_place(NOT_FINITE[case])))
     assert torch.equal(scale(run.layer, "weight"), before)
     name = f"weight.{('input', 'weight', 'grad_output')[operand]}"
-    assert fp8compile.events(run.layer) == {name: (1, 0)}
+    assert fp8compile.events(run.layer) == {name: (1, 0, 0)}
     assert_good(run.step(*good), eager.step(*good))
     assert len(history(run.layer, "weight", operand)) == 2
 

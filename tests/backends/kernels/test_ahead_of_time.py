@@ -204,8 +204,8 @@ def launches() -> Iterator[tuple[str, Launch]]:
     yield "padded cast of one row", cast_launch(single, tiles(single.region)[0])
     cases = [cast(BF16, E4M3, copies=copies) for copies in ("row", "transposed", "row")]
     yield "bundle", bundled(cases)[0]
-    state = [meta(7), meta(7), meta(7), meta(16, 7), meta(2, 7, dtype=torch.int32), meta(7)]
-    yield "update_scales", update_scales_launch(*state, 3, slots=7, history_len=16)
+    state = [meta(7), meta(7), meta(7), meta(16, 7), meta(3, 7, dtype=torch.int32), meta(7)]
+    yield "update_scales", update_scales_launch(*state, 3, 32.0, 1.0, slots=7, history_len=16)
 
 
 def compile_launch(launch: Launch) -> Report:
@@ -222,6 +222,8 @@ def compile_launch(launch: Launch) -> Report:
             types[name] = f"tensordesc<{_TYPES[value.dtype]}[{block}]>"
         elif isinstance(value, torch.Tensor):
             types[name] = f"*{_TYPES[value.dtype]}"
+        elif isinstance(value, float):
+            types[name] = "fp32"
         elif value is None or value == 1:
             types[name] = "constexpr"
             constants.setdefault(name, value)
