@@ -22,7 +22,7 @@ import math
 import os
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -203,6 +203,27 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def training_steps(
+    model: GPT,
+    compiled: Callable[..., Tensor],
+    text: Tensor,
+    config: Config,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    """Train, and give each step's loss and batch when the gradients are there to be looked at."""
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(1)
+    for step in range(config.steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+        tokens, targets = (t.to(device) for t in random_batch(text, config, generator))
+        with own_precision(device):
+            loss = compiled(tokens, targets)
+        loss.backward()
+        yield loss, (tokens, targets)
+        optimizer.step()  # in FP8 this also updates the scales
+        optimizer.zero_grad()
+
+
 def train(
     name: str,
     text: Tensor,
@@ -212,20 +233,11 @@ def train(
 ) -> Run:
     """Train a new model. Nothing here depends on the precision but `compile_model`."""
     model = new_model(config, device)
-    compiled = compile_model(model)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95))
-    generator = torch.Generator().manual_seed(1)
     losses = torch.empty(config.steps, device=device)
     start = first = now(device)
-    bar = tqdm(range(config.steps), desc=name.ljust(4), unit="step", disable=None)
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = learning_rate(step, config)
-        tokens, targets = random_batch(text, config, generator)
-        with own_precision(device):
-            loss = compiled(tokens.to(device), targets.to(device))
-        loss.backward()
-        optimizer.step()  # in FP8 this also updates the scales
-        optimizer.zero_grad()
+    steps = training_steps(model, compile_model(model), text, config, device)
+    bar = tqdm(steps, desc=name.ljust(4), unit="step", total=config.steps, disable=None)
+    for step, (loss, _) in enumerate(bar):
         losses[step] = loss.detach()
         if step == 0:  # compiles
             first = now(device)

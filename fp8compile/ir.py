@@ -6,6 +6,7 @@ A *site* is one matmul call in the user's model. ``find_gemms`` puts a ``GemmInf
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -200,6 +201,39 @@ def value_key(node: fx.Node) -> tuple[fx.Node, str]:
     return node, shape
 
 
+_MULTIPLIES = (aten.mul.Tensor, aten.mul.Scalar)
+_DIVIDES = (aten.div.Tensor, aten.div.Scalar)
+
+
+def constant_factor(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """``(x, c)`` of a node that is ``x * c`` or ``x / (1 / c)``, with a constant c > 0; else None.
+
+    A constant is a number, or a number that a tensor without dimensions is filled with.
+    """
+    if node.target not in (*_MULTIPLIES, *_DIVIDES) or node.kwargs or len(node.args) != 2:
+        return None
+    value, factor = args_of(node)
+    if node.target in _MULTIPLIES and _number(value) is not None:
+        value, factor = factor, value
+    number = _number(factor)
+    if number is None or not isinstance(value, fx.Node) or not 0 < number < math.inf:
+        return None
+    kept = {"shape", "dtype"}  # which a constant of another type, or more dimensions, would change
+    if any(getattr(value.meta["val"], key) != getattr(node.meta["val"], key) for key in kept):
+        return None
+    if not node.meta["val"].is_floating_point():
+        return None
+    return value, number if node.target in _MULTIPLIES else 1 / number
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, fx.Node) and value.target is aten.full.default:
+        shape, value = args_of(value)[:2]
+        value = None if shape else value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else None
+
+
 def edge_graph(gm: fx.GraphModule) -> nx.MultiDiGraph:
     """The FP8 edges of a graph: base value -> GEMM, with ``edge`` (an Edge) and ``site``."""
     graph = nx.MultiDiGraph()
@@ -353,7 +387,8 @@ def verify(
 
     1. The graph lints: topologically sorted, no dangling names.
     2. Every fp8 tensor is an output of a cast and has exactly one scale_inv: the same node's.
-       Only a scaled_mm takes it, with that scale_inv, or the graph returns it.
+       Only a scaled_mm takes it, with that scale_inv or a constant times it, or the graph
+       returns it.
     3. Every ``meta["val"]`` of an ``fp8::`` node equals the re-evaluated fake (shape and dtype).
     4. Nothing is mutated but amax, by at most one ``fp8::track_amax`` per direction.
 
@@ -404,7 +439,9 @@ def _is_quantized(node: Any) -> bool:
 
 
 def _is_scale_of(scale_inv: Any, value: fx.Node) -> bool:
-    """Whether a cast's output is the scale_inv of its copy ``value``."""
+    """Whether it is the scale_inv of a cast's copy ``value``, or a constant times it."""
+    scaled = constant_factor(scale_inv) if isinstance(scale_inv, fx.Node) else None
+    scale_inv = scaled[0] if scaled else scale_inv
     if not _is_quantized(scale_inv) or value.args[0] is not scale_inv.args[0]:
         return False
     cast, copy = args_of(value)

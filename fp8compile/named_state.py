@@ -158,9 +158,10 @@ def _parse(
 
 def _history_problems(key: str, parameter: Tensor, entry: Mapping[str, Tensor]) -> Iterable[str]:
     for state in states_by_weight.get(parameter, ()):
-        steps = entry[HISTORY].shape[0] if HISTORY in entry else state.moved_by.history_len
-        if steps != state.moved_by.history_len:
-            yield f"shape: {key}{HISTORY} has {steps} steps, the recipe keeps {state.moved_by.history_len}"
+        kept = state.moved_by.history_len
+        steps = entry[HISTORY].shape[0] if HISTORY in entry else kept
+        if steps != kept:
+            yield f"shape: {key}{HISTORY} has {steps} steps, the recipe keeps {kept}"
 
 
 def _key(fqn: str, use: int) -> str:

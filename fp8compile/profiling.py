@@ -190,7 +190,7 @@ class _WithoutCasts(fx.Interpreter):
         if n.target not in (*CASTS, *SCALED_MMS):
             return super().run_node(n)
         args, _ = self.fetch_args_kwargs_from_env(n)
-        if n.target in CASTS:
+        if n.target in CASTS:  # what fold_scales has made of a scale_inv is then a factor
             one = args[0].new_ones(1, dtype=torch.float32)
             return args[0], args[0].t(), one, one
         info = gemm_info(n)
@@ -198,7 +198,7 @@ class _WithoutCasts(fx.Interpreter):
         return self._multiply(info, n.target, args)
 
     def _multiply(self, info: GemmInfo, target: Any, args: Sequence[Any]) -> Tensor:
-        a, b, _, _, bias, dtype, *blocks_and_fast = args
+        a, b, a_factor, b_factor, bias, dtype, *blocks_and_fast = args
         leader = info.site.index if info.site.leader is None else info.site.leader
         key = self._number, leader
         recipe = self._runs.recipe_of(info.site.fqn)
@@ -207,9 +207,12 @@ class _WithoutCasts(fx.Interpreter):
         if self._runs.in_fp8 == key:
             a, a_scale_inv = _quantized(a, info.left, recipe)
             b, b_scale_inv = _quantized(b, info.right, recipe)
-            return target(a, b, a_scale_inv, b_scale_inv, bias, dtype, *blocks_and_fast)
-        out = a @ b.t() if bias is None else torch.addmm(bias.to(a.dtype), a, b.t())
-        return out.to(dtype)
+            scales = a_scale_inv * a_factor, b_scale_inv * b_factor
+            return target(a, b, *scales, bias, dtype, *blocks_and_fast)
+        if bias is not None:
+            return torch.addmm(bias.to(a.dtype), a, b.t()).to(dtype)
+        factor = float(a_factor * b_factor)
+        return (a @ b.t() if factor == 1 else (a @ b.t()) * factor).to(dtype)
 
     def _observe(self, key: Key, info: GemmInfo, recipe: Recipe, a: Tensor, b: Tensor) -> None:
         record = self._runs.records[key]

@@ -37,13 +37,13 @@ class ScalingState:
     site, of which one is used per operand, if the site's recipe is delayed at all.
 
     ``scale``, ``amax_fwd``, ``amax_bwd``: ``f32[slots]``. ``history``: ``f32[history_len, slots]``,
-    a ring that ``position`` points into; all recipes with delayed scaling move alike.
-    ``events``: ``i32[3, slots]``, how often an amax was not finite, how often one was too large for
-    the scale that was used, and how often one jumped (see ``fp8::update_scales``). ``weights``: for
-    each site its weight, or None where it has no parameter. ``recipes``: the recipe of each site.
-    ``replicas``: the process group that trains
-    copies of the weights on other data, or None. ``number``: states are created, and so numbered,
-    in the same order in every replica.
+    a ring that ``position`` points into. ``events``: ``i32[3, slots]``, how often an amax was not
+    finite, how often one was too large for the scale that was used, and how often one jumped (see
+    ``fp8::update_scales``). ``weights``: for each site its weight, or None where it has no
+    parameter. ``recipes``: the recipe of each site. ``moved_by``: one of those whose scaling is
+    delayed; all of them move scales alike.
+    ``replicas``: the process group that trains copies of the weights on other data, or None.
+    ``number``: states are created, and so numbered, in the same order in every replica.
     """
 
     _numbers = itertools.count()

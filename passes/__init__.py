@@ -4,6 +4,7 @@ from .choose_formats import choose_formats
 from .choose_precision import choose_precision
 from .drop_unused_outputs import drop_unused_outputs
 from .find_gemms import find_gemms
+from .fold_scales import fold_scales
 from .grow_regions import grow_regions
 from .insert_casts import insert_casts
 from .keep_logits import keep_logits
@@ -21,6 +22,7 @@ __all__ = [
     "choose_precision",
     "drop_unused_outputs",
     "find_gemms",
+    "fold_scales",
     "grow_regions",
     "insert_casts",
     "joint_passes",

@@ -20,6 +20,7 @@ from .choose_formats import choose_formats
 from .choose_precision import choose_precision
 from .drop_unused_outputs import drop_unused_outputs
 from .find_gemms import find_gemms
+from .fold_scales import fold_scales
 from .insert_casts import insert_casts
 from .merge_gemms import merge_gemms
 from .plan_saved import plan_saved
@@ -65,6 +66,7 @@ def joint_passes(
         merge_gemms,  # only GEMMs that stay FP8; before anything is said about their operands
         partial(choose_formats, recipe=recipe),  # only GEMMs that stay FP8 have edges
         partial(insert_casts, recipe=recipe, scale=state.scale if state else None),
+        fold_scales,  # needs the casts; gives share_casts more of one value
         share_casts,  # needs all casts of a value in place
         drop_unused_outputs,  # knows what is used only now
     ]

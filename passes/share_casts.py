@@ -32,8 +32,7 @@ def share_casts(gm: fx.GraphModule) -> int:
     for node in list(gm.graph.nodes):
         if not is_cast(node):
             continue
-        repeated = node.meta.get("partitioner_tag") == "must_be_in_backward"
-        key = (value_key(args_of(node)[0]), _how(node), repeated)
+        key = cast_key(node)
         if key in first:
             node.replace_all_uses_with(first[key])
             gm.graph.erase_node(node)
@@ -43,6 +42,12 @@ def share_casts(gm: fx.GraphModule) -> int:
     for cast in first.values():
         _merge_outputs(gm.graph, cast)
     return rewrites
+
+
+def cast_key(cast: fx.Node, value: object = None) -> object:
+    """Equal for two casts that may be one; of another value than its own, if a key is given."""
+    repeated = cast.meta.get("partitioner_tag") == "must_be_in_backward"
+    return (value or value_key(args_of(cast)[0]), _how(cast), repeated)
 
 
 def _how(cast: fx.Node) -> object:

@@ -18,7 +18,7 @@ from tests.models import MLP
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
 PASSES = [
     "find_gemms", "choose_precision", "merge_gemms", "choose_formats", "insert_casts",
-    "share_casts",
+    "fold_scales", "share_casts",
     "drop_unused_outputs",
 ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 import re
@@ -86,6 +87,36 @@ def test_models_benchmark_runs_in_tiny_form(tmp_path: Path) -> None:
     numbers = (tmp_path / "numbers.csv").read_text()
     assert numbers.count(",fp8,step,") == numbers.count(",bf16,compile,") == 1
     assert numbers.count(",fp8,FP8 GEMMs,21,of 21") == 1
+
+
+def test_recipe_study_writes_its_numbers_and_pictures(tmp_path: Path) -> None:
+    sizes = ("--tiny", "--steps", 3, "--samples", 2)
+    out = run("recipe_study.py", tmp_path, *sizes, "--recipes", "delayed", "mx", "--out", tmp_path)
+    assert len(re.findall(r"^\w+ +final loss \d\.\d+, worst gradient [\d.]+ dB$", out, re.M)) == 3
+    for name in ("loss", "gradients", "scales"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    own = rows[0]["recipe"]
+    assert all(
+        row["device"] and row["torch"] == torch.__version__ and row["triton"] for row in rows
+    )
+    for recipe in (own, "delayed", "mx"):
+        losses = [float(r["value"]) for r in rows if (r["recipe"], r["what"]) == (recipe, "loss")]
+        assert len(losses) == 3 and 5 < losses[0] < 7
+        sqnr = [r for r in rows if (r["recipe"], r["what"]) == (recipe, "gradient SQNR")]
+        assert {r["step"] for r in sqnr} == {"0", "2"} and len({r["of"] for r in sqnr}) == 6
+        assert all(float(r["value"]) > (15 if recipe != own else 30) for r in sqnr)
+    scales = {
+        (r["recipe"], r["of"]): float(r["value"])
+        for r in rows
+        if r["what"] == "log2(scale), median" and r["step"] == "2"
+    }
+    assert len(scales) == 6, "weights, activations and gradients of two recipes"
+    assert all(
+        scales[recipe, "gradients"] > scales[recipe, "weights"] for recipe in ("delayed", "mx")
+    )
+    assert all(float(scales["mx", role]).is_integer() for role in ("weights", "activations"))
 
 
 def test_soak_runs_in_tiny_form(tmp_path: Path) -> None:

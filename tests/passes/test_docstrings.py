@@ -15,6 +15,7 @@ from fp8compile.passes import (
     choose_precision,
     drop_unused_outputs,
     find_gemms,
+    fold_scales,
     grow_regions,
     insert_casts,
     merge_gemms,
@@ -33,6 +34,7 @@ PASSES = [
     merge_gemms,
     choose_formats,
     insert_casts,
+    fold_scales,
     share_casts,
     drop_unused_outputs,
     track_amax,
@@ -46,6 +48,15 @@ SECTIONS = ("Before:", "After:", "Requires:", "Ensures:", "Leaves alone:", "Nume
 class Exponential(Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).exp()
+
+
+class Scaled(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 0.125
+
+
+def scaled_joint() -> Joint:
+    return trace_joint(Scaled(), torch.randn(16, 32, dtype=torch.bfloat16))
 
 
 def exponential_joint() -> Joint:
@@ -64,7 +75,8 @@ def example(name: str) -> tuple[fx.GraphModule, Pass]:
         gm, plan = before("plan_saved", exponential_joint())
         plan(gm)
         return gm, store_activations
-    return before(name, pair_joint() if name == "merge_gemms" else None)
+    joints = {"merge_gemms": pair_joint, "fold_scales": scaled_joint}
+    return before(name, joints[name]() if name in joints else None)
 
 
 def section(doc: str, title: str) -> list[str]:

@@ -20,6 +20,7 @@ def test_the_order() -> None:
         "merge_gemms",
         "choose_formats",
         "insert_casts",
+        "fold_scales",
         "share_casts",
         "drop_unused_outputs",
         "track_amax",

@@ -293,7 +293,9 @@ def attention(b: Builder) -> None:
         scores = f"({q} @ {k}.transpose(-2, -1) * {(width // heads) ** -0.5}).softmax(-1)"
         out = b.emit(f"{scores} @ {v}", *parts)
     else:
-        text = f"F.scaled_dot_product_attention({q}, {k}, {v}, is_causal=True)"
+        how = b.one_of("", ", scale=1.0")
+        q, k = (f"({x} * {b.one_of(*_FACTORS)})" if b.flip() else x for x in (q, k))
+        text = f"F.scaled_dot_product_attention({q}, {k}, {v}, is_causal=True{how})"
         out = b.emit(text, *parts)
     joined = b.emit(f"{out.name}.transpose(1, 2).reshape({batch}, {tokens}, {width})", out)
     _project(b, joined, width)
@@ -316,6 +318,23 @@ def product(b: Builder) -> None:
     if x and y:
         scale = max(x.width, 1) ** -0.5
         b.emit(f"{x.name} @ {y.name}.transpose(-2, -1) * {scale:.3f}", x, y)
+
+
+_FACTORS = (0.125, 2, 0.3)
+
+
+def factors(b: Builder) -> None:
+    """Matmuls of a value and of its multiples; constants on the way in, out, and at the weight."""
+    x = b.pick(lambda value: value.is_matrix)
+    if not x:
+        return
+    for left in ("{}", "({} * {})", "({} / {} * {})")[: b.one_of(2, 3)]:
+        width = b.one_of(*_ALIGNED)
+        left = left.format(x.name, *(b.one_of(*_FACTORS) for _ in range(2)))
+        w = b.weight(width, x.width, dtype=x.dtype, fan_in=x.width)
+        right = b.one_of("{}", "({} * {})").format(w, b.one_of(*_FACTORS))
+        out = b.one_of("", " * {}", " * {} / {}").format(*(b.one_of(*_FACTORS) for _ in range(2)))
+        b.emit(f"F.linear({left}, {right}){out}", x, fresh=True)
 
 
 _POINTWISE = (
@@ -474,7 +493,20 @@ def embedding(b: Builder) -> None:
 
 _STEPS = (
     *(linear, linear, linear, shared_input, swiglu, attention, weight_left, product, norm),
-    *(pointwise, pointwise, combine, view, view, parts, join, cast, reduce, in_place, buffer),
+    *(
+        factors,
+        pointwise,
+        pointwise,
+        combine,
+        view,
+        view,
+        parts,
+        join,
+        cast,
+        reduce,
+        in_place,
+        buffer,
+    ),
     embedding,
 )
 

@@ -1,0 +1,144 @@
+"""What `recipe_study.py` has seen of its runs, and the pictures of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import train_gpt
+
+from fp8compile import Operand
+
+ROLES = {Operand.WEIGHT: "weights", Operand.INPUT: "activations", Operand.GRAD_OUTPUT: "gradients"}
+QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
+
+
+@dataclass
+class Seen:
+    """What was seen of one run.
+
+    ``sqnr``: step -> layer -> dB of its weight's gradient. ``scales``: step -> role -> log2 of the
+    scales' QUANTILES. ``formats``: role -> FP8 format.
+    ``step_ms``: None on a CPU, where it would mean nothing.
+    """
+
+    name: str
+    formats: dict[str, str] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    sqnr: dict[int, dict[str, float]] = field(default_factory=dict)
+    scales: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    step_ms: float | None = None
+
+    @property
+    def final_loss(self) -> float:
+        """The mean over the last tenth of the steps."""
+        last = self.losses[-max(1, len(self.losses) // 10) :]
+        return sum(last) / len(last)
+
+    def rows(self) -> Iterator[tuple[str, int | None, str, float, str]]:
+        """What, in which step, of which layer or role; the value and its unit."""
+        yield from (("loss", step, "", loss, "nats") for step, loss in enumerate(self.losses))
+        for step, layers in self.sqnr.items():
+            yield from (("gradient SQNR", step, name, db, "dB") for name, db in layers.items())
+        for step, roles in self.scales.items():
+            for role, values in roles.items():
+                for name, value in zip(QUANTILES, values, strict=True):
+                    yield f"log2(scale), {name}", step, role, value, ""
+        if self.step_ms is not None:
+            yield "step", None, "", self.step_ms, "ms"
+
+
+def styles(runs: Sequence[Seen]) -> dict[str, dict[str, Any]]:
+    """A colour and a marker for each run; the model's own precision is black."""
+    colors = cycle(["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31"])
+    markers = cycle("osD^vPX")
+    chosen: dict[str, dict[str, Any]] = {runs[0].name: {"color": "black", "marker": "_"}}
+    chosen |= {run.name: {"color": next(colors), "marker": next(markers)} for run in runs[1:]}
+    return chosen
+
+
+def draw_losses(runs: Sequence[Seen], path: Path, title: str) -> None:
+    own, *others = runs
+    window = max(1, len(own.losses) // 20)
+    means = {run.name: train_gpt.running_mean(run.losses, window) for run in runs}
+    figure, (top, bottom) = new_figure(title, 2, 1, (9, 6.5), sharex=True, height_ratios=[3, 2])
+    for run in runs:
+        color = styles(runs)[run.name]["color"]
+        time = f", {run.step_ms:.1f} ms/step" if run.step_ms is not None else ""
+        label = f"{run.name}: {run.final_loss:.4f}{time}"
+        top.plot(means[run.name], color=color, linewidth=1.6, label=label)
+    for run in others:
+        pairs = zip(means[own.name], means[run.name], strict=True)
+        color = styles(runs)[run.name]["color"]
+        bottom.plot([100 * (b / a - 1) for a, b in pairs], color=color, linewidth=1.2)
+    bottom.axhline(0, color="black", linewidth=0.8)
+    smoothed = f",\nmean of {window} steps" if window > 1 else ""
+    top.set_ylabel(f"training loss (nats per byte){smoothed}")
+    bottom.set(xlabel="step", ylabel=f"against {own.name} (%)")
+    figure.legend(loc="outside right upper", title="loss at the end", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def draw_gradients(runs: Sequence[Seen], path: Path, title: str) -> None:
+    # A run in float32 differs from float32 by nothing but the order of sums.
+    shown = [run for run in runs if run.name != "fp32"]
+    layers = list(runs[0].sqnr[0])
+    height = max(4.5, 1.5 + 0.26 * len(layers))
+    figure, (left, right) = new_figure(title, 1, 2, (11, height), width_ratios=[3, 2])
+    for index, run in enumerate(shown):
+        style = {**styles(runs)[run.name], "markersize": 5}
+        means = [mean([layers[name] for layers in run.sqnr.values()]) for name in layers]
+        offset = 0.5 * (index / max(1, len(shown) - 1) - 0.5)
+        places = [row + offset for row in range(len(layers))]
+        left.plot(means, places, linestyle="", label=run.name, **style)
+        medians = {step: median(list(layers.values())) for step, layers in run.sqnr.items()}
+        right.plot(list(medians), list(medians.values()), linewidth=1.2, **style)
+    left.set_yticks(range(len(layers)), layers)
+    left.set_ylim(len(layers) - 0.5, -0.5)
+    left.set_xlabel("SQNR of the weight's gradient (dB), mean of the samples")
+    right.set(xlabel="step", ylabel="SQNR (dB), median of the layers")
+    figure.legend(loc="outside lower center", ncols=len(shown), frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def draw_scales(runs: Sequence[Seen], path: Path, title: str) -> None:
+    shown = [run for run in runs if run.scales]
+    size = (10, 1.5 + 1.6 * len(shown))
+    title += "\nscale = FP8_MAX / amax; line: median; dark: 10 to 90 %; light: smallest to largest"
+    figure, grid = new_figure(title, len(shown), 3, size, sharex=True, sharey="col", squeeze=False)
+    for run, row in zip(shown, grid, strict=True):
+        color = styles(runs)[run.name]["color"]
+        for role, axes in zip(ROLES.values(), row, strict=True):
+            steps = list(run.scales)
+            low, p10, middle, p90, high = zip(*(run.scales[s][role] for s in steps), strict=True)
+            axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+            axes.fill_between(steps, p10, p90, color=color, alpha=0.35, linewidth=0)
+            axes.text(1, 0.97, run.formats[role], transform=axes.transAxes, ha="right", va="top")
+            axes.plot(steps, middle, color=color, marker=".", markersize=4, linewidth=1.2)
+        row[0].set_ylabel(f"{run.name}\nlog2(scale)")
+    for role, axes in zip(ROLES.values(), grid[0], strict=True):
+        axes.set_title(role, fontsize="medium")
+    for axes in grid[-1]:
+        axes.set_xlabel("step")
+    figure.savefig(path, dpi=150)
+
+
+def new_figure(
+    title: str, rows: int, columns: int, size: tuple[float, float], **kwargs: Any
+) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", **kwargs)
+    figure.suptitle(title, fontsize="medium")
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid
