@@ -27,18 +27,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import ScalingStateError
 from .ir import SLOTS_PER_SITE
-from .recipe import Operand, Recipe
+from .recipe import Operand, Recipe, Scaling
 
 SCALE, HISTORY = ".scale", ".amax_history"
 
 
 class ScalingState:
-    """The delayed-scaling state of one graph's sites: flat tensors with ``SLOTS_PER_SITE`` slots a
-    site, of which one is used per operand.
+    """The state of one graph's sites, delayed or static: flat tensors with ``SLOTS_PER_SITE`` slots
+    a site, of which one is used per operand.
 
     ``scale``, ``amax_fwd``, ``amax_bwd``: ``f32[slots]``. ``history``: ``f32[history_len, slots]``,
     a ring that ``position`` points into. ``events``: ``i32[2, slots]``, how often an amax was not
-    finite, and how often one was too large for the scale that was used. ``weights``: for each site
+    finite, and how often one was too large for the scale that was used. Static scaling uses only
+    ``scale``. ``weights``: for each site
     its weight, or None where it has no parameter. ``replicas``: the process group that trains
     copies of the weights on other data, or None. ``number``: states are created, and so numbered,
     in the same order in every replica.
@@ -104,6 +105,23 @@ class ScalingState:
         self.observed = True
         return self.scale, self.amax_fwd, self.amax_bwd
 
+    @property
+    def weights_changed(self) -> bool:
+        """Whether something other than an optimizer has written to a weight."""
+        return self._versions != [_version_of(weight) for weight in self.weights()]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fill(self, scale: Tensor) -> None:
+        """Take over those scales of ``scale``, ``f32[slots]``, that are known (not 0) and that
+        this does not know, or all of them where the weights have changed.
+        """
+        scale = scale.to(self.device)
+        wanted = scale > 0 if self.weights_changed else (scale > 0) & (self.scale == 0)
+        with torch.autograd._unsafe_preserve_version_counter(self.scale):
+            self.scale.copy_(torch.where(wanted, scale, self.scale))
+        self.keep_changed_weights()
+
     def reading(self) -> tuple[Tensor, Tensor, Tensor]:
         """The graph inputs of a call that must not leave a trace (eval): amax goes nowhere.
 
@@ -114,7 +132,7 @@ class ScalingState:
             if self._scratch is None:
                 self._scratch = tuple(torch.zeros_like(self.scale) for _ in range(3))
             scale, *amax = self._scratch
-            if self._versions == [_version_of(weight) for weight in self.weights()]:
+            if not self.weights_changed:
                 scale = self.scale
             else:
                 scale.copy_(self.scale)
@@ -322,9 +340,14 @@ def update_scales(model: nn.Module | None = None) -> None:
 
     Rolls the amax histories and recomputes the scales of ``model``, or of every compiled graph.
     Optimizers of ``torch.optim`` do this by themselves; calling it as well does no harm, for a
-    state that has seen no training call since its last update stays as it is.
+    state that has seen no training call since its last update stays as it is. Static scales never
+    move; but writes to the weights up to here count as a step, after which they stay.
     """
-    _update(_known_states() if model is None else _trained_with(model))
+    states = _known_states() if model is None else _trained_with(model)
+    for state in states:
+        if state.recipe.scaling is Scaling.STATIC:
+            state.keep_changed_weights()
+    _update(states)
 
 
 def _trained_with(model: nn.Module) -> list[ScalingState]:

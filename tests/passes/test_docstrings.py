@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from fp8compile.passes import (
     choose_formats,
     choose_precision,
+    derive_scales,
     drop_unused_outputs,
     find_gemms,
     grow_regions,
@@ -25,7 +26,15 @@ from fp8compile.passes import (
 )
 from fp8compile.passes.pipeline import Pass
 from tests.helpers import Joint, trace_joint
-from tests.passes.common import Linear, before, fprop, lines_of, negated_linear, pair_joint
+from tests.passes.common import (
+    Linear,
+    before,
+    fprop,
+    linear_joint,
+    lines_of,
+    negated_linear,
+    pair_joint,
+)
 
 PASSES = [
     find_gemms,
@@ -35,6 +44,7 @@ PASSES = [
     insert_casts,
     share_casts,
     drop_unused_outputs,
+    derive_scales,
     track_amax,
     plan_saved,
     store_activations,
@@ -64,6 +74,8 @@ def example(name: str) -> tuple[fx.GraphModule, Pass]:
         gm, plan = before("plan_saved", exponential_joint())
         plan(gm)
         return gm, store_activations
+    if name == "derive_scales":
+        return before(name, linear_joint(recipe="static"), "static")
     return before(name, pair_joint() if name == "merge_gemms" else None)
 
 
