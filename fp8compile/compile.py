@@ -31,6 +31,7 @@ from .ir import SLOTS_PER_SITE, Site
 from .modules import SiteNames, calling_module, calling_replicas, calling_shards, owners_of
 from .options import FALLBACK, HIGH_PRECISION, Options, parse_options
 from .passes import (
+    STATIC_SCALES,
     StateNodes,
     drop_unused_outputs,
     grow_regions,
@@ -46,7 +47,8 @@ from .passes.keep_logits import LOGITS
 from .profiles import BUDGET
 from .recipe import Recipe, Scaling
 from .report import Row, gemm_rows, other_rows
-from .scaling import ScalingState, find_state
+from .scaling import ScalingState, find_state, rule_of
+from .static import StaticScales
 
 log = logging.getLogger("fp8compile")
 
@@ -97,13 +99,17 @@ def compile_graph(
     predict_for = _predict_for(options, kernels, device, report=on_joint is not None)
     compiler = GraphCompiler(options, sites, kernels, on_joint, predict_for)
     recipes = [site.recipe or options.recipe for site in sites]
-    stateful = _is_stateful(recipes)
-    if stateful:
-        _check_not_sharded(recipes)
+    rule = rule_of(recipes)
+    static = rule is not None and rule.scaling is Scaling.STATIC
+    compiler.measured = _measured(inputs, example_inputs, sites) if static else ()
+    if rule is not None:
+        _check_not_sharded(rule)
     state_examples: list[Tensor] = []
-    if stateful:
-        state_examples = [torch.zeros(SLOTS_PER_SITE * len(sites), device=device) for _ in range(3)]
-        for name, example in zip(STATE_INPUTS, state_examples, strict=True):
+    if rule is not None:
+        names = STATE_INPUTS[:1] if static else STATE_INPUTS
+        slots = SLOTS_PER_SITE * len(sites)
+        state_examples = [torch.zeros(slots, device=device) for _ in names]
+        for name, example in zip(names, state_examples, strict=True):
             internals.add_input(gm, name, example)
     start = time.perf_counter()
     run = internals.compile_with_inductor(
@@ -117,7 +123,9 @@ def compile_graph(
         inner_compile=inner_compile,
     )
     compiler.finish(time.perf_counter() - start)
-    return CompiledGraph(run, sites, recipes, device, example_inputs) if stateful else run
+    if rule is None:
+        return run
+    return CompiledGraph(run, sites, recipes, device, example_inputs, compiler.static)
 
 
 @dataclass
@@ -129,6 +137,8 @@ class GraphCompiler:
     kernels: str
     on_joint: Callable[[list[Row]], None] | None = None
     predict_for: Device | None = None
+    measured: Sequence[bool] = ()  # per input: whether static scales are found from its statistics
+    static: StaticScales | None = None
     rows: list[Row] = field(default_factory=list)
     fell_back: bool = False
 
@@ -147,10 +157,16 @@ class GraphCompiler:
             self._rewrite(gm)
 
     def _rewrite(self, gm: fx.GraphModule) -> None:
-        state = None
-        if _is_stateful([site.recipe or self.options.recipe for site in self.sites]):
+        state = statistics_of = None
+        rule = rule_of([site.recipe or self.options.recipe for site in self.sites])
+        if rule is not None and rule.scaling is Scaling.STATIC:
+            *inputs, scale = internals.inputs_of(gm)
+            state = StateNodes(scale)
+            statistics_of = self._measured_among(inputs)
+        elif rule is not None:
             state = StateNodes(*internals.last_inputs(gm, len(STATE_INPUTS)))
-            for node in (state.scale, state.amax_bwd):
+        for node in (state.scale, state.amax_bwd) if state else ():
+            if node is not None:
                 internals.mutated_between_forward_and_backward(node)
         training = any(internals.is_tangent(node) for node in gm.graph.nodes)
         passes = joint_passes(
@@ -162,11 +178,20 @@ class GraphCompiler:
             device=self.predict_for,
             decline_slower=_declines(self.options, self.kernels),
             store_in_fp8=self.options.save_activations == "fp8",
+            statistics_of=statistics_of,
         )
         if self.dump is not None:
             self.dump.graph("joint", gm)
         run_passes(gm, passes, after_each=self.dump.graph if self.dump else None)
+        self.static = gm.meta.pop(STATIC_SCALES, None)
         self._report(gm)
+
+    def _measured_among(self, inputs: Sequence[fx.Node]) -> dict[fx.Node, int] | None:
+        """The inputs whose statistics static scales are found from, with their positions."""
+        if len(inputs) != len(self.measured):  # some alias each other, and are passed as one
+            log.warning("no static scales: the graph's inputs are not those that it is called with")
+            return None
+        return {node: i for i, node in enumerate(inputs) if self.measured[i]}
 
     def lowered(self, gm: fx.GraphModule) -> None:
         """Put the kernels into a forward, backward or inference graph."""
@@ -239,9 +264,11 @@ class CompiledGraph:
         recipes: Sequence[Recipe],
         device: torch.device,
         example_inputs: Sequence[Any],
+        static: StaticScales | None = None,
     ) -> None:
         self._run = run
         self._recipes = recipes
+        self._static = static
         self._device = device
         # Only a parameter can be recognised again; other weights share the graph's own state.
         self._weights = [
@@ -255,6 +282,9 @@ class CompiledGraph:
 
     def __call__(self, *args: Any) -> Any:
         state = self._find_state(args)
+        if state.rule.scaling is Scaling.STATIC:
+            scale = state.scale if self._static is None else self._static.scale_of(state, args)
+            return self._run(*args, scale)
         training = torch.is_grad_enabled() and _in_training_mode(state)
         if training and not state.observed:
             state.stepped_by = frozenset(id(args[i]) for i in self._trainable)
@@ -280,10 +310,24 @@ def _in_training_mode(state: ScalingState) -> bool:
 
 
 def _may_be_cached(options: Options, inner_compile: Callable[..., Any] | None) -> bool:
-    """Not with a dump, which needs the passes to run; nor what is not Inductor's code; nor a graph
-    that may have fallen back: from the cache it would do so without a word.
+    """Not with a dump or static scales, which need the passes to run; nor what is not Inductor's
+    code; nor a graph that may have fallen back: from the cache it would do so without a word.
     """
-    return options.dump is None and inner_compile is None and options.on_error != FALLBACK
+    passes_run = options.dump is not None or options.recipe.scaling is Scaling.STATIC
+    return not passes_run and inner_compile is None and options.on_error != FALLBACK
+
+
+def _measured(
+    inputs: Sequence[fx.Node], example_inputs: Sequence[Any], sites: Sequence[Site]
+) -> list[bool]:
+    """Which inputs are parameters, buffers or weights, and so the same at every call."""
+    weights = {site.weight for site in sites}
+    return [
+        isinstance(x, Tensor)
+        and x.is_floating_point()
+        and (_is_parameter(x) or internals.is_static_input(node) or position in weights)
+        for position, (node, x) in enumerate(zip(inputs, example_inputs, strict=True))
+    ]
 
 
 def _is_parameter(value: Any) -> bool:
@@ -327,20 +371,14 @@ def _check_globs(options: Options, sites: Sequence[Site], root: nn.Module | None
             )
 
 
-def _is_stateful(recipes: Sequence[Recipe]) -> bool:
-    """Whether anything has to be remembered from one step to the next."""
-    return any(recipe.scaling is Scaling.DELAYED for recipe in recipes)
-
-
-def _check_not_sharded(recipes: Sequence[Recipe]) -> None:
+def _check_not_sharded(rule: Recipe) -> None:
     """Raise OptionError where a weight's scaling state could neither move nor be saved."""
     shards = calling_shards()
     if shards:
-        names = {recipe.name for recipe in recipes if recipe.scaling is Scaling.DELAYED}
         raise OptionError(
             f"FSDP shards {shards}: its optimizer does not hold the weights that the graph "
-            f"multiplies with, so the scales of the recipe {min(names)!r} would never "
-            "move; choose options={'recipe': 'current'}"
+            f"multiplies with, so the scales of the recipe {rule.name!r} could neither "
+            "move nor be found again; choose options={'recipe': 'current'}"
         )
 
 

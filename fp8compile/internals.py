@@ -129,8 +129,13 @@ def source_name(node: fx.Node) -> str:
 
 def last_inputs(gm: fx.GraphModule, count: int) -> list[fx.Node]:
     """The last ``count`` inputs of the forward, behind which a joint graph has its tangents."""
+    return inputs_of(gm)[-count:]
+
+
+def inputs_of(gm: fx.GraphModule) -> list[fx.Node]:
+    """The inputs of the forward, in the order of the Dynamo graph's."""
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    return [node for node in inputs if not is_tangent(node)][-count:]
+    return [node for node in inputs if not is_tangent(node)]
 
 
 def is_tangent(node: fx.Node) -> bool:

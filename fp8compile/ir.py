@@ -337,6 +337,8 @@ def format_graph(gm: fx.GraphModule) -> str:
 def _remark(node: fx.Node) -> str:
     """What the passes have decided about a node."""
     info = gemm_info(node)
+    if "amax" in node.meta:
+        return f"amax = {node.meta['amax'].evalf(3)}"
     if info is None:
         return "saved" if node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE else ""
     if info.reason is not None:

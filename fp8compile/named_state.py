@@ -83,7 +83,7 @@ def _entries(model: nn.Module) -> dict[str, Tensor]:
             for weight, use, recipe in zip(
                 state.weights(), state.uses(), state.recipes, strict=True
             ):
-                if weight is parameter and recipe.scaling is Scaling.DELAYED:
+                if weight is parameter and recipe.scaling is not Scaling.CURRENT:
                     known[use] = latest_entry(parameter, use, recipe) or {}
         for use, saved in sorted(known.items()):
             for suffix, tensor in saved.items():
@@ -158,7 +158,7 @@ def _parse(
 
 def _history_problems(key: str, parameter: Tensor, entry: Mapping[str, Tensor]) -> Iterable[str]:
     for state in states_by_weight.get(parameter, ()):
-        kept = state.moved_by.history_len
+        kept = state.rule.history_len
         steps = entry[HISTORY].shape[0] if HISTORY in entry else kept
         if steps != kept:
             yield f"shape: {key}{HISTORY} has {steps} steps, the recipe keeps {kept}"

@@ -66,6 +66,11 @@ class Options:
     formats: str = RECIPE
     error_budget_db: float | None = None
 
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """All that a site may have, before formats are chosen."""
+        return (self.recipe, *(recipe for _, recipe in self.overrides))
+
     def own_recipe(self, fqn: str) -> Recipe | None:
         """The recipe that the site of that name has of its own, if it has one."""
         found = (recipe for glob, recipe in self.overrides if fnmatchcase(fqn, glob))
@@ -116,6 +121,9 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
                 "go into options={'inductor': {...}}"
             )
     recipe = _recipe("recipe", given.get("recipe", "delayed"))
+    formats = _one_of("formats", given.get("formats", RECIPE), FORMATS)
+    error_budget_db = _error_budget(given.get("error_budget_db"))
+    decisions = {"formats": formats, "error_budget_db": error_budget_db}
     return Options(
         recipe=recipe,
         overrides=_overrides(given.get("overrides", {}), recipe),
@@ -130,19 +138,18 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
         ),
         on_error=_one_of("on_error", given.get("on_error", RAISE), ON_ERROR),
         logits=_one_of("logits", given.get("logits", HIGH_PRECISION), (HIGH_PRECISION, "fp8")),
-        profile=_profile(given),
-        formats=_one_of("formats", given.get("formats", RECIPE), FORMATS),
-        error_budget_db=_error_budget(given.get("error_budget_db")),
+        profile=_profile(given.get("profile"), decisions),
+        formats=formats,
+        error_budget_db=error_budget_db,
     )
 
 
-def _profile(given: Mapping[str, Any]) -> Profile | None:
-    value = given.get("profile")
+def _profile(value: Any, decisions: Mapping[str, Any]) -> Profile | None:
     if value is None:
-        for name, on in (("formats", AUTO), ("error_budget_db", given.get("error_budget_db"))):
-            if given.get(name) == on is not None:
+        for name, choice in decisions.items():
+            if choice not in (RECIPE, None):
                 raise OptionError(
-                    f"option {name!r} is {on!r}, which needs to know the model: make a profile "
+                    f"option {name!r} is {choice!r}, which needs to know the model: make a profile "
                     "with fp8compile.profile(model, batches), and give it as option 'profile'"
                 )
         return None
@@ -177,12 +184,13 @@ def _overrides(value: Any, recipe: Recipe) -> tuple[tuple[str, Recipe], ...]:
             "to recipes, such as {'layers.0.*': 'current', 'lm_head': 'rowwise'}"
         )
     overrides = tuple((g, _recipe(f"overrides[{g!r}]", each)) for g, each in value.items())
-    delayed = [r for r in (recipe, *(r for _, r in overrides)) if r.scaling is Scaling.DELAYED]
-    for name in ("history_len", "jump_limit", "saturation_limit"):  # of the state that they share
-        found = {getattr(each, name): each.name for each in delayed}
-        if len(found) > 1:
+    recipes = (recipe, *(each for _, each in overrides))
+    kept = [each for each in recipes if each.scaling is not Scaling.CURRENT]
+    for name in ("scaling", "history_len", "jump_limit", "saturation_limit"):
+        found = {getattr(each, name): each.name for each in kept}
+        if len(found) > 1:  # they share a state
             raise OptionError(
-                f"all delayed scales of a model move alike, but {name} is "
+                f"all scales that a model keeps move alike, but {name} is "
                 f"{' and '.join(f'{n} in {r!r}' for n, r in found.items())}; choose one"
             )
     return overrides

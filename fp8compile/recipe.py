@@ -36,10 +36,13 @@ class Operand(Enum):
 
 
 class Scaling(Enum):
-    """Where a scale comes from: an amax history (delayed) or the tensor itself (current)."""
+    """Where a scale comes from: an amax history (delayed), the tensor itself (current), or the
+    weights' statistics and the graph (static).
+    """
 
     DELAYED = "delayed"
     CURRENT = "current"
+    STATIC = "static"
 
     def __str__(self) -> str:
         return self.value
@@ -93,10 +96,10 @@ OPERANDS: dict[Gemm, tuple[Operand, Operand]] = {
 class Recipe:
     """A named set of choices. Raises RecipeError if they do not go together.
 
-    ``name``: how users refer to it. ``scaling``: delayed or current.
+    ``name``: how users refer to it. ``scaling``: delayed, current or static.
     ``formats``: the format of each operand role. ``granularities``: how many of its elements share
-    a scale; all of them for a role that is not named. Delayed scaling is tensorwise, and the
-    operands of a GEMM have the same, or one has 1x128 and the other 128x128.
+    a scale; all of them for a role that is not named. Delayed and static scaling are tensorwise,
+    and the operands of a GEMM have the same, or one has 1x128 and the other 128x128.
     ``power_of_two``: round scales that are not tensorwise down to a power of two.
     ``fast_accum``: for each GEMM role, whether partial sums stay in the tensor core's
     reduced-precision accumulator (about 14 bits of mantissa on Hopper, arXiv 2412.19437 section
@@ -149,10 +152,11 @@ class Recipe:
                 f"recipe {self.name!r}: power_of_two is for scales that are not tensorwise; choose "
                 f"granularities, or leave it out"
             )
-        if self.scaling is Scaling.DELAYED and not self.is_tensorwise:
+        if self.scaling is not Scaling.CURRENT and not self.is_tensorwise:
+            kept = "amax" if self.scaling is Scaling.DELAYED else "scale"
             raise RecipeError(
-                f"recipe {self.name!r}: delayed scaling keeps one amax per tensor, which {self} "
-                "cannot use; choose scaling=Scaling.CURRENT"
+                f"recipe {self.name!r}: {self.scaling} scaling keeps one {kept} per tensor, which "
+                f"{self} cannot use; choose scaling=Scaling.CURRENT"
             )
         for gemm, (left, right) in OPERANDS.items():
             if gemm not in self.high_precision:
@@ -229,6 +233,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe("delayed", Scaling.DELAYED),
         Recipe("current", Scaling.CURRENT),
+        Recipe("static", Scaling.STATIC, history_len=1),  # of an empty history
         Recipe("e4m3_only", formats=_ALL_E4M3),
         # Per token and per channel, as torchao's rowwise recipe.
         Recipe("rowwise", Scaling.CURRENT, _ALL_E4M3, granularities=_everywhere(Granularity.ROW)),

@@ -33,17 +33,16 @@ SCALE, HISTORY = ".scale", ".amax_history"
 
 
 class ScalingState:
-    """The delayed-scaling state of one graph's sites: flat tensors with ``SLOTS_PER_SITE`` slots a
-    site, of which one is used per operand, if the site's recipe is delayed at all.
+    """The state of one graph's sites, delayed or static: flat tensors with ``SLOTS_PER_SITE`` slots
+    a site, of which one is used per operand, unless the site's own recipe finds current scales.
 
     ``scale``, ``amax_fwd``, ``amax_bwd``: ``f32[slots]``. ``history``: ``f32[history_len, slots]``,
     a ring that ``position`` points into. ``events``: ``i32[3, slots]``, how often an amax was not
     finite, how often one was too large for the scale that was used, and how often one jumped (see
-    ``fp8::update_scales``). ``weights``: for each site its weight, or None where it has no
-    parameter. ``recipes``: the recipe of each site. ``moved_by``: one of those whose scaling is
-    delayed; all of them move scales alike.
-    ``replicas``: the process group that trains copies of the weights on other data, or None.
-    ``number``: states are created, and so numbered, in the same order in every replica.
+    ``fp8::update_scales``). Static scaling uses only ``scale``. ``weights``: for each site its
+    weight, or None where it has no parameter. ``recipes``: the recipe of each site. ``rule``: see
+    ``rule_of``. ``replicas``: the process group that trains copies of the weights on other data, or
+    None. ``number``: states are created, and so numbered, in the same order in every replica.
     """
 
     _numbers = itertools.count()
@@ -53,14 +52,16 @@ class ScalingState:
         self, weights: Sequence[Tensor | None], recipes: Sequence[Recipe], device: torch.device
     ) -> None:
         self.recipes = tuple(recipes)
-        self.moved_by = next(r for r in recipes if r.scaling is Scaling.DELAYED)
+        rule = rule_of(recipes)
+        assert rule is not None, "current scales need no state"
+        self.rule = rule
         self._weights = [None if w is None else weakref.ref(w) for w in weights]
         slots = SLOTS_PER_SITE * len(weights)
         # Tensors of their own: CUDA graphs take an input for static only if it is aligned.
         self.scale, self.amax_fwd, self.amax_bwd = (
             torch.zeros(slots, device=device) for _ in range(3)
         )
-        self.history = torch.zeros(self.moved_by.history_len, slots, device=device)
+        self.history = torch.zeros(self.rule.history_len, slots, device=device)
         self.events = torch.zeros(3, slots, dtype=torch.int32, device=device)
         unused = [1.0] * (SLOTS_PER_SITE - len(Operand))
         fp8_max = [
@@ -109,6 +110,23 @@ class ScalingState:
         self.observed = True
         return self.scale, self.amax_fwd, self.amax_bwd
 
+    @property
+    def weights_changed(self) -> bool:
+        """Whether something other than an optimizer has written to a weight."""
+        return self._versions != [_version_of(weight) for weight in self.weights()]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fill(self, scale: Tensor) -> None:
+        """Take over those scales of ``scale``, ``f32[slots]``, that are known (not 0) and that
+        this does not know, or all of them where the weights have changed.
+        """
+        scale = scale.to(self.device)
+        wanted = scale > 0 if self.weights_changed else (scale > 0) & (self.scale == 0)
+        with torch.autograd._unsafe_preserve_version_counter(self.scale):
+            self.scale.copy_(torch.where(wanted, scale, self.scale))
+        self.keep_changed_weights()
+
     def reading(self) -> tuple[Tensor, Tensor, Tensor]:
         """The graph inputs of a call that must not leave a trace (eval): amax goes nowhere.
 
@@ -119,7 +137,7 @@ class ScalingState:
             if self._scratch is None:
                 self._scratch = tuple(torch.zeros_like(self.scale) for _ in range(3))
             scale, *amax = self._scratch
-            if self._versions == [_version_of(weight) for weight in self.weights()]:
+            if not self.weights_changed:
                 scale = self.scale
             else:
                 scale.copy_(self.scale)
@@ -140,11 +158,11 @@ class ScalingState:
                 self.events,
                 self.fp8_max,
                 self.position,
-                self.moved_by.jump_limit,
-                self.moved_by.saturation_limit,
+                self.rule.jump_limit,
+                self.rule.saturation_limit,
             )
         self.keep_changed_weights()
-        self.position = (self.position + 1) % self.moved_by.history_len
+        self.position = (self.position + 1) % self.rule.history_len
         self.updates += 1
         self.observed = False
 
@@ -177,6 +195,13 @@ class ScalingState:
             uses.append(seen.get(id(weight), 0))
             seen[id(weight)] = uses[-1] + 1
         return uses
+
+
+def rule_of(recipes: Iterable[Recipe]) -> Recipe | None:
+    """The recipe by which the scales of a state move: the first that is not current, for all such
+    recipes of a model agree about it. None if all scales are current.
+    """
+    return next((recipe for recipe in recipes if recipe.scaling is not Scaling.CURRENT), None)
 
 
 def _version_of(weight: Tensor | None) -> int | None:
@@ -228,7 +253,7 @@ def find_state(
 def _inherit(state: ScalingState) -> None:
     parked, missing = [], []
     for index, (weight, use) in enumerate(zip(state.weights(), state.uses(), strict=True)):
-        if weight is None or state.recipes[index].scaling is not Scaling.DELAYED:
+        if weight is None or state.recipes[index].scaling is Scaling.CURRENT:
             continue
         entry = parked_entries.get(weight, {}).get(use)
         if entry is not None:
@@ -246,10 +271,10 @@ def _inherit(state: ScalingState) -> None:
             "modules: nn.ModuleList([teacher, student]) for two that are compiled together"
         )
     for index, entry in parked:
-        if entry[HISTORY].shape[0] != state.moved_by.history_len:
+        if entry[HISTORY].shape[0] != state.rule.history_len:
             raise ScalingStateError(
                 f"the loaded amax history has {entry[HISTORY].shape[0]} steps; the recipe "
-                f"{state.recipes[index].name!r} keeps {state.moved_by.history_len}"
+                f"{state.recipes[index].name!r} keeps {state.rule.history_len}"
             )
         state.set_site_entry(index, entry)
 
@@ -328,9 +353,14 @@ def update_scales(model: nn.Module | None = None) -> None:
 
     Rolls the amax histories and recomputes the scales of ``model``, or of every compiled graph.
     Optimizers of ``torch.optim`` do this by themselves; calling it as well does no harm, for a
-    state that has seen no training call since its last update stays as it is.
+    state that has seen no training call since its last update stays as it is. Static scales never
+    move; but writes to the weights up to here count as a step, after which they stay.
     """
-    _update(_known_states() if model is None else _trained_with(model))
+    states = _known_states() if model is None else _trained_with(model)
+    for state in states:
+        if state.rule.scaling is Scaling.STATIC:
+            state.keep_changed_weights()
+    _update(states)
 
 
 def _trained_with(model: nn.Module) -> list[ScalingState]:

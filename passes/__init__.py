@@ -2,6 +2,7 @@
 
 from .choose_formats import choose_formats
 from .choose_precision import choose_precision
+from .derive_scales import STATIC_SCALES, derive_scales
 from .drop_unused_outputs import drop_unused_outputs
 from .find_gemms import find_gemms
 from .fold_scales import fold_scales
@@ -17,9 +18,11 @@ from .tag_sites import tag_sites
 from .track_amax import track_amax
 
 __all__ = [
+    "STATIC_SCALES",
     "StateNodes",
     "choose_formats",
     "choose_precision",
+    "derive_scales",
     "drop_unused_outputs",
     "find_gemms",
     "fold_scales",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from ..ir import Site, verify
 from ..recipe import Recipe
 from .choose_formats import choose_formats
 from .choose_precision import choose_precision
+from .derive_scales import derive_scales
 from .drop_unused_outputs import drop_unused_outputs
 from .find_gemms import find_gemms
 from .fold_scales import fold_scales
@@ -35,11 +36,14 @@ Pass = Callable[[fx.GraphModule], int]
 
 @dataclass(frozen=True)
 class StateNodes:
-    """The graph inputs that hold a graph's scaling state, each ``f32[slots]``."""
+    """The graph inputs that hold a graph's scaling state, each ``f32[slots]``.
+
+    Static scaling has a scale only.
+    """
 
     scale: fx.Node
-    amax_fwd: fx.Node
-    amax_bwd: fx.Node
+    amax_fwd: fx.Node | None = None
+    amax_bwd: fx.Node | None = None
 
 
 def joint_passes(
@@ -52,8 +56,12 @@ def joint_passes(
     device: Device | None = None,
     decline_slower: bool = True,
     store_in_fp8: bool = False,
+    statistics_of: Mapping[fx.Node, int] | None = None,
 ) -> list[Pass]:
-    """The passes for a joint graph (``training``) or an inference graph, in order."""
+    """The passes for a joint graph (``training``) or an inference graph, in order.
+
+    ``statistics_of``: for static scaling, the ``inputs`` of ``derive_scales``.
+    """
     passes: list[Pass] = [
         partial(find_gemms, sites=sites),
         partial(  # needs the GEMMs' sizes
@@ -70,7 +78,9 @@ def joint_passes(
         share_casts,  # needs all casts of a value in place
         drop_unused_outputs,  # knows what is used only now
     ]
-    if training and state is not None:
+    if statistics_of is not None:
+        passes.append(partial(derive_scales, inputs=statistics_of))  # one cast per value
+    if training and state is not None and state.amax_fwd and state.amax_bwd:
         # After share_casts: one amax per value. Inference observes nothing.
         passes.append(partial(track_amax, amax_fwd=state.amax_fwd, amax_bwd=state.amax_bwd))
     if training:

@@ -84,10 +84,11 @@ def trace_joint(
 
     def capture(self: GraphCompiler, gm: fx.GraphModule) -> None:
         gm = copy.deepcopy(gm)
-        stateful = parse_options(options).recipe.scaling.value == "delayed" and self.sites
-        state = StateNodes(*last_inputs(gm, 3)) if stateful else None
+        inputs = {"delayed": 3, "static": 1}.get(parse_options(options).recipe.scaling.value)
+        state = StateNodes(*last_inputs(gm, inputs)) if inputs and self.sites else None
         for name, node in vars(state).items() if state else ():
-            node._rename(name)
+            if node is not None:
+                node._rename(name)
         _name_parameters(gm, model)
         captured.append(Joint(gm, self.sites, state))
 

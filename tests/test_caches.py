@@ -255,6 +255,11 @@ def test_every_option_is_in_the_key_or_keeps_from_the_caches(name: str) -> None:
     assert _may_be_cached(options, None) == (name not in ("dump", "on_error"))
 
 
+def test_static_scales_keep_from_the_caches() -> None:
+    """A graph from the cache runs no passes, and it is a pass that finds the expressions."""
+    assert not _may_be_cached(parse_options({"recipe": "static"}), None)
+
+
 def test_the_device_that_costs_are_predicted_for_is_in_the_key() -> None:
     keys = {
         GraphCompiler(parse_options({}), [], "reference", predict_for=device).cache_key()

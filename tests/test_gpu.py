@@ -56,8 +56,9 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
         {"recipe": "rowwise"},
         {"recipe": "blockwise"},
         {"recipe": "mx"},
+        {"recipe": "static"},
     ],
-    ids=["delayed", "current", "cudagraphs", "stored", "rowwise", "blockwise", "mx"],
+    ids=["delayed", "current", "cudagraphs", "stored", "rowwise", "blockwise", "mx", "static"],
 )
 def test_llama_gates(dtype: torch.dtype, options: dict[str, Any]) -> None:
     model = Llama().to(DEVICE)

@@ -98,7 +98,9 @@ def test_what_is_wrong_is_named_and_what_is_legal_listed(
 
 
 def test_unknown_recipe() -> None:
-    with pytest.raises(RecipeError, match=r"'mxfp8'.*\['blockwise', 'current', .* 'rowwise'\]"):
+    with pytest.raises(
+        RecipeError, match=r"'mxfp8'.*\['blockwise', 'current', .* 'rowwise', 'static'\]"
+    ):
         parse_options({"recipe": "mxfp8"})
 
 

@@ -108,6 +108,27 @@ def test_noise_of_one_group_is_what_skipping_all_others_leaves() -> None:
     assert found.groups[1].gradient_noise == pytest.approx(statistics.mean(lost), rel=1e-3)
 
 
+def test_a_factor_that_was_folded_into_a_scale_counts() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 0.25
+
+    model, x = Scaled(64, 32, bias=False), torch.randn(48, 64)
+    explained = fp8compile.explain(model, x)
+    assert explained.fp8_share == 1
+    found = fp8compile.profile(model, [x], step=squares)
+    # Were the factor lost, outputs would be four times as large in one of the runs, or in both.
+    assert 1e-4 < found.groups[0].output_noise < 3e-3
+    outputs: list[Tensor] = []
+
+    def step(call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        outputs.append(call(x).detach())
+        return outputs[-1]
+
+    fp8compile.profile(model, [x], step=step, sensitivity=False)
+    assert sqnr_db(model(x), outputs[0]) > 100
+
+
 def test_nothing_is_left_behind() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Dropout(), nn.Linear(64, 64))
     x = torch.randn(48, 64)

@@ -34,17 +34,19 @@ def test_named_recipes() -> None:
         "rowwise": Scaling.CURRENT,
         "blockwise": Scaling.CURRENT,
         "mx": Scaling.CURRENT,
+        "static": Scaling.STATIC,
     }
     for name, recipe in RECIPES.items():
-        wide = name in ("delayed", "current")
+        wide = name in ("delayed", "current", "static")
         assert recipe.formats == formats(E4M3, E4M3, E5M2 if wide else E4M3)
-        assert recipe.history_len == 16 and recipe.high_precision == ()
+        assert recipe.history_len == (1 if name == "static" else 16)
+        assert recipe.high_precision == ()
 
 
 def test_granularities_of_the_named_recipes() -> None:
     found = {n: [str(r.granularity_of(operand)) for operand in Operand] for n, r in RECIPES.items()}
     assert found == {
-        **dict.fromkeys(("delayed", "current", "e4m3_only"), ["tensorwise"] * 3),
+        **dict.fromkeys(("delayed", "current", "e4m3_only", "static"), ["tensorwise"] * 3),
         "rowwise": ["rowwise"] * 3,
         "blockwise": ["1x128", "128x128", "1x128"],
         "mx": ["1x32"] * 3,
@@ -161,6 +163,8 @@ def test_a_gemm_in_high_precision_may_have_any() -> None:
 def test_delayed_scaling_is_tensorwise() -> None:
     with pytest.raises(RecipeError, match=r"one amax per tensor.*scaling=Scaling.CURRENT"):
         fine(ROW, ROW, ROW, scaling=Scaling.DELAYED)
+    with pytest.raises(RecipeError, match=r"static scaling keeps one scale per tensor.*CURRENT"):
+        fine(ROW, ROW, ROW, scaling=Scaling.STATIC)
 
 
 def test_a_scale_per_block_of_k_rules_out_fast_accumulation() -> None:

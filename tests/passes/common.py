@@ -82,15 +82,28 @@ def negated_linear() -> fx.GraphModule:
     return gm
 
 
-def before(name: str, joint: Joint | None = None) -> tuple[fx.GraphModule, Pass]:
+def before(
+    name: str, joint: Joint | None = None, recipe: str = "delayed"
+) -> tuple[fx.GraphModule, Pass]:
     """A graph with all passes run that come before ``name``, and that pass."""
     joint = joint or linear_joint()
-    passes = joint_passes(recipe=RECIPES["delayed"], sites=joint.sites, state=joint.state)
+    passes = joint_passes(
+        recipe=RECIPES[recipe],
+        sites=joint.sites,
+        state=joint.state,
+        statistics_of=weights_of(joint.gm) if recipe == "static" else None,
+    )
     for run in passes:
         if pass_name(run) == name:
             return joint.gm, run
         run(joint.gm)
     raise AssertionError(f"no pass {name}; there are {[pass_name(p) for p in passes]}")
+
+
+def weights_of(gm: fx.GraphModule) -> dict[fx.Node, int]:
+    """The inputs that are called after parameters, with their positions."""
+    inputs = enumerate(gm.graph.find_nodes(op="placeholder"))
+    return {node: i for i, node in inputs if node.name.startswith("w")}
 
 
 def lines_of(gm: fx.GraphModule, *names: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from fp8compile.passes import (
     choose_formats,
     choose_precision,
+    derive_scales,
     drop_unused_outputs,
     find_gemms,
     fold_scales,
@@ -26,7 +27,15 @@ from fp8compile.passes import (
 )
 from fp8compile.passes.pipeline import Pass
 from tests.helpers import Joint, trace_joint
-from tests.passes.common import Linear, before, fprop, lines_of, negated_linear, pair_joint
+from tests.passes.common import (
+    Linear,
+    before,
+    fprop,
+    linear_joint,
+    lines_of,
+    negated_linear,
+    pair_joint,
+)
 
 PASSES = [
     find_gemms,
@@ -37,6 +46,7 @@ PASSES = [
     fold_scales,
     share_casts,
     drop_unused_outputs,
+    derive_scales,
     track_amax,
     plan_saved,
     store_activations,
@@ -75,8 +85,13 @@ def example(name: str) -> tuple[fx.GraphModule, Pass]:
         gm, plan = before("plan_saved", exponential_joint())
         plan(gm)
         return gm, store_activations
-    joints = {"merge_gemms": pair_joint, "fold_scales": scaled_joint}
-    return before(name, joints[name]() if name in joints else None)
+    joints = {
+        "merge_gemms": pair_joint,
+        "fold_scales": scaled_joint,
+        "derive_scales": partial(linear_joint, recipe="static"),
+    }
+    recipe = "static" if name == "derive_scales" else "delayed"
+    return before(name, joints[name]() if name in joints else None, recipe)
 
 
 def section(doc: str, title: str) -> list[str]:

@@ -6,13 +6,14 @@ import pytest
 from torch import fx
 
 from fp8compile import RECIPES, PassError
-from fp8compile.passes import find_gemms, joint_passes, run_passes
+from fp8compile.passes import StateNodes, find_gemms, joint_passes, run_passes
 from fp8compile.passes.pipeline import pass_name
 from tests.passes.common import fprop, linear_joint
 
 
 def test_the_order() -> None:
     joint = linear_joint()
+    assert joint.state is not None
     passes = joint_passes(recipe=RECIPES["delayed"], sites=joint.sites, state=joint.state)
     assert [pass_name(run) for run in passes] == [
         "find_gemms",
@@ -24,6 +25,14 @@ def test_the_order() -> None:
         "share_casts",
         "drop_unused_outputs",
         "track_amax",
+        "plan_saved",
+    ]
+    static = joint_passes(
+        recipe=RECIPES["static"], state=StateNodes(joint.state.scale), statistics_of={}
+    )
+    assert [pass_name(run) for run in static][-3:] == [
+        "drop_unused_outputs",
+        "derive_scales",
         "plan_saved",
     ]
     seen: list[str] = []
