@@ -105,7 +105,7 @@ class _Lowering:
         region = self._regions[call]
         source = emit_once(region)
         tile = tiles(region)[0]
-        for value in _read(call, region):
+        for value in (*_read(call, region), *_scales(call, region)):
             self._materialize(stored(value))
         outer, items = _outer(call, region), self._items(call, region)
         with self.graph.inserting_before(call):
@@ -392,6 +392,11 @@ def _is_replaceable(node: fx.Node) -> bool:
 def _outer(call: fx.Node, region: Region) -> dict[fx.Node, fx.Node]:
     """The nodes of the graph that a region's inputs stand for."""
     return dict(zip(region.gm.graph.find_nodes(op="placeholder"), args_of(call), strict=True))
+
+
+def _scales(call: fx.Node, region: Region) -> list[fx.Node]:
+    outer = _outer(call, region)
+    return [outer[args_of(cast.node)[1]] for cast in region.casts if cast.is_delayed]
 
 
 def _read(call: fx.Node, region: Region) -> list[fx.Node]:

@@ -16,9 +16,9 @@ beside this file go
                    arXiv 2309.17224 ("Training and inference of large language models using 8-bit
                    floating point")
 
-Gradients and scales are looked at in a few steps, the samples, spread over the run. A delayed scale
-is read from the scaling state. Other recipes find theirs in the tensors: shown are those that they
-find in the operands of the float32 run that the gradients are compared with.
+Gradients and scales are looked at in a few steps, the samples, spread over the run. A delayed or
+static scale is read from the scaling state. Other recipes find theirs in the tensors: shown are
+those that they find in the operands of the float32 run that the gradients are compared with.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def study(
                 for layer, linear in linears(model).items()
             }
             if recipe is not None:
-                seen.scales[step] = quantiles(with_delayed(found, model, recipe))
+                seen.scales[step] = quantiles(with_kept(found, model, recipe))
         advance()
     seen.losses = torch.stack(losses).tolist()
     if device.type == "cuda":
@@ -145,21 +145,18 @@ def evenly(values: Tensor, count: int) -> Tensor:
     return values[torch.linspace(0, len(values) - 1, count, device=values.device).long()]
 
 
-def with_delayed(found: Scales, model: nn.Module, recipe: Recipe) -> Scales:
-    """With the scales of the last step where the recipe keeps them, and knows one."""
-    if recipe.scaling is not Scaling.DELAYED:
+def with_kept(found: Scales, model: nn.Module, recipe: Recipe) -> Scales:
+    """With the scales of the last step where the recipe keeps them, and knows any."""
+    if recipe.scaling is Scaling.CURRENT:
         return found
     state = fp8compile.state_dict(model)
-
-    def known(role: Operand, layer: str, scales: Tensor) -> Tensor:
-        delayed = state[f"{layer}.weight.scale"][role.value].reshape(1)
-        # 0: its cast finds one, or it is merged with a layer whose scale it shares.
-        return delayed if delayed > 0 else scales
-
-    return {
-        role: {layer: known(role, layer, scales) for layer, scales in layers.items()}
-        for role, layers in found.items()
-    }
+    kept: Scales = {}
+    for role, layers in found.items():
+        scales = {layer: state[f"{layer}.weight.scale"][[role.value]] for layer in layers}
+        # 0: its cast finds one, or the layer is merged with another, whose scale it shares.
+        known = {layer: scale for layer, scale in scales.items() if scale > 0}
+        kept[role] = known or layers
+    return kept
 
 
 def quantiles(scales: Scales) -> dict[str, list[float]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import sympy
+import torch
 from torch import fx
 
 from ..formats import Format
-from ..ir import QUANTIZE, args_of
-from ..moments import Statistics, analyse, elements, largest_of
+from ..internals import is_tangent
+from ..ir import QUANTIZE, args_of, aten, emit
+from ..moments import Analysis, Statistics, analyse, elements, is_floating, largest_of
 from ..static import StaticScales
 
 # How many times the largest value that is expected fits into a format. Precision does not suffer
@@ -17,6 +19,7 @@ from ..static import StaticScales
 # Llama, a GPT and an MLP have the same SQNR at initialisation, up to 0.5 dB. These lie in between,
 # for what training and a loss outside of the graph may do to the values.
 MARGIN = {Format.E4M3: 32, Format.E5M2: 1024}
+_F32_MAX = torch.finfo(torch.float32).max
 STATIC_SCALES = "fp8_static_scales"  # key in a graph's meta
 
 
@@ -26,9 +29,20 @@ def derive_scales(gm: fx.GraphModule, *, inputs: Mapping[fx.Node, int]) -> int:
     Before:
         x_q : (...) = fp8.quantize(x, scale, 0, e4m3)
         w_q : (...) = fp8.quantize(w, scale, 1, e4m3...
+        tangents_1_q : (...) = fp8.quantize(tangents_1, scale, 2, e5m2...
     After:
         x_q : (...) = fp8.quantize(x, scale, 0, e4m3)  # amax = 3.53
         w_q : (...) = fp8.quantize(w, scale, 1, e4m3...  # amax = amax_w
+        tangents_1_abs : bf16[16, 64] = aten.abs(tangents_1)
+        tangents_1_amax : bf16[] = aten.amax(tangents_1_abs)
+        tangents_1_ratio : f32[] = aten.div.Tensor(tangents_1_amax_f32, 0.0625)
+        scale_ratio : f32[4] = aten.div.Tensor(scale, tangents_1_ratio)
+        scale_bwd : f32[4] = aten.minimum(scale_ratio, scale_most)
+        tangents_1_q : (...) = fp8.quantize(tangents_1, scale_bwd, 2, e5m2...  # amax = 0.0625
+
+    Gradients are proportional to those that enter the graph, of which nothing is known: the loss
+    may be a mean or a sum, scaled for float16, or a part of many. So the amax of those is found,
+    and the scales of all that is computed from them divided by how much larger it is than expected.
 
     ``inputs``: the graph's inputs whose mean, variance and amax are taken when it is called, with
     their positions among the arguments of the call.
@@ -36,8 +50,8 @@ def derive_scales(gm: fx.GraphModule, *, inputs: Mapping[fx.Node, int]) -> int:
     Requires: share_casts, so that every value has one cast.
     Ensures: ``gm.meta["fp8_static_scales"]`` is a StaticScales with an expression for each slot:
         ``FP8_MAX / (MARGIN amax)``, of the largest amax where several casts use it.
-    Leaves alone: the graph; casts that find their own scale.
-    Numerics: exact.
+    Leaves alone: casts that find their own scale.
+    Numerics: quantizes (with the scales that it finds).
     """
     casts = [n for n in gm.graph.nodes if n.target is QUANTIZE and args_of(n)[1] is not None]
     new = [cast for cast in casts if "amax" not in cast.meta]
@@ -54,6 +68,42 @@ def derive_scales(gm: fx.GraphModule, *, inputs: Mapping[fx.Node, int]) -> int:
         slot: sympy.Rational(fmt.max) / (MARGIN[fmt] * largest_of(amaxes))
         for (slot, fmt), amaxes in found.items()
     }
+    _follow_tangents(gm, casts, moments)
     by_position = {inputs[node]: known for node, known in statistics.items()}
     gm.meta[STATIC_SCALES] = StaticScales(scales, moments.definitions, by_position)
     return len(new)
+
+
+def _follow_tangents(gm: fx.GraphModule, casts: Sequence[fx.Node], moments: Analysis) -> None:
+    """Divide the scales of gradients by the size of those that enter the graph."""
+    tangents = [n for n in gm.graph.nodes if is_tangent(n) and is_floating(n)]
+    computed = set(tangents)
+    for node in gm.graph.nodes:
+        if not computed.isdisjoint(node.all_input_nodes):
+            computed.add(node)
+    gradients = [cast for cast in casts if cast in computed]
+    if not gradients:
+        return
+    scale, like = args_of(gradients[0])[1], gradients[0]
+    with gm.graph.inserting_before(gradients[0]):
+        largest = _ratio(gm.graph, tangents[0], moments)
+        for tangent in tangents[1:]:
+            args = (largest, _ratio(gm.graph, tangent, moments))
+            largest = emit(gm.graph, aten.maximum.default, args, f"{tangent}_max", like=like)
+        ratio = emit(gm.graph, aten.div.Tensor, (scale, largest), "scale_ratio", like=like)
+        # Finite where all gradients are zero; where one is not finite, it is not positive, and each
+        # cast finds its own.
+        most = emit(gm.graph, aten.full.default, ([], _F32_MAX), "scale_most", ratio)
+        followed = emit(gm.graph, aten.minimum.default, (ratio, most), "scale_bwd", ratio)
+    for cast in gradients:
+        cast.update_arg(1, followed)
+
+
+def _ratio(graph: fx.Graph, tangent: fx.Node, moments: Analysis) -> fx.Node:
+    """How many times as large as expected a gradient is that enters the graph, ``f32[]``."""
+    expected = float(moments.largest(moments.of(tangent), elements(tangent)))
+    magnitude = emit(graph, aten.abs.default, (tangent,), f"{tangent}_abs", tangent)
+    amax = emit(graph, aten.amax.default, (magnitude,), f"{tangent}_amax", tangent)
+    args = (amax, torch.float32)
+    wide = emit(graph, torch.ops.prims.convert_element_type.default, args, f"{amax}_f32", tangent)
+    return emit(graph, aten.div.Tensor, (wide, expected), f"{tangent}_ratio", tangent)

@@ -381,3 +381,37 @@ def test_the_scales_of_another_recipe_are_refused() -> None:
     torch._dynamo.reset()
     with pytest.raises(ScalingStateError, match=r"history has 1 steps; .*'delayed' keeps 16"):
         compile_interpreted(other)(x)
+
+
+# --- gradients that enter the graph -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_gradients_of_any_size_keep_their_precision(size: float) -> None:
+    """A sum, a mean, or a loss that is scaled: nothing in the graph tells."""
+    model, x = MLP(), torch.randn(64, 256)
+
+    def gradients(call: Callable[..., Tensor]) -> dict[str, Tensor]:
+        model.zero_grad()
+        (classes(call(x), x) * size).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    want = gradients(model)
+    quality = {}
+    for recipe in ("current", "static"):
+        torch._dynamo.reset()
+        got = gradients(compile_interpreted(model, {"recipe": recipe}))
+        quality[recipe] = min(sqnr_db(want[name], got[name]) for name in want)
+    assert quality["static"] > quality["current"] - 3
+
+
+@pytest.mark.parametrize("gradient", [0.0, float("inf"), float("nan")])
+def test_gradients_that_say_nothing(gradient: float) -> None:
+    model, x = nn.Linear(64, 32), torch.randn(48, 64)
+    output = compile_interpreted(model, STATIC)(x)
+    direction = torch.full((48, 32), gradient)
+    output.backward(direction)
+    if gradient == 0:
+        assert not model.weight.grad.any()
+    else:  # visible, as in float32
+        assert not model.weight.grad.isfinite().any()

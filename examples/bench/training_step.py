@@ -12,7 +12,7 @@ parameters and inputs, and with the same choice of attention kernels:
     bf16     torch.compile
     fp8      torch.compile(backend="fp8"), this repository
     fp8-stored  the same, with save_activations="fp8"
-    fp8-current, fp8-rowwise, fp8-blockwise  the same, with that recipe
+    fp8-current, fp8-static, fp8-rowwise, fp8-blockwise  the same, with that recipe
     torchao  float8 tensorwise (dynamic scaling) and torch.compile, if installed
     torchao-rowwise  the same, with a scale per row
     te       TransformerEngine's TransformerLayer with DelayedScaling HYBRID, if installed
@@ -167,11 +167,12 @@ def te(job: Job) -> Contender:
     return Contender(layers, forward, comparable=False)
 
 
+RECIPES = ("current", "static", "rowwise", "blockwise")
 CONTENDERS: dict[str, Callable[[Job], Contender]] = {
     "bf16": bf16,
     "fp8": fp8,
     "fp8-stored": partial(fp8, save_activations="fp8"),
-    **{f"fp8-{name}": partial(fp8, recipe=name) for name in ("current", "rowwise", "blockwise")},
+    **{f"fp8-{name}": partial(fp8, recipe=name) for name in RECIPES},
     "torchao": torchao,
     "torchao-rowwise": partial(torchao, recipe="rowwise"),
     "te": te,

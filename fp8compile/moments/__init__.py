@@ -14,9 +14,18 @@ from .gaussian import evaluator, largest_of
 from .pointwise import POINTWISE
 from .products import PRODUCTS
 from .tensors import TENSORS
-from .walk import Analysis, Statistics, elements
+from .walk import Analysis, Statistics, elements, is_floating
 
-__all__ = ["RULES", "Analysis", "Statistics", "analyse", "elements", "evaluator", "largest_of"]
+__all__ = [
+    "RULES",
+    "Analysis",
+    "Statistics",
+    "analyse",
+    "elements",
+    "evaluator",
+    "is_floating",
+    "largest_of",
+]
 
 RULES = {**POINTWISE, **PRODUCTS, **TENSORS}
 

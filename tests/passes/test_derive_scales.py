@@ -25,10 +25,23 @@ def static(model: nn.Module, *inputs: Tensor) -> tuple[fx.GraphModule, Pass]:
 
 def test_every_cast_gets_a_remark() -> None:
     gm, run = before("derive_scales", linear_joint(recipe="static"), "static")
-    nodes = list(gm.graph.nodes)
+    before_it = {node.name for node in gm.graph.nodes}
     assert check_pass(gm, run) == 4  # x, w in forward and in backward, and the gradient
-    assert list(gm.graph.nodes) == nodes
-    casts = [node.name for node in nodes if node.target is QUANTIZE]
+    casts = [node.name for node in gm.graph.nodes if node.target is QUANTIZE]
+    new = [node.name for node in gm.graph.nodes if node.name not in before_it]
+    assert_expected_inline(
+        lines_of(gm, *new),
+        """\
+tangents_1_abs : bf16[16, 64] = aten.abs(tangents_1)
+tangents_1_amax : bf16[] = aten.amax(tangents_1_abs)
+tangents_1_amax_f32 : f32[] = prims.convert_element_type(tangents_1_amax, f32)
+tangents_1_ratio : f32[] = aten.div.Tensor(tangents_1_amax_f32, 0.0625)
+scale_ratio : f32[4] = aten.div.Tensor(scale, tangents_1_ratio)
+scale_most : f32[] = aten.full([], 3.4028234663852886e+38)
+scale_bwd : f32[4] = aten.minimum(scale_ratio, scale_most)""",
+    )
+    scales = {n.name: n.args[1].name for n in gm.graph.nodes if n.target is QUANTIZE}
+    assert {name for name, scale in scales.items() if scale == "scale_bwd"} == {"tangents_1_q"}
     text = lines_of(gm, *casts)
     remarks = [line.split("  # ")[-1].split(" # ")[-1] for line in text.splitlines()]
     assert_expected_inline(
