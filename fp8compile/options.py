@@ -78,8 +78,10 @@ class Options:
         if self.formats != AUTO or self.profile is None:
             return own
         recipe = own or self.recipe
-        chosen = replace(recipe, formats=self.profile.formats_of(fqn, recipe))
-        return own if chosen.formats == recipe.formats else chosen
+        formats = self.profile.formats_of(fqn, recipe)
+        if formats == recipe.formats:
+            return own
+        return replace(recipe, name=f"{recipe.name} with chosen formats", formats=formats)
 
     def kept_by_budget(self) -> Mapping[str, str]:
         """The sites that the error budget keeps in high precision, each with the reason."""

@@ -322,7 +322,7 @@ def test_only_sites_whose_formats_differ_have_a_recipe_of_their_own() -> None:
     model, x = MLP(), torch.randn(48, 64)
     found = fp8compile.profile(model, [x], step=squares, sensitivity=False)
     options = {"profile": found, "formats": "auto"}
-    for recipe, own in (("delayed", "delayed"), ("e4m3_only", "")):
+    for recipe, own in (("delayed", "delayed with chosen formats"), ("e4m3_only", "")):
         rows = fp8compile.explain(model, x, options={**options, "recipe": recipe}).rows
         assert {(row.recipe, row.formats) for row in rows} == {(own, "e4m3 x e4m3")}
 
