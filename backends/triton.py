@@ -32,7 +32,7 @@ from ..ir import (
     size_expr,
 )
 from ..regions import hint, is_aligned
-from .blocks import is_scaled_mm, lower_to_scaled_mm
+from .block_gemms import is_scaled_mm, lower_to_scaled_mm
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
 from .fused import emit_once, launches, tiles
 from .kernels.launch import Launch

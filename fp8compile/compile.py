@@ -313,7 +313,8 @@ def _may_be_cached(options: Options, inner_compile: Callable[..., Any] | None) -
     """Not with a dump or static scales, which need the passes to run; nor what is not Inductor's
     code; nor a graph that may have fallen back: from the cache it would do so without a word.
     """
-    passes_run = options.dump is not None or options.recipe.scaling is Scaling.STATIC
+    static = any(recipe.scaling is Scaling.STATIC for recipe in options.recipes)
+    passes_run = options.dump is not None or static
     return not passes_run and inner_compile is None and options.on_error != FALLBACK
 
 

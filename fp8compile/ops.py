@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from .formats import Format
 
 ALIGNMENT = 16  # elements, and bytes: a row of an FP8 copy, for TMA and for cuBLASLt
-_F32_MAX = torch.finfo(torch.float32).max
+F32_MAX = torch.finfo(torch.float32).max
 
 
 def padded(size: Any, multiple: Any = ALIGNMENT) -> Any:
@@ -106,7 +106,7 @@ def current_scale(amax: Tensor, fp8_max: float | Tensor) -> Tensor:
     """``FP8_MAX / amax``, at most the largest float32; 1 where amax is zero or not finite."""
     # Divide tensors: for a Python number torch multiplies by the reciprocal, and rounds twice.
     largest = fp8_max if isinstance(fp8_max, Tensor) else amax.new_full((), fp8_max)
-    scale = (largest / amax).clamp(max=_F32_MAX)
+    scale = (largest / amax).clamp(max=F32_MAX)
     return torch.where(amax.isfinite() & (amax > 0), scale, 1.0)
 
 

@@ -186,7 +186,7 @@ def _overrides(value: Any, recipe: Recipe) -> tuple[tuple[str, Recipe], ...]:
             "to recipes, such as {'layers.0.*': 'current', 'lm_head': 'rowwise'}"
         )
     overrides = tuple((g, _recipe(f"overrides[{g!r}]", each)) for g, each in value.items())
-    recipes = (recipe, *(each for _, each in overrides))
+    recipes = Options(recipe, overrides=overrides).recipes
     kept = [each for each in recipes if each.scaling is not Scaling.CURRENT]
     for name in ("scaling", "history_len", "jump_limit", "saturation_limit"):
         found = {getattr(each, name): each.name for each in kept}

@@ -77,9 +77,6 @@ def _plain_step(call: Callable[..., Any], batch: Any) -> Any:
     return call(*batch) if isinstance(batch, tuple | list) else call(batch)
 
 
-Key = tuple[int, int]  # a graph, by its number, and the first site of a group, by its index
-
-
 @dataclass
 class _Record:
     """What is collected about a group."""
@@ -93,9 +90,11 @@ class _Runs:
 
     def __init__(self, model: Callable[..., Any], step: Step, options: Options) -> None:
         self.model, self.step, self.options = model, step, options
-        self.records: dict[Key, _Record] = defaultdict(_Record)
-        self.rows: list[Row] = []
-        self.in_fp8: Key | None = None
+        # A group goes by the name of its first site: other sizes may be another graph.
+        self.records: dict[str, _Record] = defaultdict(_Record)
+        self.names: dict[tuple[int, int], str] = {}  # by graph and leader
+        self.rows: list[list[Row]] = []  # of each graph
+        self.in_fp8: str | None = None
         self.observing = False
         self._graphs = itertools.count()
         self._outputs: list[Tensor] = []
@@ -120,7 +119,7 @@ class _Runs:
             example_inputs,
             _stateless(self.options),
             inner_compile=interpret,
-            on_joint=self.rows.extend,
+            on_joint=self.rows.append,
             root=root,
         )
 
@@ -133,10 +132,10 @@ class _Runs:
             self.run(batch)
         self.observing = False
 
-    def noise_of_each(self, batch: Any) -> dict[Key, tuple[float, float | None]]:
+    def noise_of_each(self, batch: Any) -> dict[str, tuple[float, float | None]]:
         """What outputs and gradients lose with only one group in FP8."""
         outputs, gradients = self.run(batch)
-        noise: dict[Key, tuple[float, float | None]] = {}
+        noise: dict[str, tuple[float, float | None]] = {}
         for key in _progress(list(self.records), "casting one group at a time"):
             self.in_fp8 = key
             seen, grads = self.run(batch)
@@ -160,7 +159,7 @@ class _Runs:
         outputs = [output.detach() for output in self._outputs]
         return outputs, [p.grad for p in parameters if p.grad is not None]
 
-    def result(self, noise: Mapping[Key, tuple[float, float | None]]) -> Profile:
+    def result(self, noise: Mapping[str, tuple[float, float | None]]) -> Profile:
         groups = []
         for key, record in self.records.items():
             output, gradient = noise.get(key, (None, None))
@@ -168,15 +167,19 @@ class _Runs:
             sites = tuple(record.sites)
             groups.append(Group(sites, edges, output, gradient, self._saved_us(sites)))
         profiled = {site for group in groups for site in group.sites}
-        others = dict.fromkeys(site for r in self.rows for site in r.sites if site not in profiled)
-        device = next((row.predicted_for for row in self.rows if row.predicted_for), "")
+        rows = list(itertools.chain(*self.rows))
+        others = dict.fromkeys(site for row in rows for site in row.sites if site not in profiled)
+        device = next((row.predicted_for for row in rows if row.predicted_for), "")
         return Profile(tuple(groups), tuple(others), device)
 
     def _saved_us(self, sites: Sequence[str]) -> float | None:
-        rows = [row for row in self.rows if row.sites and row.sites[0] in sites]
-        times = [(r.high_us, r.fp8_us) for r in rows]
-        saved = [high - fp8 for high, fp8 in times if high is not None and fp8 is not None]
-        return sum(saved) if saved else None
+        """What FP8 saves in the first graph that has these sites."""
+        for rows in self.rows:
+            times = [(r.high_us, r.fp8_us) for r in rows if r.sites and r.sites[0] in sites]
+            saved = [high - fp8 for high, fp8 in times if high is not None and fp8 is not None]
+            if saved:
+                return sum(saved)
+        return None
 
 
 class _WithoutCasts(fx.Interpreter):
@@ -200,7 +203,7 @@ class _WithoutCasts(fx.Interpreter):
     def _multiply(self, info: GemmInfo, target: Any, args: Sequence[Any]) -> Tensor:
         a, b, a_factor, b_factor, bias, dtype, *blocks_and_fast = args
         leader = info.site.index if info.site.leader is None else info.site.leader
-        key = self._number, leader
+        key = self._runs.names.setdefault((self._number, leader), info.site.fqn)
         recipe = self._runs.recipe_of(info.site.fqn)
         if self._runs.observing:
             self._observe(key, info, recipe, a, b)
@@ -214,7 +217,7 @@ class _WithoutCasts(fx.Interpreter):
         factor = float(a_factor * b_factor)
         return (a @ b.t() if factor == 1 else (a @ b.t()) * factor).to(dtype)
 
-    def _observe(self, key: Key, info: GemmInfo, recipe: Recipe, a: Tensor, b: Tensor) -> None:
+    def _observe(self, key: str, info: GemmInfo, recipe: Recipe, a: Tensor, b: Tensor) -> None:
         record = self._runs.records[key]
         record.sites |= dict.fromkeys(site.fqn for site in info.sites)
         for edge, value in ((info.left, a), (info.right, b)):

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from .moments import Statistics, evaluator
+from .ops import F32_MAX
 from .scaling import ScalingState
-
-_F32_MAX = torch.finfo(torch.float32).max
 
 
 class StaticScales:
@@ -68,7 +67,7 @@ class StaticScales:
         scale = torch.zeros(slots)
         found = self._evaluate(*(known[symbol] for symbol in self._symbols))
         for slot, number in zip(self._slots, found, strict=True):
-            scale[slot] = min(number, _F32_MAX) if 0 < number < float("inf") else 0.0
+            scale[slot] = min(number, F32_MAX) if 0 < number < float("inf") else 0.0
         return scale
 
 

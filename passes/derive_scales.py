@@ -12,6 +12,7 @@ from ..formats import Format
 from ..internals import is_tangent
 from ..ir import QUANTIZE, args_of, aten, emit
 from ..moments import Analysis, Statistics, analyse, elements, is_floating, largest_of
+from ..ops import F32_MAX
 from ..static import StaticScales
 
 # How many times the largest value that is expected fits into a format. Precision does not suffer
@@ -19,7 +20,6 @@ from ..static import StaticScales
 # Llama, a GPT and an MLP have the same SQNR at initialisation, up to 0.5 dB. These lie in between,
 # for what training and a loss outside of the graph may do to the values.
 MARGIN = {Format.E4M3: 32, Format.E5M2: 1024}
-_F32_MAX = torch.finfo(torch.float32).max
 STATIC_SCALES = "fp8_static_scales"  # key in a graph's meta
 
 
@@ -93,7 +93,7 @@ def _follow_tangents(gm: fx.GraphModule, casts: Sequence[fx.Node], moments: Anal
         ratio = emit(gm.graph, aten.div.Tensor, (scale, largest), "scale_ratio", like=like)
         # Finite where all gradients are zero; where one is not finite, it is not positive, and each
         # cast finds its own.
-        most = emit(gm.graph, aten.full.default, ([], _F32_MAX), "scale_most", ratio)
+        most = emit(gm.graph, aten.full.default, ([], F32_MAX), "scale_most", ratio)
         followed = emit(gm.graph, aten.minimum.default, (ratio, most), "scale_bwd", ratio)
     for cast in gradients:
         cast.update_arg(1, followed)

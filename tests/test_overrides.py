@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import fp8compile
 from fp8compile import RECIPES, OptionError
+from fp8compile.compile import _may_be_cached
 from fp8compile.options import parse_options
 from tests.helpers import compile_interpreted
 from tests.models import sqnr_db
@@ -104,6 +105,16 @@ def test_one_value_in_two_formats() -> None:
 
 def _formats(*names: str) -> list[fp8compile.formats.Format]:
     return [fp8compile.formats.Format[name.upper()] for name in names]
+
+
+def test_static_scales_of_one_site_keep_its_graph_from_the_caches() -> None:
+    """From there it would come without them."""
+    options = {"recipe": "current", "overrides": {"2": "static"}}
+    assert not _may_be_cached(parse_options(options), None)
+    model, x = mlp(), torch.randn(64, 96)
+    compile_interpreted(model, options)(x)
+    assert list(fp8compile.state_dict(model)) == DELAYED
+    assert fp8compile.state_dict(model)["2.weight.scale"][0] > 0
 
 
 def test_the_first_glob_that_matches_counts() -> None:

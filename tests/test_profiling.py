@@ -129,6 +129,18 @@ def test_a_factor_that_was_folded_into_a_scale_counts() -> None:
     assert sqnr_db(model(x), outputs[0]) > 100
 
 
+def test_batches_of_several_sizes_are_one_profile() -> None:
+    """Though Dynamo makes a graph of its own for the second size."""
+    model, x = MLP(), torch.randn(48, 64)
+    one = fp8compile.profile(model, [x], step=squares)
+    torch._dynamo.reset()
+    both = fp8compile.profile(model, [x, torch.randn(32, 64)], step=squares)
+    assert [group.sites for group in both.groups] == [("gate", "up"), ("down",)]
+    for before, after in zip(one.groups, both.groups, strict=True):
+        assert after.saved_us == before.saved_us is not None
+        assert after.edges["input"].rms != before.edges["input"].rms
+
+
 def test_nothing_is_left_behind() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Dropout(), nn.Linear(64, 64))
     x = torch.randn(48, 64)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from fp8compile.backends.blocks import is_scaled_mm
+from fp8compile.backends.block_gemms import is_scaled_mm
 from fp8compile.backends.fused import emit_once, tiles
 from fp8compile.backends.triton import lower_to_triton
 from fp8compile.compile import compile_graph
