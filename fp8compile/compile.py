@@ -29,7 +29,7 @@ from .dump import Dump
 from .errors import OptionError, PassError, StrictError
 from .ir import SLOTS_PER_SITE, Site
 from .modules import SiteNames, calling_module, calling_replicas, calling_shards, owners_of
-from .options import FALLBACK, HIGH_PRECISION, Options, parse_options
+from .options import AUTO, FALLBACK, HIGH_PRECISION, Options, parse_options
 from .passes import (
     STATIC_SCALES,
     StateNodes,
@@ -177,6 +177,7 @@ class GraphCompiler:
             training=training,
             device=self.predict_for,
             decline_slower=_declines(self.options, self.kernels),
+            choose_scales=self.options.scaling == AUTO,
             store_in_fp8=self.options.save_activations == "fp8",
             statistics_of=statistics_of,
         )
@@ -389,7 +390,8 @@ def _predict_for(
     """The device that costs are predicted for, or None if nobody asks for them."""
     if isinstance(options.decline_slower, str):
         return DEVICES[options.decline_slower]
-    return device_constants(device) if report or _declines(options, kernels) else None
+    asked = report or options.scaling == AUTO or _declines(options, kernels)
+    return device_constants(device) if asked else None
 
 
 def _declines(options: Options, kernels: str) -> bool:

@@ -85,6 +85,38 @@ def predict_groups(
     return predictions
 
 
+def current_costs(
+    gm: fx.GraphModule, device: Device, *, recipe: Recipe | None = None
+) -> dict[fx.Node, tuple[float, float]]:
+    """What current scaling would cost beside delayed, for both operands of every FP8 GEMM that
+    anything is predicted of: as a share of the time of all GEMMs that take the same value in the
+    same role, forward and backward.
+    """
+    candidates = {
+        node: sized
+        for node, info in gemms(gm)
+        if info.is_fp8 and (sized := _sized(node, info, recipe)) is not None
+    }
+    alone = {  # before any has a cast
+        node: sum(predict((each.work,), each.tokens, device).fp8_us)
+        for node, each in candidates.items()
+    }
+    added: dict[object, float] = defaultdict(float)
+    time: dict[object, float] = defaultdict(float)
+    for quantized in _quantized(candidates):
+        tokens = candidates[quantized.takers[0]].tokens
+        current, delayed = (_cast(replace(quantized, rereads=again)) for again in (True, False))
+        added[quantized.key] += current.microseconds(tokens, device)
+        added[quantized.key] -= delayed.microseconds(tokens, device)
+        time[quantized.key] += sum(alone[node] for node in quantized.takers)
+    shares = {key: added[key] / time[key] for key in added}
+    return {
+        node: (shares[left], shares[right])
+        for node, each in candidates.items()
+        for left, right in [_operand_keys(node, each)]
+    }
+
+
 def _as_used(device: Device, recipe: Recipe | None) -> Device:
     """The device with the rate that its FP8 GEMMs have under a recipe."""
     if recipe is None:
@@ -164,6 +196,7 @@ class _Quantized:
     """A value that is cast once, for all GEMMs that take it; ``copies``: row-major, transposed."""
 
     value: fx.Node
+    key: object  # of its value, role and recipe
     rows: Size
     columns: Size
     again: bool  # a weight, in backward
@@ -189,13 +222,23 @@ def _quantized(candidates: Mapping[fx.Node, _Sized]) -> list[_Quantized]:
         for value, edge, axes in zip(operands(node), (left, right), ("mk", "kn"), strict=True):
             base, transposed = base_of(value)
             again = edge.operand is Operand.WEIGHT and is_backward(node)
-            key = value_key(base), edge.operand, again, each.recipe
+            key = value_key(base), edge.operand, each.recipe
             rows, columns = (each.size(axis) for axis in axes)
             rereads = _rereads(each.recipe, edge.operand)
-            quantized = found.setdefault(key, _Quantized(base, rows, columns, again, rereads))
+            fresh = _Quantized(base, key, rows, columns, again, rereads)
+            quantized = found.setdefault((key, again), fresh)
             quantized.copies.add(transposed == (edge is right))
             quantized.takers.append(node)
     return list(found.values())
+
+
+def _operand_keys(node: fx.Node, each: _Sized) -> tuple[object, object]:
+    """The keys of the values that a GEMM takes."""
+    left, right = (
+        (value_key(base_of(value)[0]), edge.operand, each.recipe)
+        for value, edge in zip(operands(node), (each.info.left, each.info.right), strict=True)
+    )
+    return left, right
 
 
 def _rereads(recipe: Recipe | None, operand: Operand) -> bool:
