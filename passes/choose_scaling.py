@@ -14,7 +14,9 @@ from .site_costs import current_costs
 CHEAP = 0.02  # of the time of its GEMMs; as much as FP8 must gain to be chosen at all
 
 
-def choose_scaling(gm: fx.GraphModule, *, recipe: Recipe, device: Device) -> int:
+def choose_scaling(
+    gm: fx.GraphModule, *, recipe: Recipe, device: Device, weights_cast_once: bool = False
+) -> int:
     """Give delayed edges current scaling where finding the amax first takes next to no time.
 
     Before:
@@ -26,7 +28,8 @@ def choose_scaling(gm: fx.GraphModule, *, recipe: Recipe, device: Device) -> int
     GEMMs, or several that take the value, that is little; where the value is written only by its
     cast, or is as large as what the GEMMs do with it is small, a delayed scale saves more. Current
     is chosen where it adds less than ``CHEAP`` to the predicted time of all the GEMMs that take the
-    value on ``device``, forward and backward; what it would add is kept with the edge.
+    value on ``device``, forward and backward; what it would add is kept with the edge. Weights that
+    are cast once, as in inference, cost nothing.
 
     Requires: choose_formats.
     Ensures: all GEMMs take a value with one scaling, which every edge under a recipe of delayed
@@ -36,7 +39,7 @@ def choose_scaling(gm: fx.GraphModule, *, recipe: Recipe, device: Device) -> int
     Numerics: quantizes with the scale of the value, where a delayed one is that of steps before.
     """
     edges = edge_graph(gm)
-    costs = current_costs(gm, device, recipe=recipe)
+    costs = current_costs(gm, device, recipe=recipe, weights_cast_once=weights_cast_once)
     rewrites = 0
     for node in [n for n in edges if edges.in_degree(n)]:
         info = gemm_info(node)

@@ -73,13 +73,16 @@ def joint_passes(
             device=device,
             decline_slower=decline_slower,
             recipe=recipe,
+            weights_cast_once=not training,
         ),
         merge_gemms,  # only GEMMs that stay FP8; before anything is said about their operands
         partial(choose_formats, recipe=recipe),  # only GEMMs that stay FP8 have edges
     ]
     if choose_scales:
         assert device is not None, "costs are those on a device"
-        passes.append(partial(choose_scaling, recipe=recipe, device=device))
+        passes.append(
+            partial(choose_scaling, recipe=recipe, device=device, weights_cast_once=not training)
+        )
     passes += [
         partial(insert_casts, recipe=recipe, scale=state.scale if state else None),
         fold_scales,  # needs the casts; gives share_casts more of one value

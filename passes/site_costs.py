@@ -56,11 +56,16 @@ _RATES = {
 
 
 def predict_groups(
-    gm: fx.GraphModule, device: Device, *, recipe: Recipe | None = None
+    gm: fx.GraphModule,
+    device: Device,
+    *,
+    recipe: Recipe | None = None,
+    weights_cast_once: bool = False,
 ) -> dict[Group, Prediction]:
     """Predict the GEMMs that may be FP8, by groups of sites that share an input and a recipe.
 
     ``recipe`` is that of sites that have none of their own; without any, scaling is delayed.
+    ``weights_cast_once``: casts of weights are not part of a call.
     What is found for each GEMM, also for those that stay in high precision, goes into
     ``gm.meta["fp8_costs"]``, under its site's index and its role.
     """
@@ -73,7 +78,7 @@ def predict_groups(
         elif sized is not None:
             (high_us,) = predict((sized.work,), sized.tokens, device).high_us
             costs.setdefault(sized.key, GemmCost(device.name, high_us))
-    _add_casts(candidates)
+    _add_casts(candidates, weights_cast_once)
     predictions: dict[Group, Prediction] = {}
     for group in _groups(candidates):
         works = tuple(candidates[node].work for node in group)
@@ -86,7 +91,11 @@ def predict_groups(
 
 
 def current_costs(
-    gm: fx.GraphModule, device: Device, *, recipe: Recipe | None = None
+    gm: fx.GraphModule,
+    device: Device,
+    *,
+    recipe: Recipe | None = None,
+    weights_cast_once: bool = False,
 ) -> dict[fx.Node, tuple[float, float]]:
     """What current scaling would cost beside delayed, for both operands of every FP8 GEMM that
     anything is predicted of: as a share of the time of all GEMMs that take the same value in the
@@ -105,11 +114,12 @@ def current_costs(
     time: dict[object, float] = defaultdict(float)
     for quantized in _quantized(candidates):
         tokens = candidates[quantized.takers[0]].tokens
-        current, delayed = (_cast(replace(quantized, rereads=again)) for again in (True, False))
-        added[quantized.key] += current.microseconds(tokens, device)
-        added[quantized.key] -= delayed.microseconds(tokens, device)
+        if not (weights_cast_once and quantized.role is Operand.WEIGHT):
+            current, delayed = (_cast(replace(quantized, rereads=again)) for again in (True, False))
+            added[quantized.key] += current.microseconds(tokens, device)
+            added[quantized.key] -= delayed.microseconds(tokens, device)
         time[quantized.key] += sum(alone[node] for node in quantized.takers)
-    shares = {key: added[key] / time[key] for key in added}
+    shares = {key: added[key] / time[key] for key in time}
     return {
         node: (shares[left], shares[right])
         for node, each in candidates.items()
@@ -197,6 +207,7 @@ class _Quantized:
 
     value: fx.Node
     key: object  # of its value, role and recipe
+    role: Operand
     rows: Size
     columns: Size
     again: bool  # a weight, in backward
@@ -205,9 +216,11 @@ class _Quantized:
     takers: list[fx.Node] = field(default_factory=list)
 
 
-def _add_casts(candidates: Mapping[fx.Node, _Sized]) -> None:
+def _add_casts(candidates: Mapping[fx.Node, _Sized], weights_cast_once: bool) -> None:
     """Give every GEMM its part, by FLOPs, of the casts that insert_casts and share_casts leave."""
     for quantized in _quantized(candidates):
+        if weights_cast_once and quantized.role is Operand.WEIGHT:
+            continue
         cast = _cast(quantized)
         total = sum(candidates[node].flops for node in quantized.takers)
         for node in quantized.takers:
@@ -225,7 +238,7 @@ def _quantized(candidates: Mapping[fx.Node, _Sized]) -> list[_Quantized]:
             key = value_key(base), edge.operand, each.recipe
             rows, columns = (each.size(axis) for axis in axes)
             rereads = _rereads(each.recipe, edge.operand)
-            fresh = _Quantized(base, key, rows, columns, again, rereads)
+            fresh = _Quantized(base, key, edge.operand, rows, columns, again, rereads)
             quantized = found.setdefault((key, again), fresh)
             quantized.copies.add(transposed == (edge is right))
             quantized.takers.append(node)
