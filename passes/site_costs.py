@@ -42,6 +42,7 @@ _MOVES = (
     aten.unsqueeze.default,
 )
 
+_ROW_MAJOR = True  # among the copies of a value
 Group = tuple[fx.Node, ...]  # the GEMMs of the sites that take one input
 
 
@@ -203,7 +204,7 @@ def _groups(candidates: Mapping[fx.Node, _Sized]) -> Iterator[Group]:
 
 @dataclass
 class _Quantized:
-    """A value that is cast once, for all GEMMs that take it; ``copies``: row-major, transposed."""
+    """A value that is cast once, for all GEMMs that take it; ``copies``: whether row-major."""
 
     value: fx.Node
     key: object  # of its value, role and recipe
@@ -212,11 +213,12 @@ class _Quantized:
     columns: Size
     again: bool  # a weight, in backward
     rereads: bool  # to find the scale first
+    whole_rows: bool  # each has a scale
     copies: set[bool] = field(default_factory=set)
     takers: list[fx.Node] = field(default_factory=list)
 
 
-def _add_casts(candidates: Mapping[fx.Node, _Sized], weights_cast_once: bool) -> None:
+def _add_casts(candidates: Mapping[fx.Node, _Sized], weights_cast_once: bool = False) -> None:
     """Give every GEMM its part, by FLOPs, of the casts that insert_casts and share_casts leave."""
     for quantized in _quantized(candidates):
         if weights_cast_once and quantized.role is Operand.WEIGHT:
@@ -238,7 +240,8 @@ def _quantized(candidates: Mapping[fx.Node, _Sized]) -> list[_Quantized]:
             key = value_key(base), edge.operand, each.recipe
             rows, columns = (each.size(axis) for axis in axes)
             rereads = _rereads(each.recipe, edge.operand)
-            fresh = _Quantized(base, key, edge.operand, rows, columns, again, rereads)
+            by_row = _granularity(each.recipe, edge.operand) is Granularity.ROW
+            fresh = _Quantized(base, key, edge.operand, rows, columns, again, rereads, by_row)
             quantized = found.setdefault((key, again), fresh)
             quantized.copies.add(transposed == (edge is right))
             quantized.takers.append(node)
@@ -258,11 +261,12 @@ def _rereads(recipe: Recipe | None, operand: Operand) -> bool:
     """Whether a cast reads its value once more than it must, to find a scale: that of a block is
     found in the tile that casts it.
     """
-    return (
-        recipe is not None
-        and recipe.scaling is Scaling.CURRENT
-        and not recipe.granularity_of(operand).block[1]
-    )
+    current = recipe is not None and recipe.scaling is Scaling.CURRENT
+    return current and not _granularity(recipe, operand).block[1]
+
+
+def _granularity(recipe: Recipe | None, operand: Operand) -> Granularity:
+    return Granularity.TENSOR if recipe is None else recipe.granularity_of(operand)
 
 
 def _cast(quantized: _Quantized) -> Cast:
@@ -273,7 +277,8 @@ def _cast(quantized: _Quantized) -> Cast:
     itemsize, copies = quantized.value.meta["val"].dtype.itemsize, len(quantized.copies)
     separate = Cast(quantized.rows, quantized.columns, itemsize, copies)
     fused = not quantized.again and _is_pointwise(_origin(quantized.value))
-    if quantized.rereads:  # what finds the amax cannot cast yet
+    in_registers = quantized.whole_rows and quantized.copies == {_ROW_MAJOR}
+    if quantized.rereads and not in_registers:  # what finds the amax cannot cast yet
         return separate if fused else replace(separate, read=2 * itemsize, launches=2)
     if not fused:
         return separate

@@ -10,11 +10,15 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from fp8compile.backends.block_gemms import is_scaled_mm
+from fp8compile.backends.block_gemms import (
+    is_scaled_mm,
+    lower_to_scaled_mm,
+    scales_afterwards,
+)
 from fp8compile.backends.fused import emit_once, tiles
 from fp8compile.backends.triton import lower_to_triton
 from fp8compile.compile import compile_graph
-from fp8compile.ir import SCALED_MM_BLOCKS
+from fp8compile.ir import SCALED_MM_BLOCKS, args_of, aten, emit
 from fp8compile.options import parse_options
 from fp8compile.passes import drop_unused_outputs, grow_regions
 from tests.backends.common import DEVICE, only_region
@@ -190,9 +194,10 @@ def test_search_loads_each_input_once() -> None:
 @pytest.mark.parametrize(
     ("m", "n", "k", "blocks", "out", "bias", "yes"),
     [
-        (64, 48, 96, [(1, 0), (1, 0)], torch.bfloat16, None, True),
-        (64, 48, 96, [(1, 0), (1, 0)], torch.bfloat16, torch.bfloat16, True),
-        (64, 48, 96, [(1, 0), (1, 0)], torch.float32, None, False),
+        (128, 48, 96, [(1, 0), (1, 0)], torch.bfloat16, None, True),
+        (128, 48, 96, [(1, 0), (1, 0)], torch.bfloat16, torch.bfloat16, True),
+        (128, 48, 96, [(1, 0), (1, 0)], torch.float32, None, False),
+        (64, 48, 96, [(1, 0), (1, 0)], torch.float32, torch.bfloat16, True),
         (64, 50, 96, [(1, 0), (1, 0)], torch.bfloat16, None, False),
         (64, 48, 512, [(1, 128), (128, 128)], torch.bfloat16, None, True),
         (64, 48, 512, [(1, 128), (1, 128)], torch.float32, None, True),
@@ -219,6 +224,38 @@ def test_what_scaled_mm_of_pytorch_can_do(
     gm = trace_final(fn, left=left, right=right, bias=added)
     (mm,) = gm.graph.find_nodes(op="call_function", target=SCALED_MM_BLOCKS)
     assert is_scaled_mm(mm) is yes
+
+
+@pytest.mark.parametrize("bias", [None, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("m", [1, 16, 61])
+def test_a_few_rows_are_scaled_after_their_product(
+    m: int, out: torch.dtype, bias: torch.dtype | None
+) -> None:
+    left, right = uneven(m, 96), uneven(48, 96)
+    added = None if bias is None else torch.randn(48, dtype=bias, device=DEVICE)
+    rows = [1, 0]
+
+    def fn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+        a, a_scale_inv = quantize(left, rows, copies=(True, False))
+        b, b_scale_inv = quantize(right, rows, copies=(True, False))
+        args = (a, b, a_scale_inv, b_scale_inv, bias, out, rows, rows, False)
+        return torch.ops.fp8.scaled_mm_blocks(*args)
+
+    given = [x for x in (left, right, added) if x is not None]
+    gm = trace_final(fn, left=left, right=right, bias=added)
+    (mm,) = gm.graph.find_nodes(op="call_function", target=SCALED_MM_BLOCKS)
+    assert is_scaled_mm(mm) and scales_afterwards(mm)
+    with gm.graph.inserting_before(mm):
+        scale_inv = args_of(mm)[2]
+        one = emit(gm.graph, aten.new_ones.default, (scale_inv, [1]), "one")
+    mm.replace_all_uses_with(lower_to_scaled_mm(mm, one))
+    gm.recompile()
+    (scaled,) = gm.graph.find_nodes(op="call_function", target=aten._scaled_mm.default)
+    assert scaled.meta["val"].dtype is torch.float32
+    got, want = gm(*given), fn(left, right, added)
+    assert got.dtype is out
+    torch.testing.assert_close(got, want, rtol=1e-2 if out is torch.bfloat16 else 1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

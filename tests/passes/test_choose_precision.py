@@ -14,6 +14,7 @@ from fp8compile.cost import COSTS, H200
 from fp8compile.ir import gemms
 from fp8compile.passes import choose_precision, find_gemms
 from fp8compile.passes.choose_precision import SKIPPED, SLOWER
+from fp8compile.passes.site_costs import _add_casts, _sized
 from tests.helpers import trace_joint
 from tests.passes.common import before, check_pass, fprop, linear_joint
 
@@ -188,8 +189,6 @@ class Casts(nn.Module):
 
 def test_casts_are_fused_into_pointwise_producers() -> None:
     """A graph input is read; a computed value is not; one that others read is written as well."""
-    from fp8compile.passes.site_costs import _add_casts, _sized
-
     casts = {}
     for kind in ("input", "fused", "also read"):
         gm = found_gemms(Casts(kind))
@@ -200,3 +199,36 @@ def test_casts_are_fused_into_pointwise_producers() -> None:
     assert (casts["input"].read, casts["input"].written, casts["input"].launches) == (4, 2, 1)
     assert (casts["fused"].read, casts["fused"].spared, casts["fused"].launches) == (0, 4, 0)
     assert (casts["also read"].read, casts["also read"].spared) == (0, 0)
+
+
+def test_weights_that_are_cast_once_cost_nothing() -> None:
+    """And rows that only GEMMs of one direction take find their scales in registers."""
+    costs = {}
+    for once in (False, True):
+        gm, _ = before("choose_precision", linear_joint())
+        choose_precision(
+            gm,
+            device=H200,
+            decline_slower=False,
+            recipe=RECIPES["rowwise"],
+            weights_cast_once=once,
+        )
+        costs[once] = {gemm: cost.fp8_us for (_, gemm), cost in gm.meta[COSTS].items()}
+    launch_us = 1e6 * H200.launch_seconds
+    saved = {gemm: costs[False][gemm] - costs[True][gemm] for gemm in Gemm}
+    assert saved[Gemm.FPROP] > launch_us / 2 and saved[Gemm.DGRAD] > launch_us
+    assert saved[Gemm.WGRAD] == pytest.approx(0)
+
+
+def test_rows_alone_are_scaled_in_registers() -> None:
+    """Columns, too, are looked for before the cast."""
+    launches = {}
+    for kind, tokens in (("inference", False), ("training", True)):
+        x = torch.randn(32, 32, requires_grad=tokens)
+        joint = trace_joint(Wide() if tokens else Wide().requires_grad_(False), x)
+        find_gemms(joint.gm, sites=joint.sites)
+        sized = {n: e for n, i in gemms(joint.gm) if (e := _sized(n, i, RECIPES["rowwise"]))}
+        _add_casts(sized, weights_cast_once=True)
+        gemm = next(each for each in sized.values() if each.info.gemm is Gemm.FPROP)
+        launches[kind] = gemm.casts[0].launches
+    assert launches == {"inference": 0, "training": 1}

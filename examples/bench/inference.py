@@ -1,0 +1,179 @@
+"""Time Llama layers without gradients, prefill and decode: bf16, FP8, torchao, in one run.
+
+    python examples/bench/inference.py                    # 4 Llama-3-8B layers, on an H100 or H200
+    python examples/bench/inference.py --tiny --device cpu
+
+Decode takes one token of each of a batch, without a KV cache, and with CUDA graphs: what is left is
+the time to read the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from llama_layers import LlamaLayers, LlamaShape, rope_tables
+from timing import (
+    allocated,
+    append_csv,
+    device_name,
+    equal_conditions,
+    load_compiler,
+    median_ms,
+    seconds,
+    sqnr_db,
+    versions,
+)
+from torch import Tensor, nn
+
+WARMUP_CALLS = 5
+Forward = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call: ``batch`` sequences of ``tokens``."""
+
+    batch: int
+    tokens: int
+    cuda_graphs: bool = False
+
+    def __str__(self) -> str:
+        kind = "decode" if self.cuda_graphs else "prefill"
+        return f"{kind} {self.batch} x {self.tokens}"
+
+
+PREFILL = Job(1, 8192)
+DECODE = tuple(Job(batch, 1, cuda_graphs=True) for batch in (1, 16, 64))
+
+
+# ---- the contenders ------------------------------------------------------------------------------
+def bf16(model: nn.Module, cuda_graphs: bool) -> Forward:
+    return torch.compile(model, mode="reduce-overhead" if cuda_graphs else None)
+
+
+def fp8(model: nn.Module, cuda_graphs: bool, recipe: str) -> Forward:
+    inductor = torch._inductor.list_mode_options("reduce-overhead") if cuda_graphs else {}
+    return torch.compile(model, backend="fp8", options={"recipe": recipe, "inductor": inductor})
+
+
+def torchao(model: nn.Module, cuda_graphs: bool) -> Forward:
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    return bf16(model, cuda_graphs)
+
+
+CONTENDERS: dict[str, Callable[[nn.Module, bool], Forward]] = {
+    "bf16": bf16,
+    "fp8-rowwise": partial(fp8, recipe="rowwise"),
+    "fp8-current": partial(fp8, recipe="current"),
+    "torchao-rowwise": torchao,
+}
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+@dataclass
+class Result:
+    """Of a contender and a job. ``ms``: per call; ``memory``: bytes alive between calls."""
+
+    name: str
+    job: Job
+    ms: float
+    memory: int
+    compile_s: float
+    output: Tensor
+
+
+def measure(
+    name: str, job: Job, shape: LlamaShape, layers: int, steps: int, device: torch.device
+) -> Result:
+    torch.manual_seed(0)
+    before = allocated(device)
+    with torch.device(device):
+        model = LlamaLayers(shape, layers).bfloat16().eval().requires_grad_(False)
+        x = torch.randn(job.batch, job.tokens, shape.hidden, dtype=torch.bfloat16)
+    cos, sin = rope_tables(job.tokens, shape.head_dim, next(model.parameters()))
+    forward = CONTENDERS[name](model, job.cuda_graphs)
+    with torch.no_grad():
+        compile_s = seconds(lambda: forward(x, cos, sin), device)
+        for _ in range(WARMUP_CALLS if device.type == "cuda" else 1):
+            output = forward(x, cos, sin).clone()
+        memory = allocated(device) - before
+        ms = median_ms(lambda: forward(x, cos, sin), steps, device)
+    return Result(name, job, ms, memory, compile_s, output.cpu())
+
+
+def measure_all(
+    names: list[str],
+    jobs: list[Job],
+    shape: LlamaShape,
+    layers: int,
+    steps: int,
+    device: torch.device,
+) -> list[Result]:
+    """Each contender with each job alone; one that fails is reported and left out."""
+    load_compiler(device)
+    results: list[Result] = []
+    settings = torch._inductor.config.save_config()  # torchao changes them for all that follow
+    for job in jobs:
+        for name in names:
+            with equal_conditions(device):
+                try:
+                    results.append(measure(name, job, shape, layers, steps, device))
+                    print_result(results[-1], results)
+                except ImportError as error:
+                    print(f"{job}, {name} is left out: {error}")
+                except Exception:
+                    print(f"{job}, {name} failed:\n{traceback.format_exc()}")
+            torch._inductor.config.load_config(settings)
+            torch.compiler.reset()
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return results
+
+
+def print_result(r: Result, results: list[Result]) -> None:
+    reference = next((o for o in results if o.job == r.job and o.name == "bf16"), None)
+    line = f"{r.job!s:<16} {r.name:<16} {r.ms:>8.3f} ms {r.memory / 2**20:>7.0f} MiB"
+    line += f" {r.compile_s:>6.1f} s to compile"
+    if reference is not None and reference is not r:
+        db = sqnr_db(reference.output, r.output)
+        line += f" {reference.ms / r.ms:>6.2f}x {db:>6.1f} dB"
+    print(line, flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Time Llama layers without gradients.")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=4096, help="hidden size; the rest follows")
+    parser.add_argument("--steps", type=int, default=50, help="calls whose median time is taken")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--csv", type=Path, help="append the numbers to this file")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="one layer 64 wide, 64 tokens")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    shape = LlamaShape.of_width(64 if args.tiny else args.width)
+    layers, steps = (1, 2) if args.tiny else (args.layers, args.steps)
+    jobs = [Job(1, 64), Job(2, 1, device.type == "cuda")] if args.tiny else [PREFILL, *DECODE]
+    print(f"{device_name(device)}, {versions()}\n{layers} layers, {shape}")
+    results = measure_all(args.contenders, jobs, shape, layers, steps, device)
+    if device.type == "cpu":
+        print("These times mean nothing: on a CPU, FP8 is emulated. Memory is not counted.")
+    if args.csv:
+        for r in results:
+            what = f"{layers} layers, {shape}, {r.job}"
+            rows = [(r.name, "call", r.ms, "ms"), (r.name, "memory", r.memory / 2**20, "MiB")]
+            append_csv(args.csv, device, what, rows)
+
+
+if __name__ == "__main__":
+    main()
