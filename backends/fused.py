@@ -62,8 +62,9 @@ def _of_whole_blocks(region: Region, usual: list[Tile]) -> list[Tile]:
         return _whole_rows(region)
     high, wide = (max(sizes) for sizes in zip(*map(_extent, region.blocks), strict=True))
     if region.transposes and wide == GROUP:
-        found = [Tile(GROUP, GROUP, 4), Tile(GROUP, GROUP, 8)]
-        return found if len(region.results) == 1 else found[::-1]  # more registers for several
+        several = len(region.results)  # which want more registers
+        warps = (4, 8) if several == 1 else (8, 4) if len(region.blocks) == 1 else (16, 8)
+        return [Tile(GROUP, GROUP, count) for count in warps]
     if region.reduces and not region.sums_apart:
         return [replace(tile, block_n=max(tile.block_n, wide)) for tile in usual]
     found = [tile for tile in usual if tile.block_m % high == tile.block_n % wide == 0]

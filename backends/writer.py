@@ -120,29 +120,47 @@ class Writer:
             lines += self._search_if_needed()
         for i, cast in enumerate(self.region.casts):
             lines += self._scale(i, cast)
-        lines += [*self._totals(self.sets), *self._values_in_sets()]
-        for result, variable in self._outputs():
-            lines += getattr(self, f"_store_{result.kind}")(result, variable)
+        lines += self._totals(self.sets)
+        for outputs in self._in_turn():
+            lines += self._values_in_sets(outputs)
+            for result, variable in outputs:
+                lines += getattr(self, f"_store_{result.kind}")(result, variable)
         for i, cast in enumerate(self.region.casts):
             lines += self._track(i, cast)
         return lines
 
-    def _values_in_sets(self) -> list[str]:
-        """Compute the results; those with a scale per block, which counts what lies outside of the
+    def _in_turn(self) -> list[list[tuple[Result, str]]]:
+        """The results, by what is in registers at a time. A tile of whole blocks fills them with
+        one result: what several are computed from is loaded again for each, from the cache.
+        """
+        found = self._outputs()
+        alone = [[output] for output in found if output[0].kind == "block"]
+        if len(alone) < 2 or not self.region.transposes:
+            return [found]
+        others = [output for output in found if output[0].kind != "block"]
+        return [*alone, others] if others else alone
+
+    def _values_in_sets(self, outputs: Sequence[tuple[Result, str]]) -> list[str]:
+        """Compute results; those with a scale per block, which counts what lies outside of the
         matrix as zero, all before the first is stored: the loads of a tile are under way together.
         """
-        lines = self._results(self.sets)
-        for variable in [variable for r, variable in self._outputs() if r.kind == "block"]:
+        lines = self._results(self.sets, [variable for _, variable in outputs])
+        for variable in [variable for r, variable in outputs if r.kind == "block"]:
             for a in self.sets:
                 where = f"{named('in_m', a)} & in_n"
                 value = f"inside({named(variable, a)}, {where}, EVEN)"
                 lines.append(f"{named(f'x_{variable}', a)} = {value}")
         return lines
 
-    def _results(self, sets: Sequence[str]) -> list[str]:
-        """Call the last function, or the one of the part that the tile lies in."""
+    def _results(self, sets: Sequence[str], wanted: Sequence[str] | None = None) -> list[str]:
+        """Call the last function, or the one of the part that the tile lies in. ``wanted``: the
+        results that are looked at, if not all.
+        """
         if not self.region.branches:
-            names = [variable for _, variable in self._outputs()]
+            names = [
+                variable if wanted is None or variable in wanted else "unused"
+                for _, variable in self._outputs()
+            ]
             return [self._call(self.values.last[0], letter, names) for letter in sets]
         lines = []
         ends = [start for start, _ in self.region.branches[1:]]

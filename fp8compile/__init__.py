@@ -12,6 +12,7 @@ from .errors import (
 from .formats import Format
 from .named_state import Events, events, load_state_dict, state_dict
 from .profiles import Profile
+from .quantized_weights import refresh
 from .recipe import RECIPES, Gemm, Granularity, Operand, Recipe, Scaling
 from .records import Record
 from .scaling import update_scales
@@ -60,6 +61,7 @@ __all__ = [
     "explain",
     "load_state_dict",
     "profile",
+    "refresh",
     "state_dict",
     "update_scales",
 ]

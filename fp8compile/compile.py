@@ -9,6 +9,7 @@ splits it; ``GraphCompiler.lowered`` puts in the kernels; Inductor compiles the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 import warnings
@@ -29,7 +30,7 @@ from .dump import Dump
 from .errors import OptionError, PassError, StrictError
 from .ir import SLOTS_PER_SITE, Site, format_graph
 from .modules import SiteNames, calling_module, calling_replicas, calling_shards, owners_of
-from .options import FALLBACK, HIGH_PRECISION, Options, parse_options
+from .options import AUTO, FALLBACK, HIGH_PRECISION, Options, parse_options
 from .passes import (
     STATIC_SCALES,
     StateNodes,
@@ -45,6 +46,7 @@ from .passes.choose_precision import KEPT, SKIPPED, SLOWER
 from .passes.find_gemms import NO_FP8_FORM, unsited_matmuls
 from .passes.keep_logits import LOGITS
 from .profiles import BUDGET
+from .quantized_weights import WEIGHTS_GRAPH, QuantizedWeights, split_weights
 from .recipe import Recipe, Scaling
 from .report import Row, gemm_rows, other_rows, text_of
 from .scaling import ScalingState, find_state, rule_of
@@ -97,7 +99,8 @@ def compile_graph(
     device = _device(sites, example_inputs)
     kernels = resolve_kernels(options.kernels, device)
     predict_for = _predict_for(options, kernels, device, report=on_joint is not None)
-    compiler = GraphCompiler(options, sites, kernels, on_joint, predict_for)
+    inference = not torch.is_grad_enabled() or not any(map(_requires_grad, example_inputs))
+    compiler = GraphCompiler(options, sites, kernels, on_joint, predict_for, inference)
     recipes = [site.recipe or options.recipe for site in sites]
     rule = rule_of(recipes)
     static = rule is not None and rule.scaling is Scaling.STATIC
@@ -120,7 +123,9 @@ def compile_graph(
         key=compiler.cache_key(),
         patches=options.inductor,
         use_caches=_may_be_cached(options, inner_compile),
+        cache_code_only=compiler.inference,
         inner_compile=inner_compile,
+        around=compiler.quantizing_weights_once,
     )
     compiler.finish(time.perf_counter() - start)
     if rule is None:
@@ -137,6 +142,7 @@ class GraphCompiler:
     kernels: str
     on_joint: Callable[[list[Row]], None] | None = None
     predict_for: Device | None = None
+    inference: bool = False
     measured: Sequence[bool] = ()  # per input: whether static scales are found from its statistics
     static: StaticScales | None = None
     rows: list[Row] = field(default_factory=list)
@@ -177,6 +183,7 @@ class GraphCompiler:
             training=training,
             device=self.predict_for,
             decline_slower=_declines(self.options, self.kernels),
+            choose_scales=self.options.scaling == AUTO,
             store_in_fp8=self.options.save_activations == "fp8",
             statistics_of=statistics_of,
         )
@@ -198,6 +205,8 @@ class GraphCompiler:
     def lowered(self, gm: fx.GraphModule) -> None:
         """Put the kernels into a forward, backward or inference graph."""
         direction = "backward" if _is_backward_graph(gm) else "forward"
+        if WEIGHTS_GRAPH in gm.meta:
+            direction = "weights"
         sources: dict[str, str] = {}
         with self._undoing(gm, "runs the reference bodies of its FP8 operators"):
             drop_unused_outputs(gm)
@@ -215,6 +224,23 @@ class GraphCompiler:
             self.dump.graph(f"{direction}.kernels", gm)
             for name, source in sources.items():
                 self.dump.text(f"{name}.py", source)
+
+    def quantizing_weights_once(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        """Inductor's code generation, with the weights of an inference graph cast outside of it."""
+
+        def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+            static = kwargs.get("static_input_idxs", ())
+            split = split_weights(gm, static) if kwargs.get("is_inference") else None
+            if split is None:
+                return inner(gm, inputs, **kwargs)
+            taken = [inputs[i] for i in split.positions]
+            weights = internals.compile_aside(inner, split.weights, taken, kwargs)
+            more = range(len(inputs), len(inputs) + len(split.outputs))
+            kwargs["static_input_idxs"] = [*static, *more]
+            main = inner(gm, [*inputs, *split.outputs], **kwargs)
+            return QuantizedWeights(main, weights, split)
+
+        return functools.wraps(inner)(compile_inner)
 
     @contextlib.contextmanager
     def _undoing(self, gm: fx.GraphModule, then: str) -> Iterator[None]:
@@ -340,6 +366,10 @@ def _is_parameter(value: Any) -> bool:
     return isinstance(value, nn.Parameter)
 
 
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
 def _root(example_inputs: Sequence[Any]) -> nn.Module | None:
     parameter = next((x for x in example_inputs if _is_parameter(x)), None)
     return None if parameter is None else calling_module(parameter)
@@ -394,7 +424,8 @@ def _predict_for(
     """The device that costs are predicted for, or None if nobody asks for them."""
     if isinstance(options.decline_slower, str):
         return DEVICES[options.decline_slower]
-    return device_constants(device) if report or _declines(options, kernels) else None
+    asked = report or options.scaling == AUTO or _declines(options, kernels)
+    return device_constants(device) if asked else None
 
 
 def _declines(options: Options, kernels: str) -> bool:

@@ -69,6 +69,10 @@ class Cast:
         memory = moved * self.rows * self.columns / _exact(device.copy_bandwidth)
         return 10**6 * self.share * (memory + self.launches * _exact(device.launch_seconds))
 
+    def microseconds(self, tokens: int, device: Device) -> float:
+        """Its share of the kernel's time for that many tokens."""
+        return float(self.us(device).xreplace({TOKENS: sympy.Integer(tokens)}))
+
 
 @dataclass(frozen=True)
 class GemmWork:

@@ -139,7 +139,7 @@ def _cells(row: Row) -> list[str]:
         row.formats or row.decision,
         _times(row),
         _pays_from(row),
-        row.kernel if row.is_fp8 else reason,
+        "; ".join(filter(None, (row.kernel, row.scaling))) if row.is_fp8 else reason,
     ]
 
 

@@ -37,6 +37,7 @@ from torch._inductor.custom_graph_pass import (
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedTritonKernel
+from torch._inductor.utils import BoxedBool
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -166,13 +167,16 @@ def compile_with_inductor(
     key: str,
     patches: Mapping[str, Any],
     use_caches: bool = True,
+    cache_code_only: bool = False,
     inner_compile: Callable[..., Any] | None = None,
+    around: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda inner: inner,
 ) -> Callable[..., Any]:
     """Compile with ``joint`` run on the joint (or inference) graph, ``lowered`` on the final ones.
 
     ``key`` must name everything the two depend on: it goes into Inductor's cache keys. With
-    ``use_caches=False`` they run for certain, and nothing is kept. ``inner_compile`` replaces
-    Inductor's code generation.
+    ``use_caches=False`` they run for certain, and nothing is kept; with ``cache_code_only``
+    ``joint`` does. ``inner_compile`` replaces Inductor's code generation; ``around`` changes what
+    it is called with, and what it returns, which ``cache_code_only`` has to go with.
     """
     hooks: dict[str, Any] = {
         "joint_custom_pre_pass": _GraphPass(joint, key),
@@ -180,10 +184,11 @@ def compile_with_inductor(
         "post_grad_custom_post_pass": _GraphPass(lowered, key),
     }
     config = {_STATIC_LAUNCH: True, **patches, **hooks}
-    inner = inner_compile or _compile_fx_inner
-    if use_caches:
+    inner = around(inner_compile or _compile_fx_inner)
+    if use_caches and not cache_code_only:
         return compile_fx(gm, list(inputs), inner_compile=inner, config_patches=config)
-    config |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
+    if not use_caches:
+        config |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
     with torch._functorch.config.patch(enable_autograd_cache=False):
         return compile_fx(gm, list(inputs), inner_compile=inner, config_patches=config)
 
@@ -193,6 +198,31 @@ def _compile_fx_inner(*args: Any, **kwargs: Any) -> Any:
     """Inductor's code generation, for the backward too, which is compiled when it first runs."""
     with _inductor_patched:
         return compile_fx_inner(*args, **kwargs)
+
+
+def compile_aside(
+    inner: Callable[..., Any],
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    settings: Mapping[str, Any],
+) -> Any:
+    """Compile a graph beside the one that AOTAutograd asked for with ``settings``: one that runs
+    now and then, without CUDA graphs.
+
+    All versions: ``cudagraphs`` is a box, which Inductor also writes to; and Inductor tells
+    AOTAutograd the strides of a graph's outputs, once.
+    """
+    context = TracingContext.try_get()
+    told = None if context is None else context.output_strides
+    if context is not None:
+        context.output_strides = None
+    try:
+        return inner(
+            gm, inputs, **{**settings, "cudagraphs": BoxedBool(False), "static_input_idxs": ()}
+        )
+    finally:
+        if context is not None:
+            context.output_strides = told
 
 
 class _Patches:

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from . import ops  # noqa: F401  (registers the fp8:: operators)
 from .errors import PassError
 from .formats import FP8_DTYPES, Format
-from .recipe import Gemm, Granularity, Operand, Recipe
+from .recipe import Gemm, Granularity, Operand, Recipe, Scaling
 
 aten = torch.ops.aten
 QUANTIZE = torch.ops.fp8.quantize.default
@@ -82,18 +82,30 @@ class Site:
 
 @dataclass(frozen=True)
 class Edge:
-    """A GEMM operand: its role, whether the GEMM takes its base transposed, and how it is cast."""
+    """A GEMM operand: its role, whether the GEMM takes its base transposed, and how it is cast.
+
+    ``scaling``: where it was chosen for this edge, or None for that of the recipe. ``costs``: what
+    current scaling adds to the time of the GEMMs that take the value, as a share, if it was chosen.
+    """
 
     operand: Operand
     transposed: bool
     format: Format | None = None
     granularity: Granularity = Granularity.TENSOR
+    scaling: Scaling | None = None
+    costs: float = 0.0
 
     @property
     def cast(self) -> str:
-        """How it is cast, as text: ``e4m3``, or ``e4m3:1x128`` where that is not tensorwise."""
+        """How it is cast, as text: ``e4m3``, ``e4m3:1x128`` where that is not tensorwise, or
+        ``e4m3:current`` where the scaling was chosen.
+        """
         fine = self.granularity is not Granularity.TENSOR
-        return f"{self.format or ''}" + (f":{self.granularity}" if fine else "")
+        return (
+            f"{self.format or ''}"
+            + (f":{self.granularity}" if fine else "")
+            + (f":{self.scaling}" if self.scaling else "")
+        )
 
 
 @dataclass(frozen=True)

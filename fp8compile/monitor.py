@@ -42,8 +42,9 @@ class Monitor:
 
     Recipes whose scales are found in the tensors themselves (current, rowwise, blockwise, mx) keep
     nothing that could be recorded, and static ones keep scales only: a warning says so. ``measure``
-    looks at the tensors of one batch, whatever the recipe. Nor is there a record of a site whose
-    weight is not a parameter of the model: nothing names its state.
+    looks at the tensors of one batch, whatever the recipe. Nor is there a record of an edge whose
+    cast finds its own scale by ``scaling="auto"``, or of a site whose weight is not a parameter of
+    the model: nothing names its state.
 
     ``step``: how many steps were done before; by default where the CSV file ends, or 0.
     ``options``: those that the model is compiled with, for ``measure``. A Monitor records until

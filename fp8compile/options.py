@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,7 +20,7 @@ KERNELS = ("auto", "triton", "reference")
 RAISE, FALLBACK = ON_ERROR = ("raise", "fallback")
 SAVE_ACTIVATIONS = ("default", "fp8")
 HIGH_PRECISION = "high_precision"
-RECIPE, AUTO = FORMATS = ("recipe", "auto")
+RECIPE, AUTO = CHOICES = ("recipe", "auto")
 DUMP_VARIABLE = "FP8COMPILE_DUMP"
 # Inductor's settings that the backend works through.
 HOOKS = ("joint_custom_pre_pass", "custom_partitioner_fn", "post_grad_custom_post_pass")
@@ -47,8 +47,10 @@ class Options:
     ``logits``: "high_precision" keeps the matmuls whose results a cross entropy in the same graph
     is computed from in the model's dtype, "fp8" casts them like all others. ``profile``: what
     ``fp8compile.profile`` measured, or the path it was saved to. ``formats``: "recipe", or "auto":
-    those that lose least by the profile. ``error_budget_db``: the SQNR that outputs and gradients
-    shall have by the profile; sites that cost too much stay in high precision.
+    those that lose least by the profile. ``scaling``: "recipe", or "auto": for each operand of a
+    recipe of delayed scaling, current where that takes hardly longer. ``error_budget_db``: the SQNR
+    that outputs and gradients shall have by the profile; sites that cost too much stay in high
+    precision.
     """
 
     recipe: Recipe = RECIPES["delayed"]
@@ -64,6 +66,7 @@ class Options:
     logits: str = HIGH_PRECISION
     profile: Profile | None = None
     formats: str = RECIPE
+    scaling: str = RECIPE
     error_budget_db: float | None = None
 
     @property
@@ -102,7 +105,7 @@ class Options:
         the sites does.
         """
         inductor = sorted(self.inductor.items())
-        choices = (self.decline_slower, self.save_activations)
+        choices = (self.decline_slower, self.save_activations, self.scaling)
         return repr((self.recipe, self.strict, self.kernels, inductor, choices))
 
 
@@ -123,12 +126,14 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
                 "go into options={'inductor': {...}}"
             )
     recipe = _recipe("recipe", given.get("recipe", "delayed"))
-    formats = _one_of("formats", given.get("formats", RECIPE), FORMATS)
+    formats = _one_of("formats", given.get("formats", RECIPE), CHOICES)
     error_budget_db = _error_budget(given.get("error_budget_db"))
+    overrides = _overrides(given.get("overrides", {}), recipe)
+    scaling = _scaling(given.get("scaling", RECIPE), (recipe, *(each for _, each in overrides)))
     decisions = {"formats": formats, "error_budget_db": error_budget_db}
     return Options(
         recipe=recipe,
-        overrides=_overrides(given.get("overrides", {}), recipe),
+        overrides=overrides,
         skip=_skip(given.get("skip", ())),
         strict=_typed("strict", given.get("strict", False), bool),
         dump=_dump(given.get("dump")),
@@ -142,8 +147,19 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
         logits=_one_of("logits", given.get("logits", HIGH_PRECISION), (HIGH_PRECISION, "fp8")),
         profile=_profile(given.get("profile"), decisions),
         formats=formats,
+        scaling=scaling,
         error_budget_db=error_budget_db,
     )
+
+
+def _scaling(value: Any, recipes: Sequence[Recipe]) -> str:
+    choice = _one_of("scaling", value, CHOICES)
+    if choice == AUTO and all(recipe.scaling is not Scaling.DELAYED for recipe in recipes):
+        raise OptionError(
+            "option 'scaling' is 'auto', which chooses current or delayed scaling for recipes that "
+            f"are delayed; {recipes[0].name!r} is {recipes[0].scaling}. Choose recipe 'delayed'"
+        )
+    return choice
 
 
 def _profile(value: Any, decisions: Mapping[str, Any]) -> Profile | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from .cost import COSTS, GemmCost
-from .ir import SCALED_MMS, GemmInfo, gemms, op_name
+from .ir import SCALED_MMS, Edge, GemmInfo, gemms, op_name
 from .recipe import Gemm
 
 
@@ -21,7 +22,9 @@ class Row:
     Sizes are ``out[M, N] = left[M, K] @ right[K, N]``, as text where they are symbolic;
     ``megabytes`` counts each operand read once, in its format, and the output written once.
     ``decision`` is "fp8" or the high-precision dtype; ``reason`` says why the latter. ``sites`` are
-    the names of all sites it computes, ``recipe`` that of a recipe of their own. ``high_us`` and
+    the names of all sites it computes, ``recipe`` that of a recipe of their own. ``scaling`` says
+    what current scaling would add to the time of its operands' GEMMs, where the choice between it
+    and delayed scaling was made by that. ``high_us`` and
     ``fp8_us`` are the predicted microseconds in high precision and, with its casts, in FP8, on the
     device ``predicted_for``; for a symbolic size, with its value in the traced call. ``pays_from``
     is the predicted number of tokens from which on FP8 is faster. They are None where nothing is
@@ -41,6 +44,7 @@ class Row:
     reason: str
     sites: tuple[str, ...] = ()
     recipe: str = ""
+    scaling: str = ""
     high_us: float | None = None
     fp8_us: float | None = None
     pays_from: int | None = None
@@ -90,11 +94,22 @@ def _row(
         reason=info.reason or "",
         sites=tuple(site.fqn for site in info.sites),
         recipe=info.site.recipe.name if info.site.recipe else "",
+        scaling=_scaling(left, right) if fp8 else "",
         high_us=cost.high_us if cost else None,
         fp8_us=cost.fp8_us if cost else None,
         pays_from=cost.pays_from if cost else None,
         predicted_for=cost.device if cost else "",
     )
+
+
+def _scaling(*edges: Edge) -> str:
+    costs = (
+        f"{e.operand} {e.costs:+.1%}" if math.isfinite(e.costs) else f"{e.operand} unknown"
+        for e in edges
+        if e.scaling is not None
+    )
+    found = ", ".join(costs)
+    return f"current scaling costs: {found}" if found else ""
 
 
 def _dtype_text(info: GemmInfo) -> str:

@@ -68,6 +68,7 @@ class ScalingState:
             [recipe.format_of(operand).max for operand in Operand] + unused for recipe in recipes
         ]
         self.fp8_max = torch.tensor(fp8_max, device=device).flatten()
+        _generations[self.scale] = 0
         self.position = 0
         self.updates = 0
         self.observed = False  # whether a training call has run since the last update
@@ -125,6 +126,7 @@ class ScalingState:
         wanted = scale > 0 if self.weights_changed else (scale > 0) & (self.scale == 0)
         with torch.autograd._unsafe_preserve_version_counter(self.scale):
             self.scale.copy_(torch.where(wanted, scale, self.scale))
+        self._moved()
         self.keep_changed_weights()
 
     def reading(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,6 +138,7 @@ class ScalingState:
         with torch.inference_mode(False), torch.no_grad():
             if self._scratch is None:
                 self._scratch = tuple(torch.zeros_like(self.scale) for _ in range(3))
+                _generations[self._scratch[0]] = 0  # it says nothing of any weight
             scale, *amax = self._scratch
             if not self.weights_changed:
                 scale = self.scale
@@ -161,6 +164,7 @@ class ScalingState:
                 self.rule.jump_limit,
                 self.rule.saturation_limit,
             )
+        self._moved()
         self.keep_changed_weights()
         self.position = (self.position + 1) % self.rule.history_len
         self.updates += 1
@@ -183,9 +187,13 @@ class ScalingState:
         slots = slots_of(index)
         with torch.autograd._unsafe_preserve_version_counter(self.scale):
             self.scale[slots] = entry[SCALE].to(self.device)
+        self._moved()
         self.history[:, slots] = entry[HISTORY].to(self.device).roll(self.position, 0)
         self.amax_fwd[slots] = 0.0
         self.amax_bwd[slots] = 0.0
+
+    def _moved(self) -> None:
+        _generations[self.scale] = _generations.get(self.scale, 0) + 1
 
     def uses(self) -> list[int]:
         """For each site, how many earlier sites of this state use the same weight."""
@@ -213,6 +221,16 @@ def slots_of(index: int) -> slice:
     """The slots of a site that are used."""
     first = SLOTS_PER_SITE * index
     return slice(first, first + len(Operand))
+
+
+_generations: WeakIdKeyDictionary = WeakIdKeyDictionary()  # scale -> how often it has moved
+
+
+def generation_of(scale: Tensor) -> int | None:
+    """How often the scales of a state have moved, which leaves no trace in the tensor's version;
+    None if this is no such tensor.
+    """
+    return _generations.get(scale)
 
 
 # --- finding states -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from .choose_formats import choose_formats
 from .choose_precision import choose_precision
+from .choose_scaling import choose_scaling
 from .derive_scales import STATIC_SCALES, derive_scales
 from .drop_unused_outputs import drop_unused_outputs
 from .find_gemms import find_gemms
@@ -22,6 +23,7 @@ __all__ = [
     "StateNodes",
     "choose_formats",
     "choose_precision",
+    "choose_scaling",
     "derive_scales",
     "drop_unused_outputs",
     "find_gemms",

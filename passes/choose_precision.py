@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import fx
@@ -24,6 +25,7 @@ def choose_precision(
     device: Device | None = None,
     decline_slower: bool = True,
     recipe: Recipe | None = None,
+    weights_cast_once: bool = False,
 ) -> int:
     """Give every GEMM that cannot or shall not run in FP8 its reason.
 
@@ -35,8 +37,9 @@ def choose_precision(
     ``skips(fqn)`` says which sites the user asked to keep in high precision; the recipe (the site's
     own, or else ``recipe``) which GEMM roles. With ``device``, what each GEMM costs there is
     predicted, for the recipe's scales, and those that FP8 would not make faster are declined,
-    unless ``decline_slower`` is False or the recipe is only emulated. GEMMs of one site, and of
-    sites that take the same input, are decided as a whole, for the sizes of the traced call.
+    unless ``decline_slower`` is False or the recipe is only emulated; ``weights_cast_once``:
+    without the casts of weights, as in inference. GEMMs of one site, and of sites that take the
+    same input, are decided as a whole, for the sizes of the traced call.
 
     Requires: find_gemms.
     Ensures: a GEMM without a reason has no dimension that is known to be empty, and operands in
@@ -53,15 +56,21 @@ def choose_precision(
             node.meta["fp8"] = replace(info, reason=reason)
             rewrites += 1
     if device is not None:
-        rewrites += _weigh(gm, device, recipe, decline_slower)
+        predict = partial(predict_groups, recipe=recipe, weights_cast_once=weights_cast_once)
+        rewrites += _weigh(gm, partial(predict, device=device), recipe, decline_slower)
     return rewrites
 
 
-def _weigh(gm: fx.GraphModule, device: Device, recipe: Recipe | None, decline: bool) -> int:
+def _weigh(
+    gm: fx.GraphModule,
+    predict: Callable[[fx.GraphModule], Mapping[Group, Prediction]],
+    recipe: Recipe | None,
+    decline: bool,
+) -> int:
     """Predict, and decline, until those left pay without what they shared with the declined."""
     declined = 0
     while True:
-        predictions = predict_groups(gm, device, recipe=recipe)
+        predictions = predict(gm)
         slower = [
             (group, found)
             for group, found in predictions.items()

@@ -43,7 +43,8 @@ def insert_casts(gm: fx.GraphModule, *, recipe: Recipe, scale: fx.Node | None = 
         mm_fp8      : bf16[16, 64] = fp8.scaled_mm(x_fp8, w_fp8, x_scale_inv, w_scale_inv, ...
 
     ``scale`` is the graph input that holds known scales, or None if there is none: then, and
-    where the recipe (the site's own, or else ``recipe``) says so, scaling is current. Edges that
+    where the edge, or else the recipe (the site's own, or else ``recipe``) says so, scaling is
+    current. Edges that
     are not tensorwise get ``fp8.quantize_blocks`` and ``fp8.scaled_mm_blocks``, and a
     scale_inv for either copy.
 
@@ -108,7 +109,7 @@ def _cast(
     """Quantize an operand's base."""
     assert edge.format is not None
     base, _ = base_of(value)
-    known = None if recipe.scaling is Scaling.CURRENT else scale
+    known = None if (edge.scaling or recipe.scaling) is Scaling.CURRENT else scale
     how: tuple[Any, ...] = (known, info.site.slot(edge.operand))
     if not _is_tensorwise(edge):
         how = (list(edge.granularity.block), recipe.power_of_two)

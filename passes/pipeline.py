@@ -18,6 +18,7 @@ from ..ir import Site, verify
 from ..recipe import Recipe
 from .choose_formats import choose_formats
 from .choose_precision import choose_precision
+from .choose_scaling import choose_scaling
 from .derive_scales import derive_scales
 from .drop_unused_outputs import drop_unused_outputs
 from .find_gemms import find_gemms
@@ -55,12 +56,14 @@ def joint_passes(
     training: bool = True,
     device: Device | None = None,
     decline_slower: bool = True,
+    choose_scales: bool = False,
     store_in_fp8: bool = False,
     statistics_of: Mapping[fx.Node, int] | None = None,
 ) -> list[Pass]:
     """The passes for a joint graph (``training``) or an inference graph, in order.
 
-    ``statistics_of``: for static scaling, the ``inputs`` of ``derive_scales``.
+    ``choose_scales``: delayed or current scaling by its cost on ``device``, instead of what the
+    recipe says. ``statistics_of``: for static scaling, the ``inputs`` of ``derive_scales``.
     """
     passes: list[Pass] = [
         partial(find_gemms, sites=sites),
@@ -70,9 +73,17 @@ def joint_passes(
             device=device,
             decline_slower=decline_slower,
             recipe=recipe,
+            weights_cast_once=not training,
         ),
         merge_gemms,  # only GEMMs that stay FP8; before anything is said about their operands
         partial(choose_formats, recipe=recipe),  # only GEMMs that stay FP8 have edges
+    ]
+    if choose_scales:
+        assert device is not None, "costs are those on a device"
+        passes.append(
+            partial(choose_scaling, recipe=recipe, device=device, weights_cast_once=not training)
+        )
+    passes += [
         partial(insert_casts, recipe=recipe, scale=state.scale if state else None),
         fold_scales,  # needs the casts; gives share_casts more of one value
         share_casts,  # needs all casts of a value in place

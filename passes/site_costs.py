@@ -56,11 +56,16 @@ _RATES = {
 
 
 def predict_groups(
-    gm: fx.GraphModule, device: Device, *, recipe: Recipe | None = None
+    gm: fx.GraphModule,
+    device: Device,
+    *,
+    recipe: Recipe | None = None,
+    weights_cast_once: bool = False,
 ) -> dict[Group, Prediction]:
     """Predict the GEMMs that may be FP8, by groups of sites that share an input and a recipe.
 
     ``recipe`` is that of sites that have none of their own; without any, scaling is delayed.
+    ``weights_cast_once``: casts of weights are not part of a call.
     What is found for each GEMM, also for those that stay in high precision, goes into
     ``gm.meta["fp8_costs"]``, under its site's index and its role.
     """
@@ -73,7 +78,7 @@ def predict_groups(
         elif sized is not None:
             (high_us,) = predict((sized.work,), sized.tokens, device).high_us
             costs.setdefault(sized.key, GemmCost(device.name, high_us))
-    _add_casts(candidates)
+    _add_casts(candidates, weights_cast_once)
     predictions: dict[Group, Prediction] = {}
     for group in _groups(candidates):
         works = tuple(candidates[node].work for node in group)
@@ -83,6 +88,43 @@ def predict_groups(
             cost = GemmCost(device.name, high_us, fp8_us, found.pays_from)
             costs[candidates[node].key] = cost
     return predictions
+
+
+def current_costs(
+    gm: fx.GraphModule,
+    device: Device,
+    *,
+    recipe: Recipe | None = None,
+    weights_cast_once: bool = False,
+) -> dict[fx.Node, tuple[float, float]]:
+    """What current scaling would cost beside delayed, for both operands of every FP8 GEMM that
+    anything is predicted of: as a share of the time of all GEMMs that take the same value in the
+    same role, forward and backward.
+    """
+    candidates = {
+        node: sized
+        for node, info in gemms(gm)
+        if info.is_fp8 and (sized := _sized(node, info, recipe)) is not None
+    }
+    alone = {  # before any has a cast
+        node: sum(predict((each.work,), each.tokens, device).fp8_us)
+        for node, each in candidates.items()
+    }
+    added: dict[object, float] = defaultdict(float)
+    time: dict[object, float] = defaultdict(float)
+    for quantized in _quantized(candidates):
+        tokens = candidates[quantized.takers[0]].tokens
+        if not (weights_cast_once and quantized.role is Operand.WEIGHT):
+            current, delayed = (_cast(replace(quantized, rereads=again)) for again in (True, False))
+            added[quantized.key] += current.microseconds(tokens, device)
+            added[quantized.key] -= delayed.microseconds(tokens, device)
+        time[quantized.key] += sum(alone[node] for node in quantized.takers)
+    shares = {key: added[key] / time[key] for key in time}
+    return {
+        node: (shares[left], shares[right])
+        for node, each in candidates.items()
+        for left, right in [_operand_keys(node, each)]
+    }
 
 
 def _as_used(device: Device, recipe: Recipe | None) -> Device:
@@ -164,6 +206,8 @@ class _Quantized:
     """A value that is cast once, for all GEMMs that take it; ``copies``: row-major, transposed."""
 
     value: fx.Node
+    key: object  # of its value, role and recipe
+    role: Operand
     rows: Size
     columns: Size
     again: bool  # a weight, in backward
@@ -172,9 +216,11 @@ class _Quantized:
     takers: list[fx.Node] = field(default_factory=list)
 
 
-def _add_casts(candidates: Mapping[fx.Node, _Sized]) -> None:
+def _add_casts(candidates: Mapping[fx.Node, _Sized], weights_cast_once: bool) -> None:
     """Give every GEMM its part, by FLOPs, of the casts that insert_casts and share_casts leave."""
     for quantized in _quantized(candidates):
+        if weights_cast_once and quantized.role is Operand.WEIGHT:
+            continue
         cast = _cast(quantized)
         total = sum(candidates[node].flops for node in quantized.takers)
         for node in quantized.takers:
@@ -189,13 +235,23 @@ def _quantized(candidates: Mapping[fx.Node, _Sized]) -> list[_Quantized]:
         for value, edge, axes in zip(operands(node), (left, right), ("mk", "kn"), strict=True):
             base, transposed = base_of(value)
             again = edge.operand is Operand.WEIGHT and is_backward(node)
-            key = value_key(base), edge.operand, again, each.recipe
+            key = value_key(base), edge.operand, each.recipe
             rows, columns = (each.size(axis) for axis in axes)
             rereads = _rereads(each.recipe, edge.operand)
-            quantized = found.setdefault(key, _Quantized(base, rows, columns, again, rereads))
+            fresh = _Quantized(base, key, edge.operand, rows, columns, again, rereads)
+            quantized = found.setdefault((key, again), fresh)
             quantized.copies.add(transposed == (edge is right))
             quantized.takers.append(node)
     return list(found.values())
+
+
+def _operand_keys(node: fx.Node, each: _Sized) -> tuple[object, object]:
+    """The keys of the values that a GEMM takes."""
+    left, right = (
+        (value_key(base_of(value)[0]), edge.operand, each.recipe)
+        for value, edge in zip(operands(node), (each.info.left, each.info.right), strict=True)
+    )
+    return left, right
 
 
 def _rereads(recipe: Recipe | None, operand: Operand) -> bool:

@@ -229,6 +229,7 @@ CHANGES: dict[str, Any] = {
     "logits": "fp8",
     "profile": Profile(()),
     "formats": "auto",
+    "scaling": "auto",
     "error_budget_db": 20.0,
 }
 # What goes with a change to be one.

@@ -20,7 +20,7 @@ LAYERS = (
     {"profiles"},
     {"ir", "modules", "options", "untouched"},
     {"scaling", "dump", "report", "regions", "moments"},
-    {"named_state", "static"},
+    {"named_state", "static", "quantized_weights"},
     {"records"},
     {"samples"},
     {"passes", "backends"},

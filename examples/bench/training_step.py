@@ -172,6 +172,7 @@ CONTENDERS: dict[str, Callable[[Job], Contender]] = {
     "bf16": bf16,
     "fp8": fp8,
     "fp8-stored": partial(fp8, save_activations="fp8"),
+    "fp8-auto": partial(fp8, scaling="auto"),
     **{f"fp8-{name}": partial(fp8, recipe=name) for name in RECIPES},
     "torchao": torchao,
     "torchao-rowwise": partial(torchao, recipe="rowwise"),

@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from fp8compile import RECIPES
+from fp8compile.cost import H200
 from fp8compile.passes import (
     choose_formats,
     choose_precision,
+    choose_scaling,
     derive_scales,
     drop_unused_outputs,
     find_gemms,
@@ -42,6 +45,7 @@ PASSES = [
     choose_precision,
     merge_gemms,
     choose_formats,
+    choose_scaling,
     insert_casts,
     fold_scales,
     share_casts,
@@ -79,6 +83,9 @@ def example(name: str) -> tuple[fx.GraphModule, Pass]:
         gm = fprop()
         find_gemms(gm)
         return gm, partial(choose_precision, skips=lambda fqn: True)
+    if name == "choose_scaling":
+        gm, _ = before("insert_casts")
+        return gm, partial(choose_scaling, recipe=RECIPES["delayed"], device=H200)
     if name == "grow_regions":
         return negated_linear(), grow_regions
     if name == "store_activations":

@@ -1,0 +1,207 @@
+"""Weights of an inference graph, quantized once.
+
+Without gradients the same weights would be cast at every call. So what casts them is taken out of
+the graph: it becomes a graph of its own, whose results the first one takes as inputs. They are
+computed when a weight is new or has changed, and kept with it.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+import weakref
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .ir import args_of, format_graph, is_cast
+from .scaling import generation_of
+
+WEIGHTS_GRAPH = "fp8_weights_graph"  # key in meta of a graph that does nothing but cast weights
+
+
+@dataclass(frozen=True)
+class Split:
+    """An inference graph, changed so that its last inputs are the outputs of ``weights``.
+
+    ``positions``: which of its inputs ``weights`` takes.
+    """
+
+    weights: fx.GraphModule
+    positions: list[int]
+    outputs: list[Any]  # fake tensors
+
+
+def split_weights(gm: fx.GraphModule, static: Collection[int]) -> Split | None:
+    """Take the casts out of an inference graph that depend on nothing but ``static`` inputs, by
+    their positions; None if there are none.
+    """
+    inputs = gm.graph.find_nodes(op="placeholder")
+    position = {node: i for i, node in enumerate(inputs)}
+    constant = {node for node, i in position.items() if i in static}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and _is_constant(node, constant):
+            constant.add(node)
+    items = [
+        node
+        for node in gm.graph.nodes
+        if node in constant and node.target is operator.getitem and is_cast(args_of(node)[0])
+    ]
+    if not items:
+        return None
+    weights, taken = _graph_of(gm, items)
+    with gm.graph.inserting_after(inputs[-1]):
+        for item in reversed(items):
+            known = gm.graph.placeholder(f"{item.name}_once")
+            known.meta["val"] = item.meta["val"]
+            item.replace_all_uses_with(known)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return Split(weights, [position[node] for node in taken], [i.meta["val"] for i in items])
+
+
+def _is_constant(node: fx.Node, constant: set[fx.Node]) -> bool:
+    pure = not node.is_impure() and not (
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    )
+    return pure and bool(node.all_input_nodes) and all(n in constant for n in node.all_input_nodes)
+
+
+def _graph_of(
+    gm: fx.GraphModule, outputs: Sequence[fx.Node]
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """The part of a graph that computes some values, and the inputs that it takes."""
+    needed: set[fx.Node] = set()
+    found = list(outputs)
+    while found:
+        node = found.pop()
+        if node not in needed:
+            needed.add(node)
+            found += node.all_input_nodes
+    graph, copies, taken = fx.Graph(), dict[fx.Node, fx.Node](), []
+    for node in gm.graph.nodes:
+        if node in needed:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node]._rename(f"w{len(copies)}")  # the same in all graphs of a model
+            taken += [node] if node.op == "placeholder" else []
+    output = graph.output(tuple(copies[node] for node in outputs))
+    output.meta["user_visible_output_idxs"] = list(range(len(outputs)))
+    part = fx.GraphModule(gm, graph)
+    part.meta[WEIGHTS_GRAPH] = True
+    return part, taken
+
+
+# --- at a call ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Entry:
+    """What some graph, known by its text, has computed from some tensors, as they were then."""
+
+    graph: str
+    inputs: list[weakref.ref[Tensor]]
+    stamps: list[object] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def is_of(self, graph: str, inputs: Sequence[Tensor]) -> bool:
+        same = len(inputs) == len(self.inputs) and graph == self.graph
+        return same and all(ref() is x for ref, x in zip(self.inputs, inputs, strict=True))
+
+
+_lock = threading.RLock()
+# By one of their inputs, with which they die. All graphs of a model, such as those of several
+# numbers of tokens, share them.
+_entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_hook: Any = None
+
+
+class QuantizedWeights:
+    """An inference graph that is given its quantized weights, which are computed when they are not
+    known. ``main`` and ``weights`` take one list of arguments; ``split`` is what they are made of.
+    """
+
+    _boxed_call = True  # AOTAutograd passes one list
+
+    def __init__(
+        self, main: Callable[[list[Any]], Any], weights: Callable[[list[Any]], Any], split: Split
+    ) -> None:
+        self._main, self._weights = main, weights
+        self._positions = split.positions
+        self._graph = format_graph(split.weights)
+        _install_hook()
+
+    def __call__(self, args: list[Any]) -> Any:
+        args.extend(self._values([args[i] for i in self._positions]))
+        return self._main(args)
+
+    def _values(self, inputs: list[Tensor]) -> list[Tensor]:
+        stamps = [_stamp(x) for x in inputs]
+        with _lock:
+            entry = self._entry(inputs)
+            if entry.stamps != stamps:
+                entry.values = self._computed(inputs, entry.values)
+                entry.stamps = stamps
+            return entry.values
+
+    def _entry(self, inputs: list[Tensor]) -> _Entry:
+        entries = _entries.setdefault(inputs[0], [])
+        found = next((entry for entry in entries if entry.is_of(self._graph, inputs)), None)
+        if found is None:
+            found = _Entry(self._graph, [weakref.ref(x) for x in inputs])
+            entries.append(found)
+        return found
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _computed(self, inputs: list[Tensor], old: list[Tensor]) -> list[Tensor]:
+        new = list(self._weights(list(inputs)))
+        if not old:
+            return new
+        for kept, value in zip(old, new, strict=True):  # CUDA graphs know where they lie
+            kept.copy_(value)
+        return old
+
+
+def _stamp(x: Tensor) -> object:
+    """What changes whenever a tensor's values do, but for writes through ``.data``."""
+    generation = generation_of(x)
+    if generation is not None:  # a scale, which moves without a new version
+        return generation
+    return x.data_ptr(), None if x.is_inference() else x._version
+
+
+def _install_hook() -> None:
+    global _hook
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+def _after_optimizer_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Training needs the memory, and what was quantized is out of date."""
+    _forget(p for group in optimizer.param_groups for p in group["params"])
+
+
+def refresh(model: nn.Module) -> None:
+    """Let the weights of a model be quantized again when they are next needed.
+
+    Compiled calls without gradients quantize a weight once. They notice that it was written to, by
+    an optimizer, ``load_state_dict`` or any operation in place, but not a write through ``.data``,
+    or to a tensor made under ``torch.inference_mode()``: then call this.
+    """
+    _forget([*model.parameters(), *model.buffers()])
+
+
+def _forget(tensors: Iterable[Tensor]) -> None:
+    """Free what was computed from any of the tensors."""
+    changed = {id(x) for x in tensors}
+    with _lock:
+        for anchor, entries in list(_entries.items()):
+            _entries[anchor] = [
+                entry for entry in entries if changed.isdisjoint(id(ref()) for ref in entry.inputs)
+            ]
