@@ -17,7 +17,7 @@ from ..cost import H100, H200, Device
 from ..internals import cache_folder, outside_tracing
 from .json_file import add_entry, read_entries
 
-log = logging.getLogger("fp8compile")
+log = logging.getLogger(__name__)
 
 # By the name that the driver gives: an H100 PCIe or NVL is another device, and is measured.
 _SHIPPED = {"NVIDIA H200": H200, "NVIDIA H100 80GB HBM3": H100}

@@ -27,7 +27,7 @@ from .kernels.launch import Launch, run
 from .region import Cast, Region
 from .writer import word_count
 
-log = logging.getLogger("fp8compile")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

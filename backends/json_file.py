@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-log = logging.getLogger("fp8compile")
+log = logging.getLogger(__name__)
 
 
 def read_entries(file: Path) -> dict[str, Any]:

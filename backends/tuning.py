@@ -21,7 +21,7 @@ from ..internals import cache_folder, outside_tracing
 from .json_file import add_entry, read_entries
 from .kernels.scaled_mm import TileConfig, candidates, scaled_mm
 
-log = logging.getLogger("fp8compile")
+log = logging.getLogger(__name__)
 
 CUBLASLT = "cublaslt"
 # Of our own, best guesses first; each costs seconds to compile. Where cuBLASLt can do the job, too,

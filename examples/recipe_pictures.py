@@ -12,6 +12,7 @@ from typing import Any
 import train_gpt
 
 from fp8compile import Operand
+from fp8compile.monitor_plots import draw_bands
 
 ROLES = {Operand.WEIGHT: "weights", Operand.INPUT: "activations", Operand.GRAD_OUTPUT: "gradients"}
 QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
@@ -114,11 +115,8 @@ def draw_scales(runs: Sequence[Seen], path: Path, title: str) -> None:
         color = styles(runs)[run.name]["color"]
         for role, axes in zip(ROLES.values(), row, strict=True):
             steps = list(run.scales)
-            low, p10, middle, p90, high = zip(*(run.scales[s][role] for s in steps), strict=True)
-            axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-            axes.fill_between(steps, p10, p90, color=color, alpha=0.35, linewidth=0)
+            draw_bands(axes, steps, [run.scales[step][role] for step in steps], color)
             axes.text(1, 0.97, run.formats[role], transform=axes.transAxes, ha="right", va="top")
-            axes.plot(steps, middle, color=color, marker=".", markersize=4, linewidth=1.2)
         row[0].set_ylabel(f"{run.name}\nlog2(scale)")
     for role, axes in zip(ROLES.values(), grid[0], strict=True):
         axes.set_title(role, fontsize="medium")

@@ -2,6 +2,7 @@
 
 from .errors import (
     Fp8CompileError,
+    MonitorError,
     OptionError,
     PassError,
     RecipeError,
@@ -13,6 +14,7 @@ from .named_state import Events, events, load_state_dict, state_dict
 from .profiles import Profile
 from .quantized_weights import refresh
 from .recipe import RECIPES, Gemm, Granularity, Operand, Recipe, Scaling
+from .records import Record
 from .scaling import update_scales
 
 __version__ = "0.1.0"
@@ -28,6 +30,10 @@ def __getattr__(name: str) -> object:
         from .profiling import profile
 
         return profile
+    if name == "Monitor":
+        from .monitor import Monitor
+
+        return Monitor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -38,12 +44,15 @@ __all__ = [
     "Fp8CompileError",
     "Gemm",
     "Granularity",
+    "Monitor",
+    "MonitorError",
     "Operand",
     "OptionError",
     "PassError",
     "Profile",
     "Recipe",
     "RecipeError",
+    "Record",
     "Scaling",
     "ScalingStateError",
     "StrictError",

@@ -28,7 +28,7 @@ from .backends import TRITON, device_constants, kernel_name, lower, resolve_kern
 from .cost import DEVICES, Device
 from .dump import Dump
 from .errors import OptionError, PassError, StrictError
-from .ir import SLOTS_PER_SITE, Site
+from .ir import SLOTS_PER_SITE, Site, format_graph
 from .modules import SiteNames, calling_module, calling_replicas, calling_shards, owners_of
 from .options import AUTO, FALLBACK, HIGH_PRECISION, Options, parse_options
 from .passes import (
@@ -48,11 +48,11 @@ from .passes.keep_logits import LOGITS
 from .profiles import BUDGET
 from .quantized_weights import WEIGHTS_GRAPH, QuantizedWeights, split_weights
 from .recipe import Recipe, Scaling
-from .report import Row, gemm_rows, other_rows
+from .report import Row, gemm_rows, other_rows, text_of
 from .scaling import ScalingState, find_state, rule_of
 from .static import StaticScales
 
-log = logging.getLogger("fp8compile")
+log = logging.getLogger(__name__)
 
 STATE_INPUTS = ("fp8_scale", "fp8_amax_fwd", "fp8_amax_bwd")
 
@@ -189,7 +189,9 @@ class GraphCompiler:
         )
         if self.dump is not None:
             self.dump.graph("joint", gm)
+        internals.trace_artifact("fp8_joint_before_passes", lambda: format_graph(gm))
         run_passes(gm, passes, after_each=self.dump.graph if self.dump else None)
+        internals.trace_artifact("fp8_joint_after_passes", lambda: format_graph(gm))
         self.static = gm.meta.pop(STATIC_SCALES, None)
         self._report(gm)
 
@@ -216,6 +218,8 @@ class GraphCompiler:
             with naming_errors(f"lowering ({direction})"):
                 sources = lower(gm, self.kernels)
         gm.recompile()
+        log.debug("%s graph: %d fused kernels", direction, len(sources))
+        internals.trace_artifact(f"fp8_{direction}_graph", lambda: format_graph(gm))
         if self.dump is not None and sources:
             self.dump.graph(f"{direction}.kernels", gm)
             for name, source in sources.items():
@@ -255,6 +259,7 @@ class GraphCompiler:
         rows = gemm_rows(gm, partial(kernel_name, kernels=self.kernels))
         self.rows = rows
         others = other_rows(unsited_matmuls(gm))
+        internals.trace_artifact("fp8_gemms", lambda: text_of(rows + others))
         left_out = [row for row in rows + others if row.reason and not _by_choice(row)]
         left_out = [row for row in left_out if row.reason not in NO_FP8_FORM]
         if self.options.strict and left_out:

@@ -21,6 +21,10 @@ class ScalingStateError(Fp8CompileError, ValueError):
     """A scaling state dict does not fit the model it is loaded into."""
 
 
+class MonitorError(Fp8CompileError, RuntimeError):
+    """A Monitor is asked for what it has not recorded, or cannot."""
+
+
 class StrictError(Fp8CompileError):
     """Under ``strict=True`` something stayed in high precision."""
 

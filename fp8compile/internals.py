@@ -38,6 +38,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedTritonKernel
 from torch._inductor.utils import BoxedBool
+from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._ordered_set import OrderedSet
@@ -389,6 +390,18 @@ class _Partitioner(CustomPartitionerFn):
 
     def uuid(self) -> str:
         return self._key
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Put a text into the structured trace of this compile, which tlparse shows (TORCH_TRACE).
+
+    2.11 to 2.15: ``torch._logging`` is private. ``text`` is not called where nothing is traced.
+    """
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=text,
+    )
 
 
 def cache_folder() -> Path:

@@ -180,3 +180,9 @@ def named_states(model: nn.Module) -> Iterator[tuple[str, ScalingState, int]]:
             for index, (weight, use) in enumerate(zip(state.weights(), state.uses(), strict=True)):
                 if weight is parameter:
                     yield _key(fqn, use), state, index
+
+
+def site_of(key: str) -> str:
+    """The name of a site whose state has this key: ``wq.weight#1`` is ``wq#1``."""
+    fqn, mark, use = key.partition("#")
+    return f"{fqn.removesuffix('.weight')}{mark}{use}"

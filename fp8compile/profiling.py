@@ -31,6 +31,8 @@ from .report import Row
 from .untouched import fresh, left_as_it_was
 
 Step = Callable[[Callable[..., Any], Any], Any]
+# Given the graph's number, a GEMM, one of its edges, the recipe, and the operand as ``[rows, K]``.
+Look = Callable[[int, GemmInfo, Edge, Recipe, Tensor], None]
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 _SAMPLE = 2**20  # elements that quantiles are found from, at most
 
@@ -71,6 +73,18 @@ def profile(
     return runs.result(noise)
 
 
+def watch(
+    model: Callable[..., Any], batch: Any, look: Look, *, step: Step | None, options: Options
+) -> None:
+    """Run a batch in the model's own precision and let ``look`` see the operands of its FP8 GEMMs.
+
+    ``batch`` and ``step`` are as in ``profile``, and as much is left as it was.
+    """
+    runs = _Runs(internals.uncompiled(model), step or _plain_step, options, look)
+    with left_as_it_was(runs.model):
+        runs.observe([batch])
+
+
 def _plain_step(call: Callable[..., Any], batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return call(**batch)
@@ -88,8 +102,11 @@ class _Record:
 class _Runs:
     """A model, compiled for looking at it."""
 
-    def __init__(self, model: Callable[..., Any], step: Step, options: Options) -> None:
+    def __init__(
+        self, model: Callable[..., Any], step: Step, options: Options, look: Look | None = None
+    ) -> None:
         self.model, self.step, self.options = model, step, options
+        self.look = look  # in place of making records
         # A group goes by the name of its first site: other sizes may be another graph.
         self.records: dict[str, _Record] = defaultdict(_Record)
         self.names: dict[tuple[int, int], str] = {}  # by graph and leader
@@ -222,7 +239,11 @@ class _WithoutCasts(fx.Interpreter):
         record.sites |= dict.fromkeys(site.fqn for site in info.sites)
         for edge, value in ((info.left, a), (info.right, b)):
             # Once as the recipe's own GEMM takes it, and gradients in both GEMMs that do.
-            if info.gemm is Gemm.FPROP or edge.operand is Operand.GRAD_OUTPUT:
+            if info.gemm is not Gemm.FPROP and edge.operand is not Operand.GRAD_OUTPUT:
+                continue
+            if self._runs.look is not None:
+                self._runs.look(self._number, info, edge, recipe, value.detach())
+            else:
                 seen = record.edges.setdefault(edge.operand, _EdgeRecord(edge, recipe))
                 seen.add(value.detach())
 
@@ -259,18 +280,10 @@ class _EdgeRecord:
 
     def _dequantized(self, x: Tensor, each: Format) -> tuple[Tensor, Tensor]:
         """What a cast to a format makes of a value, and which elements it clips."""
-        granularity = self.edge.granularity
-        if granularity is not Granularity.TENSOR:
-            block = granularity.block
-            q, scale_inv = in_blocks(x, block, self.recipe.power_of_two, each.dtype)
-            per = per_row(scale_inv, block, q).repeat_interleave(block[1] or q.shape[1], 1)
-            y = (q.float() * per)[:, : x.shape[1]]
-            return y, torch.zeros_like(x, dtype=torch.bool)
         past = self.amax[:-1][-self.recipe.history_len :]
         delayed = self.recipe.scaling is Scaling.DELAYED and past
         scale = current_scale(x.new_tensor(max(past) if delayed else self.amax[-1]), each.max)
-        y = (x * scale).clamp(-each.max, each.max).to(each.dtype).float() / scale
-        return y, x.abs() * scale > each.max
+        return dequantized(x, self.edge.granularity, self.recipe, each, scale)
 
     def seen(self) -> Seen:
         def mean(each: Format, which: int) -> float:
@@ -288,6 +301,22 @@ class _EdgeRecord:
             underflow=underflow,
             saturated=saturated,
         )
+
+
+def dequantized(
+    x: Tensor, granularity: Granularity, recipe: Recipe, to: Format, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a cast makes of ``x``, ``f32[rows, K]``, and which elements it clips.
+
+    ``scale``: that of a tensorwise cast; others find their own, and clip nothing.
+    """
+    if granularity is not Granularity.TENSOR:
+        block = granularity.block
+        q, scale_inv = in_blocks(x, block, recipe.power_of_two, to.dtype)
+        per = per_row(scale_inv, block, q).repeat_interleave(block[1] or q.shape[1], 1)
+        return (q.float() * per)[:, : x.shape[1]], torch.zeros_like(x, dtype=torch.bool)
+    y = (x * scale).clamp(-to.max, to.max).to(to.dtype).float() / scale
+    return y, x.abs() * scale > to.max
 
 
 def _lost(x: Tensor, cast: tuple[Tensor, Tensor]) -> tuple[float, float, float]:

@@ -131,3 +131,15 @@ def other_rows(others: Sequence[tuple[fx.Node, str]]) -> list[Row]:
         Row(f"(other: {count} x {op})", "", "", "", "", "", "", "", "", "", reason)
         for (op, reason), count in counts.items()
     ]
+
+
+def text_of(rows: Sequence[Row]) -> str:
+    """The rows as plain text, a line each: site, GEMM, sizes, what it runs in, kernel or reason."""
+    cells = [("site", "GEMM", "M", "N", "K", "runs in", "kernel or reason")]
+    for row in rows:
+        sizes = (str(row.m), str(row.n), str(row.k))
+        runs_in, why = row.formats or row.decision, row.kernel or row.reason
+        cells.append((row.fqn, row.gemm, *sizes, runs_in, why))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+    return "\n".join(lines) + "\n"

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -242,6 +242,10 @@ states_by_weight: WeakIdKeyDictionary = WeakIdKeyDictionary()
 parked_entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _all_states: weakref.WeakSet[ScalingState] = weakref.WeakSet()
 _hook: Any = None
+# Called at the end of every step with the optimizer that ended it, or None for ``update_scales``;
+# the ids of the parameters that were stepped, or None for all; and the states that moved.
+Listener = Callable[[Any, Container[int] | None, Sequence[ScalingState]], None]
+_listeners: list[Listener] = []
 
 
 def find_state(
@@ -329,6 +333,19 @@ def _install_hook() -> None:
         _hook = register_optimizer_step_post_hook(_after_optimizer_step)
 
 
+def listen(listener: Listener) -> None:
+    """Call ``listener`` at the end of every step, until ``unlisten``."""
+    with _lock:
+        _listeners.append(listener)
+        _install_hook()
+
+
+def unlisten(listener: Listener) -> None:
+    """Undo ``listen``; does nothing if that is done already."""
+    with _lock:
+        _listeners[:] = [other for other in _listeners if other != listener]
+
+
 def _known_states() -> list[ScalingState]:
     with _lock:  # another thread may be compiling a model of its own
         return list(_all_states)
@@ -340,11 +357,22 @@ def _after_optimizer_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     for state in states:
         state.keep_changed_weights(stepped)
     # A graph without trainable parameters of its own moves with whatever is trained.
-    _update(s for s in states if not s.stepped_by or not stepped.isdisjoint(s.stepped_by))
+    moves = (s for s in states if not s.stepped_by or not stepped.isdisjoint(s.stepped_by))
+    _end_step(optimizer, stepped, moves)
 
 
-def _update(states: Iterable[ScalingState]) -> None:
-    """End the step of those states that a training call has run with since their last update."""
+def _end_step(
+    optimizer: Any, stepped: Container[int] | None, states: Iterable[ScalingState]
+) -> None:
+    moved = _update(states)
+    for listener in list(_listeners):  # one may end itself
+        listener(optimizer, stepped, moved)
+
+
+def _update(states: Iterable[ScalingState]) -> list[ScalingState]:
+    """End the step of those states that a training call has run with since their last update, and
+    return them.
+    """
     by_number = {state.number: state for state in states if state.observed}
     observed = [by_number[number] for number in sorted(by_number)]
     for group in dict.fromkeys(state.replicas for state in observed):
@@ -352,6 +380,7 @@ def _update(states: Iterable[ScalingState]) -> None:
             _take_largest_amax([s for s in observed if s.replicas is group], group)
     for state in observed:
         state.update()
+    return observed
 
 
 @torch.no_grad()
@@ -378,7 +407,8 @@ def update_scales(model: nn.Module | None = None) -> None:
     for state in states:
         if state.rule.scaling is Scaling.STATIC:
             state.keep_changed_weights()
-    _update(states)
+    stepped = None if model is None else {id(parameter) for parameter in model.parameters()}
+    _end_step(None, stepped, states)
 
 
 def _trained_with(model: nn.Module) -> list[ScalingState]:

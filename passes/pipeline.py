@@ -30,7 +30,7 @@ from .share_casts import share_casts
 from .store_activations import store_activations
 from .track_amax import track_amax
 
-log = logging.getLogger("fp8compile")
+log = logging.getLogger(__name__)
 
 Pass = Callable[[fx.GraphModule], int]
 

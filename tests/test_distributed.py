@@ -63,18 +63,23 @@ def work(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def train_one_rank(rank: int, wrap: Callable[[nn.Module], Any]) -> tuple[dict[str, Tensor], int]:
-    """Weights and scaling state after STEPS steps, and how many collectives there were."""
+def train_one_rank(
+    rank: int, wrap: Callable[[nn.Module], Any]
+) -> tuple[dict[str, Tensor], int, list[fp8compile.Record]]:
+    """Weights and scaling state after STEPS steps, how many collectives there were, and what a
+    Monitor in one of the processes has recorded.
+    """
     torch._dynamo.reset()
     model = make_model()
     run = wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = fp8compile.Monitor(model, every=2) if rank == 0 else None
     with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
         for step in range(STEPS):
             loss_of(run, step, rank).backward()
             optimizer.step()
             optimizer.zero_grad()
-    return results(model), reduce.call_count
+    return results(model), reduce.call_count, monitor.records if monitor else []
 
 
 def call_sharded(rank: int) -> tuple[str, Tensor, dict[str, Tensor]]:
@@ -112,12 +117,12 @@ def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(work, (port, str(folder)), nprocs=WORLD)
-    return [torch.load(folder / str(rank)) for rank in range(WORLD)]
+    return [torch.load(folder / str(rank), weights_only=False) for rank in range(WORLD)]
 
 
 @pytest.mark.parametrize("how", WRAPPED)
 def test_two_processes_train_like_one(how: str, by_rank: list[dict[str, Any]]) -> None:
-    (first, reductions), (second, _) = (found[how] for found in by_rank)
+    (first, reductions, _), (second, _, _) = (found[how] for found in by_rank)
     assert reductions == STEPS, "one collective per step"
     assert first.keys() == second.keys()
     for name, value in first.items():
@@ -125,6 +130,19 @@ def test_two_processes_train_like_one(how: str, by_rank: list[dict[str, Any]]) -
     assert first["down.weight.scale"][2] == 0, "a guard rail holds for the spike's edge in both"
     for name, value in train_alone().items():
         torch.testing.assert_close(first[name], value, rtol=2e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_a_monitor_in_one_process_sees_the_scales_of_all(
+    how: str, by_rank: list[dict[str, Any]]
+) -> None:
+    (_, _, records), (others, _, _) = (found[how] for found in by_rank)
+    last = {(r.site, r.operand): r.scale for r in records if r.step == STEPS}
+    assert {r.step for r in records} == {2, STEPS} and len(last) == 6
+    for role, operand in enumerate(fp8compile.Operand):
+        for site in ("gate", "down"):
+            scale = float(others[f"{site}.weight.scale"][role])
+            assert (last[site, str(operand)] or 0.0) == scale
 
 
 def test_fsdp2_trains_with_current_scaling_and_delayed_scaling_says_so(

@@ -15,7 +15,7 @@ from ..internals import is_tangent
 from ..ir import op_name, size_hint
 from .gaussian import Moments, Value, largest_of
 
-log = logging.getLogger("fp8compile")
+log = logging.getLogger(__name__)
 ZERO, ONE = sympy.Integer(0), sympy.Integer(1)
 
 
