@@ -27,6 +27,10 @@ def __getattr__(name: str) -> object:
         from .profiling import profile
 
         return profile
+    if name == "view":
+        from .viewer import view
+
+        return view
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -53,4 +57,5 @@ __all__ = [
     "profile",
     "state_dict",
     "update_scales",
+    "view",
 ]

@@ -23,7 +23,7 @@ LAYERS = (
     {"named_state", "static"},
     {"passes", "backends"},
     {"compile"},
-    {"explanation", "profiling", "doctor"},
+    {"explanation", "profiling", "doctor", "viewer"},
     {"__main__"},
 )
 # PyTorch's underscored names that are used outside of internals.py on purpose.
