@@ -34,6 +34,10 @@ def __getattr__(name: str) -> object:
         from .monitor import Monitor
 
         return Monitor
+    if name == "view":
+        from .viewer import view
+
+        return view
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -64,4 +68,5 @@ __all__ = [
     "refresh",
     "state_dict",
     "update_scales",
+    "view",
 ]

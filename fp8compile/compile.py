@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from . import internals
 from .backends import TRITON, device_constants, kernel_name, lower, resolve_kernels
 from .cost import DEVICES, Device
-from .dump import Dump
+from .dump import Dump, Watch
 from .errors import OptionError, PassError, StrictError
 from .ir import SLOTS_PER_SITE, Site, format_graph
 from .modules import SiteNames, calling_module, calling_replicas, calling_shards, owners_of
@@ -79,12 +79,14 @@ def compile_graph(
     *,
     inner_compile: Callable[..., Any] | None = None,
     on_joint: Callable[[list[Row]], None] | None = None,
+    watch: Watch | None = None,
     root: nn.Module | None = None,
 ) -> Callable[..., Any]:
-    """``fp8`` with parsed options, and what ``explain`` and the tests need besides.
+    """``fp8`` with parsed options, and what ``explain``, ``view`` and the tests need besides.
 
     ``inner_compile`` replaces Inductor's code generation; ``on_joint`` is given the rows of each
-    graph; ``root`` is the model that names come from, if it is not to be looked for.
+    graph; ``watch`` is shown every graph; ``root`` is the model that names come from, if it is not
+    to be looked for.
     """
     gm = internals.clone_dynamo_graph(gm)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -100,7 +102,7 @@ def compile_graph(
     kernels = resolve_kernels(options.kernels, device)
     predict_for = _predict_for(options, kernels, device, report=on_joint is not None)
     inference = not torch.is_grad_enabled() or not any(map(_requires_grad, example_inputs))
-    compiler = GraphCompiler(options, sites, kernels, on_joint, predict_for, inference)
+    compiler = GraphCompiler(options, sites, kernels, on_joint, predict_for, inference, watch=watch)
     recipes = [site.recipe or options.recipe for site in sites]
     rule = rule_of(recipes)
     static = rule is not None and rule.scaling is Scaling.STATIC
@@ -145,6 +147,7 @@ class GraphCompiler:
     inference: bool = False
     measured: Sequence[bool] = ()  # per input: whether static scales are found from its statistics
     static: StaticScales | None = None
+    watch: Watch | None = None
     rows: list[Row] = field(default_factory=list)
     fell_back: bool = False
 
@@ -187,10 +190,9 @@ class GraphCompiler:
             store_in_fp8=self.options.save_activations == "fp8",
             statistics_of=statistics_of,
         )
-        if self.dump is not None:
-            self.dump.graph("joint", gm)
+        self._show("joint", gm)
         internals.trace_artifact("fp8_joint_before_passes", lambda: format_graph(gm))
-        run_passes(gm, passes, after_each=self.dump.graph if self.dump else None)
+        run_passes(gm, passes, after_each=self._show)
         internals.trace_artifact("fp8_joint_after_passes", lambda: format_graph(gm))
         self.static = gm.meta.pop(STATIC_SCALES, None)
         self._report(gm)
@@ -202,21 +204,29 @@ class GraphCompiler:
             return None
         return {node: i for i, node in enumerate(inputs) if self.measured[i]}
 
+    def _show(self, name: str, gm: fx.GraphModule) -> None:
+        for watch in (self.dump, self.watch):
+            if watch is not None:
+                watch.graph(name, gm)
+
     def lowered(self, gm: fx.GraphModule) -> None:
-        """Put the kernels into a forward, backward or inference graph."""
+        """Put the kernels into a forward, backward or inference graph.
+
+        What is watched is only looked at: it has its regions, wherever that is, and no kernels.
+        """
         direction = "backward" if _is_backward_graph(gm) else "forward"
         if WEIGHTS_GRAPH in gm.meta:
             direction = "weights"
         sources: dict[str, str] = {}
         with self._undoing(gm, "runs the reference bodies of its FP8 operators"):
             drop_unused_outputs(gm)
-            if self.kernels == TRITON:
+            if self.kernels == TRITON or self.watch is not None:
                 with naming_errors(f"grow_regions ({direction})"):
                     grow_regions(gm)
-            if self.dump is not None:
-                self.dump.graph(direction, gm)
-            with naming_errors(f"lowering ({direction})"):
-                sources = lower(gm, self.kernels)
+            self._show(direction, gm)
+            if self.watch is None:
+                with naming_errors(f"lowering ({direction})"):
+                    sources = lower(gm, self.kernels)
         gm.recompile()
         log.debug("%s graph: %d fused kernels", direction, len(sources))
         internals.trace_artifact(f"fp8_{direction}_graph", lambda: format_graph(gm))
@@ -230,7 +240,8 @@ class GraphCompiler:
 
         def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
             static = kwargs.get("static_input_idxs", ())
-            split = split_weights(gm, static) if kwargs.get("is_inference") else None
+            inference = kwargs.get("is_inference") and self.watch is None
+            split = split_weights(gm, static) if inference else None
             if split is None:
                 return inner(gm, inputs, **kwargs)
             taken = [inputs[i] for i in split.positions]

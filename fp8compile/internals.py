@@ -28,7 +28,12 @@ from torch._higher_order_ops.triton_kernel_wrap import (
 )
 from torch._inductor import dependencies, inductor_prims
 from torch._inductor.async_compile import AsyncCompile
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.compile_fx import (
+    _recursive_post_grad_passes,
+    compile_fx,
+    compile_fx_inner,
+    view_to_reshape,
+)
 from torch._inductor.custom_graph_pass import (
     CustomGraphPass,
     CustomPartitionerFn,
@@ -38,6 +43,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedTritonKernel
 from torch._inductor.utils import BoxedBool
+from torch._inductor.virtualized import V
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -223,6 +229,25 @@ def compile_aside(
     finally:
         if context is not None:
             context.output_strides = told
+
+
+def only_final_graphs(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """An ``inner_compile`` that runs Inductor's passes on a final graph, and makes no code of it.
+
+    2.11 to 2.15: Inductor does the same before it lowers a graph.
+    """
+    view_to_reshape(gm)
+    with V.set_fake_mode(detect_fake_mode(inputs)):
+        _recursive_post_grad_passes(gm, is_inference=bool(kwargs.get("is_inference")))
+    return gm.forward
+
+
+def backward_compiled_early() -> AbstractContextManager[Any]:
+    """Have AOTAutograd compile backward graphs with their forward, not when they first run.
+
+    2.11 to 2.15. It would otherwise do so for graphs with symbolic sizes only.
+    """
+    return torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
 
 
 class _Patches:

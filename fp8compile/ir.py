@@ -292,7 +292,8 @@ def emit(
     """
     node = graph.create_node("call_function", target, args, name=name)
     if like is not None:
-        inherited = ("stack_trace", "nn_module_stack", "partitioner_tag", "custom", "seq_nr")
+        stacks = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack")
+        inherited = (*stacks, "partitioner_tag", "custom", "seq_nr")
         node.meta.update({key: like.meta[key] for key in inherited if key in like.meta})
     node.meta["val"] = evaluate(node)
     return node

@@ -91,21 +91,22 @@ class SiteNames:
                 self._names.setdefault(id(parameter), []).append(name)
 
     def __call__(self, call: fx.Node, weight: fx.Node | None) -> str:
-        path = _module_path(call)
+        path = module_path(call) or ""
         if weight is None:
             return path or call.name
         names = self._names.get(id(self._parameters.get(weight)))
         if not names:
-            return _without_weight(_clean(source_name(weight))) or path or weight.name
+            return _without_weight(cleaned(source_name(weight))) or path or weight.name
         # A tied weight has several names; the one that is called here ends as the module path does.
         # Either may be longer: the path starts at what Dynamo compiles, the name at the root.
         sites = [_without_weight(name) for name in names]
         return max(sites, key=lambda site: _shared_end(site, path))
 
 
-def _module_path(call: fx.Node) -> str:
-    stack = call.meta.get("nn_module_stack") or {}
-    return _clean(str(list(stack.values())[-1][0])) if stack else ""
+def module_path(node: fx.Node) -> str | None:
+    """The module that a node was traced in, or whose backward it is, by Dynamo; None if unknown."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    return cleaned(str(list(stack.values())[-1][0])) if stack else None
 
 
 def _shared_end(site: str, path: str) -> int:
@@ -118,7 +119,7 @@ def _without_weight(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _clean(source: str) -> str:
+def cleaned(source: str) -> str:
     """``L['self']._modules['layers']._modules['0']`` -> ``layers.0``."""
     source = re.sub(r"\._(?:modules|parameters)\['([^']+)'\]", r".\1", source)
     source = re.sub(r"\['([^']+)'\]|\[(\d+)\]", lambda m: "." + (m[1] or m[2]), source)

@@ -7,6 +7,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import sympy
 import torch
@@ -197,8 +198,9 @@ class _Grower:
 
     def _merged(self, first: _Draft, second: _Draft) -> _Draft | None:
         """One region for both, if they share matrices and do not depend on each other's casts."""
-        shared = second.matrices & (first.matrices | first.computed.keys())
-        if first.space != second.space or not shared:
+        if first.space != second.space:  # asked first: what follows takes long for many layers
+            return None
+        if not second.matrices & (first.matrices | first.computed.keys()):
             return None
         owner, self.owner = self.owner, {n: d for n, d in self.owner.items() if d is not first}
         merged = self._grown(first.space, first.casts + second.casts)
@@ -415,14 +417,21 @@ def _copy(inside: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) 
     for node in inside:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: copies[n])
         copies[node] = graph.create_node("call_function", node.target, args, kwargs)
-        copies[node].meta["val"] = node.meta["val"]
+        copies[node].meta.update(_kept_meta(node))
     for node in outputs:
         if node not in copies:  # a getitem of a cast
             cast, i = args_of(node)
             copies[node] = graph.call_function(operator.getitem, (copies[cast], i))
-            copies[node].meta["val"] = node.meta["val"]
+            copies[node].meta.update(_kept_meta(node))
     graph.output(tuple(copies[node] for node in outputs))
     return graph
+
+
+def _kept_meta(node: fx.Node) -> dict[str, Any]:
+    """What is still known of a node in a region: its value, its name, and where it comes from."""
+    stacks = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack")
+    kept = {key: node.meta[key] for key in ("val", *stacks) if key in node.meta}
+    return {**kept, "fp8_origin": node.name}
 
 
 # What kernels call their other arguments.

@@ -25,7 +25,7 @@ LAYERS = (
     {"samples"},
     {"passes", "backends"},
     {"compile"},
-    {"explanation", "profiling", "doctor"},
+    {"explanation", "profiling", "doctor", "viewer"},
     {"measured"},
     {"monitor_plots"},
     {"monitor"},

@@ -1,0 +1,61 @@
+"""Collect the graph before the passes, after each, and with its regions."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from ..cost import COSTS
+from ..ir import gemms
+from .paths import Fold, folds
+from .reader import Reader
+from .records import Names, Record
+
+FINAL = "fused regions"  # the snapshot of forward and backward, as they are compiled
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A graph at one moment: before the passes ("joint"), after one, or with its regions."""
+
+    name: str
+    records: tuple[Record, ...]
+    folds: tuple[Fold, ...]
+
+
+@dataclass
+class Collector:
+    """The snapshots of one compiled graph; ``sources``: the regions' Triton source by its key."""
+
+    names: Names
+    snapshots: list[Snapshot] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._outputs: int | None = None
+        self._forward: Reader | None = None
+
+    def graph(self, name: str, gm: fx.GraphModule) -> None:
+        """Take a snapshot; forward and backward become one."""
+        self._learn(gm)
+        forward = self._forward if name == "backward" else None
+        reader = Reader(gm, self.names, self.sources, outputs=self._outputs, forward=forward)
+        reader.read()
+        if name == "joint":
+            self._outputs = reader.outputs
+        elif name == "forward":
+            self._forward = reader
+        elif name == "backward":
+            self.snapshots.pop()
+        records = tuple(reader.finished())
+        shown = FINAL if name in ("forward", "backward") else name
+        self.snapshots.append(Snapshot(shown, records, tuple(folds(records))))
+
+    def _learn(self, gm: fx.GraphModule) -> None:
+        """Take over what this graph says about sites, and a later one no longer does."""
+        self.names.costs.update(gm.meta.get(COSTS, {}))
+        for _, info in gemms(gm):
+            for site, edge in itertools.product(info.sites, (info.left, info.right)):
+                self.names.slots.setdefault(site.slot(edge.operand), f"{site.fqn}.{edge.operand}")
