@@ -27,7 +27,7 @@ from .backends import TRITON, device_constants, kernel_name, lower, resolve_kern
 from .cost import DEVICES, Device
 from .dump import Dump
 from .errors import OptionError, PassError, StrictError
-from .ir import SLOTS_PER_SITE, Site
+from .ir import SLOTS_PER_SITE, Site, args_of
 from .modules import SiteNames, calling_module, calling_replicas, calling_shards, owners_of
 from .options import FALLBACK, HIGH_PRECISION, Options, parse_options
 from .passes import (
@@ -78,11 +78,13 @@ def compile_graph(
     inner_compile: Callable[..., Any] | None = None,
     on_joint: Callable[[list[Row]], None] | None = None,
     root: nn.Module | None = None,
+    on_final: Callable[[FinalGraphs], None] | None = None,
 ) -> Callable[..., Any]:
     """``fp8`` with parsed options, and what ``explain`` and the tests need besides.
 
     ``inner_compile`` replaces Inductor's code generation; ``on_joint`` is given the rows of each
-    graph; ``root`` is the model that names come from, if it is not to be looked for.
+    graph; ``root`` is the model that names come from, if it is not to be looked for; ``on_final``
+    is given what each graph became, before kernels are put in.
     """
     gm = internals.clone_dynamo_graph(gm)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -97,7 +99,7 @@ def compile_graph(
     device = _device(sites, example_inputs)
     kernels = resolve_kernels(options.kernels, device)
     predict_for = _predict_for(options, kernels, device, report=on_joint is not None)
-    compiler = GraphCompiler(options, sites, kernels, on_joint, predict_for)
+    compiler = GraphCompiler(options, sites, kernels, on_joint, predict_for, on_final=on_final)
     recipes = [site.recipe or options.recipe for site in sites]
     rule = rule_of(recipes)
     static = rule is not None and rule.scaling is Scaling.STATIC
@@ -121,11 +123,27 @@ def compile_graph(
         patches=options.inductor,
         use_caches=_may_be_cached(options, inner_compile),
         inner_compile=inner_compile,
+        on_split=compiler.split if on_final is not None else None,
     )
     compiler.finish(time.perf_counter() - start)
     if rule is None:
         return run
     return CompiledGraph(run, sites, recipes, device, example_inputs, compiler.static)
+
+
+@dataclass(frozen=True)
+class FinalGraphs:
+    """What a Dynamo graph became, before kernels are put in. ``backward``: None in inference.
+
+    ``saved``: the outputs of ``forward`` that it keeps for ``backward``. ``predict_for``: the
+    device that costs are predicted for.
+    """
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule | None
+    saved: tuple[fx.Node, ...]
+    sites: tuple[Site, ...]
+    predict_for: Device | None
 
 
 @dataclass
@@ -141,6 +159,7 @@ class GraphCompiler:
     static: StaticScales | None = None
     rows: list[Row] = field(default_factory=list)
     fell_back: bool = False
+    on_final: Callable[[FinalGraphs], None] | None = None
 
     def __post_init__(self) -> None:
         self.dump = Dump(self.options.dump) if self.options.dump else None
@@ -185,6 +204,15 @@ class GraphCompiler:
         run_passes(gm, passes, after_each=self.dump.graph if self.dump else None)
         self.static = gm.meta.pop(STATIC_SCALES, None)
         self._report(gm)
+        if not training:
+            self.split(gm, None, 0)
+
+    def split(self, forward: fx.GraphModule, backward: fx.GraphModule | None, outputs: int) -> None:
+        """Tell of the final graphs; ``outputs``: how many are not kept for backward."""
+        if self.on_final is not None:
+            saved = args_of(forward.graph.output_node())[0][outputs:] if backward else ()
+            sites = tuple(self.sites)
+            self.on_final(FinalGraphs(forward, backward, tuple(saved), sites, self.predict_for))
 
     def _measured_among(self, inputs: Sequence[fx.Node]) -> dict[fx.Node, int] | None:
         """The inputs whose statistics static scales are found from, with their positions."""
