@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 from torch import Tensor, fx
 
-from .internals import storage_of
+from .internals import outside_tracing, storage_of
 from .ir import SCALED_MMS, Edge, GemmInfo, Site, format_value, gemms, size_expr
 from .report import EdgeRow, SavedRow
 from .scaling import ScalingState, slots_of, states_by_weight
@@ -75,8 +75,9 @@ def _edge_row(info: GemmInfo, edge: Edge, found: tuple[ScalingState, int] | None
         return EdgeRow(info.name, str(edge.operand), edge.cast)
     state, index = found
     slot = slots_of(index).start + edge.operand.value
-    scale, amax = float(state.scale[slot]), float(state.ordered_history()[-1, slot])
-    events = [int(count) for count in state.events[:, slot]]
+    with outside_tracing():
+        scale, amax = float(state.scale[slot]), float(state.ordered_history()[-1, slot])
+        events = [int(count) for count in state.events[:, slot]]
     return EdgeRow(info.name, str(edge.operand), edge.cast, scale or None, amax or None, *events)
 
 

@@ -36,7 +36,10 @@ def explain(args: argparse.Namespace) -> int:
         print(found.to_json())
         return 0
     console = Console()
-    console.print(found if console.is_terminal else str(found), soft_wrap=not console.is_terminal)
+    if console.is_terminal:
+        console.print(found)
+    else:
+        print(found)
     for path, write in ((args.json, found.to_json), (args.html, found.to_html)):
         if path:
             write(path)
