@@ -54,8 +54,7 @@ def _row(regions: Sequence[Region], text: str, direction: str, device: Device | 
     read, written = (
         _megabytes(sympy.Add(*map(count, regions))) for count in (bytes_read, bytes_written)
     )
-    known = isinstance(read, float) and isinstance(written, float)
-    return KernelRow(
+    row = KernelRow(
         name=source.name if alone else NAME,
         direction=direction,
         functions=_functions(regions[0], source) if alone else (NAME,),
@@ -68,8 +67,10 @@ def _row(regions: Sequence[Region], text: str, direction: str, device: Device | 
         mb_read=read,
         mb_written=written,
         source=text,
-        predicted_us=kernel_us(device, 1e6 * (read + written)) if device and known else None,
     )
+    if device is None or row.megabytes is None:
+        return row
+    return replace(row, predicted_us=kernel_us(device, 1e6 * row.megabytes))
 
 
 def _functions(region: Region, source: Source) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ class StepTimes:
 
     measured: Measured
     kernels: Mapping[str, float]
-    gemms: Mapping[GemmSize, float]
+    gemms: Mapping[tuple[Any, ...], float]
 
 
 def time_step(
@@ -226,8 +226,7 @@ def with_gemm_times(rows: Sequence[Row], times: StepTimes) -> tuple[Row, ...]:
         if _is_own(row):
             return own * row.gflops / flops if own and flops else None
         size = row.m, row.n, row.k
-        found = times.gemms.get(size)  # type: ignore[call-overload]
-        return None if found is None else found / alike[size]
+        return times.gemms[size] / alike[size] if size in times.gemms else None
 
     return tuple(replace(row, measured_us=us_of(row)) for row in rows)
 

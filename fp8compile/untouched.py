@@ -55,13 +55,16 @@ def without_data(model: Any, inputs: Any) -> Iterator[Any]:
     decides as what it is traced.
     """
     module = model if isinstance(model, nn.Module) else nn.Module()
-    owners = [held for m in module.modules() for held in (m._parameters, m._buffers, m.__dict__)]
+    owners: list[dict[str, Any]] = []
+    for m in module.modules():
+        owners += [m._parameters, m._buffers, m.__dict__]
     found = [(held, n, x) for held in owners for n, x in held.items() if isinstance(x, Tensor)]
     if not any(map(has_no_data, [*(x for _, _, x in found), *tree_leaves(inputs)])):
         yield inputs
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    make, made = stand_ins(), {}  # type: ignore[var-annotated]
+    make = stand_ins()
+    made: dict[int, Any] = {}
 
     def stand_in(x: Any) -> Any:
         if not isinstance(x, Tensor):
