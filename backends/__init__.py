@@ -13,6 +13,7 @@ from torch import fx
 
 from ..cost import Device
 from ..errors import OptionError
+from ..report import KernelRow
 
 REFERENCE, TRITON = "reference", "triton"
 MIN_CAPABILITY = (9, 0)
@@ -73,3 +74,10 @@ def kernel_name(node: fx.Node, kernels: str) -> str:
     from .triton import gemm_kernel_name
 
     return gemm_kernel_name(node)
+
+
+def kernel_rows(gm: fx.GraphModule, direction: str, device: Device | None) -> list[KernelRow]:
+    """The fused kernels of a graph after ``grow_regions``, on whatever device it was traced."""
+    from .rows import kernel_rows
+
+    return kernel_rows(gm, direction, device)

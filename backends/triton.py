@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,16 +78,12 @@ class _Lowering:
         self._taken = 0  # of the words below
         self._materialized: set[fx.Node] = set()
         self._unit: fx.Node | None = None
-        regions = [
-            (node, Region.of(_submodule(gm, node)))
-            for node in gm.graph.nodes
-            if node.op == "call_module"
-        ]
-        self._regions = dict(regions)
-        if regions:
-            with self.graph.inserting_before(regions[0][0]):
-                like = regions[0][0].all_input_nodes[0]
-                words = sum(_padded_words(region) for _, region in regions)
+        self._regions = regions_of(gm)
+        if self._regions:
+            first = next(iter(self._regions))
+            with self.graph.inserting_before(first):
+                like = first.all_input_nodes[0]
+                words = sum(map(_padded_words, self._regions.values()))
                 self._zeros = self._empty((words,), torch.int32, like, 0)
 
     def _take_tracking(self) -> dict[fx.Node, fx.Node]:
@@ -130,16 +126,10 @@ class _Lowering:
 
     def bundle_weights(self) -> set[fx.Node]:
         """Casts of weights that are small -> a launch for several; returns their calls."""
-        calls = {
-            region: call
-            for call, region in self._regions.items()
-            if can_share(region) and all(is_primal(node) for node in _read(call, region))
-        }
         done: set[fx.Node] = set()
-        for regions in bundles(calls):
-            if len(regions) > 1:
-                self._bundle([calls[region] for region in regions], regions)
-                done.update(calls[region] for region in regions)
+        for bundle in weight_bundles(self._regions):
+            self._bundle(list(bundle), list(bundle.values()))
+            done.update(bundle)
         return done
 
     def _bundle(self, calls: Sequence[fx.Node], regions: Sequence[Region]) -> None:
@@ -393,6 +383,22 @@ class _Lowering:
         if isinstance(stride, int):
             return stride
         return emit(self.graph, aten.sym_stride.int, (tensor, dim), f"{tensor}_stride_{dim}")
+
+
+def regions_of(gm: fx.GraphModule) -> dict[fx.Node, Region]:
+    """The regions of a graph after grow_regions, by their calls, in order."""
+    calls = [node for node in gm.graph.nodes if node.op == "call_module"]
+    return {call: Region.of(_submodule(gm, call)) for call in calls}
+
+
+def weight_bundles(regions: Mapping[fx.Node, Region]) -> list[dict[fx.Node, Region]]:
+    """The casts of weights that share a launch, by their calls."""
+    calls = {
+        region: call
+        for call, region in regions.items()
+        if can_share(region) and all(is_primal(node) for node in _read(call, region))
+    }
+    return [{calls[r]: r for r in bundle} for bundle in bundles(calls) if len(bundle) > 1]
 
 
 def _is_replaceable(node: fx.Node) -> bool:

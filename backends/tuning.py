@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..formats import Format
 from ..internals import cache_folder, outside_tracing
+from ..progress import progress
 from .json_file import add_entry, read_entries
 from .kernels.scaled_mm import TileConfig, candidates, scaled_mm
 
@@ -115,14 +116,14 @@ def time_choices(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
             continue
         run = functools.partial(scaled_mm, a, b, one, one, bias, out_dtype=out, aligned=aligned)
         runs[choice] = functools.partial(run, config=choice, fast_accum=fast)
-    return _fastest(runs)
+    return _fastest(runs, f"autotuning {shape}")
 
 
-def _fastest(runs: Mapping[Choice, Callable[[], Tensor]]) -> dict[Choice, float]:
+def _fastest(runs: Mapping[Choice, Callable[[], Tensor]], what: str) -> dict[Choice, float]:
     """Microseconds per launch of every choice, measured in turns so that clocks drift for all."""
     batches = {}
-    for choice, run in runs.items():
-        run()  # compiles it
+    for choice, run in progress(runs.items(), what):  # their compiling takes the time
+        run()
         estimate = _microseconds(run, _WARMUP)
         batches[choice] = max(1, int(_BATCH_US / estimate))
     times: dict[Choice, list[float]] = {choice: [] for choice in runs}

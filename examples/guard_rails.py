@@ -29,10 +29,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import fp8compile
 from fp8compile import Recipe
+from fp8compile.progress import progress
 
 FEATURES, WIDTH, CLASSES, ROWS = 64, 32, 16, 128
 FIRST_BAD = 30
@@ -84,7 +84,7 @@ def train(
     compiled = compile_model(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
-    for x, labels in tqdm(batches(args), desc=name, unit="step", disable=None):
+    for x, labels in progress(batches(args), name):
         loss = compiled(x, labels)
         loss.backward()
         optimizer.step()  # in FP8 this also updates the scales

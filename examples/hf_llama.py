@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fp8compile.progress import progress
+
 VOCAB, BATCH, TOKENS, STEPS = 64, 8, 32, 30
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -45,7 +47,7 @@ def train(model: LlamaForCausalLM, compiled: Callable[..., Any]) -> None:
     """The usual loop; the FP8 scales update themselves in `optimizer.step()`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(1)
-    for step in range(STEPS):
+    for step in progress(range(STEPS), "training"):
         tokens = counting(generator).to(DEVICE)
         loss = compiled(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -63,7 +65,7 @@ def generate(compiled: Callable[..., Any], prompt: Tensor, count: int) -> list[i
     compiled one. The window keeps its length, so it compiles once.
     """
     window, tokens = prompt, []
-    for _ in range(count):
+    for _ in progress(range(count), "predicting"):
         likeliest = compiled(input_ids=window).logits[:, -1:].argmax(-1)
         window = torch.cat([window[:, 1:], likeliest], dim=1)
         tokens.append(likeliest.item())

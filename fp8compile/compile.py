@@ -28,7 +28,7 @@ from .backends import TRITON, device_constants, kernel_name, lower, resolve_kern
 from .cost import DEVICES, Device
 from .dump import Dump, Watch
 from .errors import OptionError, PassError, StrictError
-from .ir import SLOTS_PER_SITE, Site, format_graph
+from .ir import SLOTS_PER_SITE, Site, args_of, format_graph
 from .modules import SiteNames, calling_module, calling_replicas, calling_shards, owners_of
 from .options import AUTO, FALLBACK, HIGH_PRECISION, Options, parse_options
 from .passes import (
@@ -81,12 +81,13 @@ def compile_graph(
     on_joint: Callable[[list[Row]], None] | None = None,
     watch: Watch | None = None,
     root: nn.Module | None = None,
+    on_final: Callable[[FinalGraphs], None] | None = None,
 ) -> Callable[..., Any]:
     """``fp8`` with parsed options, and what ``explain``, ``view`` and the tests need besides.
 
     ``inner_compile`` replaces Inductor's code generation; ``on_joint`` is given the rows of each
     graph; ``watch`` is shown every graph; ``root`` is the model that names come from, if it is not
-    to be looked for.
+    to be looked for; ``on_final`` is given what each graph became, before kernels are put in.
     """
     gm = internals.clone_dynamo_graph(gm)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -102,7 +103,16 @@ def compile_graph(
     kernels = resolve_kernels(options.kernels, device)
     predict_for = _predict_for(options, kernels, device, report=on_joint is not None)
     inference = not torch.is_grad_enabled() or not any(map(_requires_grad, example_inputs))
-    compiler = GraphCompiler(options, sites, kernels, on_joint, predict_for, inference, watch=watch)
+    compiler = GraphCompiler(
+        options,
+        sites,
+        kernels,
+        on_joint,
+        predict_for,
+        inference,
+        watch=watch,
+        on_final=on_final,
+    )
     recipes = [site.recipe or options.recipe for site in sites]
     rule = rule_of(recipes)
     static = rule is not None and rule.scaling is Scaling.STATIC
@@ -128,11 +138,27 @@ def compile_graph(
         cache_code_only=compiler.inference,
         inner_compile=inner_compile,
         around=compiler.quantizing_weights_once,
+        on_split=compiler.split if on_final is not None else None,
     )
     compiler.finish(time.perf_counter() - start)
     if rule is None:
         return run
     return CompiledGraph(run, sites, recipes, device, example_inputs, compiler.static)
+
+
+@dataclass(frozen=True)
+class FinalGraphs:
+    """What a Dynamo graph became, before kernels are put in. ``backward``: None in inference.
+
+    ``saved``: the outputs of ``forward`` that it keeps for ``backward``. ``predict_for``: the
+    device that costs are predicted for.
+    """
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule | None
+    saved: tuple[fx.Node, ...]
+    sites: tuple[Site, ...]
+    predict_for: Device | None
 
 
 @dataclass
@@ -150,6 +176,7 @@ class GraphCompiler:
     watch: Watch | None = None
     rows: list[Row] = field(default_factory=list)
     fell_back: bool = False
+    on_final: Callable[[FinalGraphs], None] | None = None
 
     def __post_init__(self) -> None:
         self.dump = Dump(self.options.dump) if self.options.dump else None
@@ -196,6 +223,15 @@ class GraphCompiler:
         internals.trace_artifact("fp8_joint_after_passes", lambda: format_graph(gm))
         self.static = gm.meta.pop(STATIC_SCALES, None)
         self._report(gm)
+        if not training:
+            self.split(gm, None, 0)
+
+    def split(self, forward: fx.GraphModule, backward: fx.GraphModule | None, outputs: int) -> None:
+        """Tell of the final graphs; ``outputs``: how many are not kept for backward."""
+        if self.on_final is not None:
+            saved = args_of(forward.graph.output_node())[0][outputs:] if backward else ()
+            sites = tuple(self.sites)
+            self.on_final(FinalGraphs(forward, backward, tuple(saved), sites, self.predict_for))
 
     def _measured_among(self, inputs: Sequence[fx.Node]) -> dict[fx.Node, int] | None:
         """The inputs whose statistics static scales are found from, with their positions."""

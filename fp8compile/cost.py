@@ -132,6 +132,12 @@ def gemm_us(device: Device, itemsize: int, *, fp8: bool) -> sympy.Expr:
     return sympy.Max(*terms, evaluate=False) + 10**6 * _exact(device.launch_seconds)
 
 
+def kernel_us(device: Device, moved: float) -> float:
+    """The microseconds of a memory-bound kernel of ours that reads and writes ``moved`` bytes."""
+    seconds = moved / (float(_CAST_EFFICIENCY) * device.copy_bandwidth) + device.launch_seconds
+    return 1e6 * seconds
+
+
 @functools.cache
 def _gemm_function(device: Device, itemsize: int, fp8: bool) -> Callable[..., float]:
     return sympy.lambdify((M, N, K), gemm_us(device, itemsize, fp8=fp8), modules="math")

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from .backends import device_constants, why_not_triton
 from .internals import cache_folder
+from .recipe import RECIPES
 
-PACKAGES = ("fp8compile", "torch", "triton", "networkx", "sympy")
+PACKAGES = ("fp8compile", "torch", "triton", "networkx", "sympy", "numpy", "rich")
 SELF_TEST_DB = 15.0  # an output has about 28, a gradient 19; what is wrong has less than 0
 STEPS = 3
 
@@ -25,6 +26,7 @@ def examine() -> list[str]:
     """Print what is found; the problems among it."""
     print(f"Python {platform.python_version()}, {platform.platform()}")
     print(", ".join(f"{package} {_version(package)}" for package in PACKAGES))
+    print(_gpus())
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in devices:
@@ -42,16 +44,35 @@ def _version(package: str) -> str:
         return "missing"
 
 
+def _gpus() -> str:
+    """What there is of CUDA: in PyTorch, and in the machine."""
+    if torch.version.cuda is None:
+        return "CUDA: this PyTorch is built without it; install one that is, to use an NVIDIA GPU"
+    found = [
+        f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+        for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
+    return f"CUDA {torch.version.cuda}: {'; '.join(found) or 'no GPU, or no driver for it'}"
+
+
+def _recipes() -> str:
+    """Which recipes a GPU with FP8 runs on its tensor cores, and why not the others."""
+    slow = [name for name, recipe in RECIPES.items() if recipe.is_emulated]
+    fast = [name for name in RECIPES if name not in slow]
+    why = "whose scales no tensor core of Hopper takes: right, but slower than bf16"
+    return f"recipes {', '.join(fast)} on tensor cores, not {', '.join(slow)}, {why}"
+
+
 def _what_runs_on(device: torch.device) -> str:
     reason = why_not_triton(device)
     if reason is not None:
-        return f"FP8 is emulated, with the same results and no speed-up; it needs {reason}"
+        return f"FP8 is emulated, all recipes, with no speed-up; that needs {reason}"
     found = device_constants(device)
     gain = found.fp8_flops / found.bf16_flops
     return (
         f"{torch.cuda.get_device_name(device)}, Triton kernels; an FP8 GEMM reaches"
         f" {found.fp8_flops / 1e12:.0f} TFLOP/s, {gain:.2f}x bf16; memory"
-        f" {found.copy_bandwidth / 1e12:.2f} TB/s"
+        f" {found.copy_bandwidth / 1e12:.2f} TB/s; {_recipes()}"
     )
 
 

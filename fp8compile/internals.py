@@ -45,11 +45,13 @@ from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedTri
 from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
 from torch._logging import trace_structured
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._sympy.functions import FloorDiv as FloorDiv  # ``//`` in a symbolic size
 
+Split = Callable[[fx.GraphModule, fx.GraphModule, int], None]
 _FORCE_STRIDE_ORDER = inductor_prims.force_stride_order
 
 
@@ -176,6 +178,7 @@ def compile_with_inductor(
     cache_code_only: bool = False,
     inner_compile: Callable[..., Any] | None = None,
     around: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda inner: inner,
+    on_split: Split | None = None,
 ) -> Callable[..., Any]:
     """Compile with ``joint`` run on the joint (or inference) graph, ``lowered`` on the final ones.
 
@@ -183,10 +186,12 @@ def compile_with_inductor(
     ``use_caches=False`` they run for certain, and nothing is kept; with ``cache_code_only``
     ``joint`` does. ``inner_compile`` replaces Inductor's code generation; ``around`` changes what
     it is called with, and what it returns, which ``cache_code_only`` has to go with.
+    ``on_split`` is told of a forward, its backward, and how many of the forward's outputs come
+    before those that it keeps for the backward.
     """
     hooks: dict[str, Any] = {
         "joint_custom_pre_pass": _GraphPass(joint, key),
-        "custom_partitioner_fn": _Partitioner(key),
+        "custom_partitioner_fn": _Partitioner(key, on_split),
         "post_grad_custom_post_pass": _GraphPass(lowered, key),
     }
     config = {_STATIC_LAUNCH: True, **patches, **hooks}
@@ -405,13 +410,17 @@ class _GraphPass(CustomGraphPass):
 class _Partitioner(CustomPartitionerFn):
     """Inductor's own min-cut partitioner; the passes have already marked what to keep."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, on_split: Split | None) -> None:
         self._key = key
+        self._on_split = on_split
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+        forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+        if self._on_split is not None:
+            self._on_split(forward, backward, kwargs["num_fwd_outputs"])
+        return forward, backward
 
     def uuid(self) -> str:
         return self._key
@@ -432,6 +441,34 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
 def cache_folder() -> Path:
     """Where Inductor keeps its caches; ours stand beside them. 2.11 to 2.15."""
     return Path(cache_dir()) / "fp8compile"
+
+
+def stand_ins() -> Callable[[Tensor, torch.device], Tensor]:
+    """A function that makes tensors like others, on a device, but without data.
+
+    All versions: Dynamo traces fake tensors as if they had data. On "meta" it would trace other
+    operators, such as attention from its parts.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def stand_in(like: Tensor, device: torch.device) -> Tensor:
+        with mode:
+            made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+        if isinstance(like, torch.nn.Parameter):
+            return torch.nn.Parameter(made, requires_grad=like.requires_grad)
+        return made.requires_grad_(like.requires_grad)
+
+    return stand_in
+
+
+def has_no_data(value: Any) -> bool:
+    """Whether this is a meta or a fake tensor."""
+    return isinstance(value, Tensor) and (value.is_meta or isinstance(value, FakeTensor))
+
+
+def storage_of(value: Tensor) -> Any:
+    """Equal for two tensors, fake ones too, only if they share memory."""
+    return StorageWeakRef(value.untyped_storage())
 
 
 def outside_tracing() -> AbstractContextManager[Any]:

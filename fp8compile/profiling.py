@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, fx, nn
 
 from . import internals
@@ -26,6 +24,7 @@ from .ir import CASTS, QUANTIZE_BLOCKS, SCALED_MMS, Edge, GemmInfo, gemm_info
 from .ops import current_scale, in_blocks, per_row
 from .options import Options, parse_options
 from .profiles import Group, Profile, Seen
+from .progress import progress
 from .recipe import Gemm, Granularity, Operand, Recipe, Scaling
 from .report import Row
 from .untouched import fresh, left_as_it_was
@@ -145,7 +144,7 @@ class _Runs:
 
     def observe(self, batches: Sequence[Any]) -> None:
         self.observing = True
-        for batch in _progress(batches, "observing batches"):
+        for batch in progress(batches, "observing batches"):
             self.run(batch)
         self.observing = False
 
@@ -153,7 +152,7 @@ class _Runs:
         """What outputs and gradients lose with only one group in FP8."""
         outputs, gradients = self.run(batch)
         noise: dict[str, tuple[float, float | None]] = {}
-        for key in _progress(list(self.records), "casting one group at a time"):
+        for key in progress(list(self.records), "casting one group at a time"):
             self.in_fp8 = key
             seen, grads = self.run(batch)
             lost = [_noise(a, b) for a, b in zip(gradients, grads, strict=True)]
@@ -376,9 +375,3 @@ def _noise(reference: Tensor, other: Tensor) -> float | None:
     """The power of the difference over that of the reference; None if that is zero."""
     power = float(reference.double().square().sum())
     return float((other - reference).double().square().sum()) / power if power else None
-
-
-def _progress(items: Sequence[Any], what: str) -> Iterable[Any]:
-    """A bar on a terminal, nothing elsewhere."""
-    console = Console(stderr=True)
-    return track(items, what, console=console, disable=not console.is_terminal, transient=True)

@@ -1,4 +1,4 @@
-"""What the compiler decided about a graph, as rows."""
+"""What the compiler decided about a graph, and what was seen of it, as rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Row:
     ``fp8_us`` are the predicted microseconds in high precision and, with its casts, in FP8, on the
     device ``predicted_for``; for a symbolic size, with its value in the traced call. ``pays_from``
     is the predicted number of tokens from which on FP8 is faster. They are None where nothing is
-    predicted.
+    predicted. ``measured_us``: of the GEMM alone, without casts, where it was measured.
     """
 
     fqn: str
@@ -49,10 +49,88 @@ class Row:
     fp8_us: float | None = None
     pays_from: int | None = None
     predicted_for: str = ""
+    measured_us: float | None = None
 
     @property
     def is_fp8(self) -> bool:
         return self.decision == "fp8"
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """A fused Triton kernel, and how often a step launches it.
+
+    ``direction``: "forward" or "backward". ``functions``: the names that its launches have in a
+    profile, more than one where sums or scales are found first. ``size``: the matrix that it walks
+    over. ``fused``: the operators that it computes, in order, without views; of a bundle, those of
+    all its ``regions``. ``writes``: what it leaves in memory. ``feeds``: the GEMMs that take it in
+    the same direction, over all ``launches``. ``mb_read`` and ``mb_written``: megabytes per launch,
+    as text where sizes are symbolic. ``predicted_us`` and ``measured_us``: microseconds per launch,
+    or None.
+    """
+
+    name: str
+    direction: str
+    functions: tuple[str, ...]
+    launches: int
+    regions: int
+    size: str
+    fused: tuple[str, ...]
+    writes: tuple[str, ...]
+    feeds: tuple[str, ...]
+    mb_read: float | str
+    mb_written: float | str
+    source: str
+    predicted_us: float | None = None
+    measured_us: float | None = None
+
+    @property
+    def megabytes(self) -> float | None:
+        """Read and written, per launch; None if sizes are symbolic."""
+        if isinstance(self.mb_read, str) or isinstance(self.mb_written, str):
+            return None
+        return self.mb_read + self.mb_written
+
+
+@dataclass(frozen=True)
+class EdgeRow:
+    """An FP8 operand, with what its scaling state holds after training.
+
+    ``site``: the one whose state it is; sites that take the same input share it. ``operand``:
+    "input", "weight" or "grad_output". ``cast``: its format, with the granularity where that is
+    not tensorwise. ``scale`` multiplies before the cast; ``amax`` is that of the last step. They
+    are None where nothing is known. The events are those of ``fp8compile.events``, so far.
+    """
+
+    site: str
+    operand: str
+    cast: str
+    scale: float | None = None
+    amax: float | None = None
+    not_finite: int = 0
+    saturated: int = 0
+    jumped: int = 0
+
+
+@dataclass(frozen=True)
+class SavedRow:
+    """What the forward keeps for the backward in one format, besides its inputs.
+
+    ``bytes`` is text where sizes are symbolic.
+    """
+
+    format: str
+    tensors: int
+    bytes: int | str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Median milliseconds of a step, compiled in its own precision and in FP8."""
+
+    device: str
+    high_ms: float
+    fp8_ms: float
 
 
 def gemm_rows(gm: fx.GraphModule, kernel_of: Callable[[fx.Node], str]) -> list[Row]:
@@ -97,7 +175,7 @@ def _row(
         scaling=_scaling(left, right) if fp8 else "",
         high_us=cost.high_us if cost else None,
         fp8_us=cost.fp8_us if cost else None,
-        pays_from=cost.pays_from if cost else None,
+        pays_from=int(cost.pays_from) if cost and cost.pays_from is not None else None,
         predicted_for=cost.device if cost else "",
     )
 

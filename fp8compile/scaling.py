@@ -13,10 +13,11 @@ have the same scales.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -393,6 +394,34 @@ def _take_largest_amax(states: Sequence[ScalingState], group: Any) -> None:
     with torch.autograd._unsafe_preserve_version_counter(tuple(parts)):
         for part, largest in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
             part.copy_(largest)
+
+
+@contextlib.contextmanager
+def states_left_as_they_were() -> Iterator[None]:
+    """Forget what training calls in between were seen to do, and the states that they needed."""
+    kept = {
+        state: (state.amax_fwd.clone(), state.amax_bwd.clone(), state.observed, state.stepped_by)
+        for state in _known_states()
+    }
+    try:
+        yield
+    finally:
+        for state in _known_states():
+            if state not in kept:
+                _forget(state)
+                continue
+            amax_fwd, amax_bwd, state.observed, state.stepped_by = kept[state]
+            with torch.no_grad():
+                state.amax_fwd.copy_(amax_fwd)
+                state.amax_bwd.copy_(amax_bwd)
+
+
+def _forget(state: ScalingState) -> None:
+    with _lock:
+        _all_states.discard(state)
+        for weight in state.weights():
+            if weight is not None and state in states_by_weight.get(weight, ()):
+                states_by_weight[weight].remove(state)
 
 
 def update_scales(model: nn.Module | None = None) -> None:

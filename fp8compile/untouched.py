@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .internals import has_no_data, stand_ins
 
 _calls = itertools.count()
 
@@ -42,3 +45,38 @@ def left_as_it_was(model: Any) -> Iterator[None]:
                     buffer.copy_(value)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+
+
+@contextlib.contextmanager
+def without_data(model: Any, inputs: Any) -> Iterator[Any]:
+    """Where a module or its inputs have no data, put tensors that can be traced in all places.
+
+    Yields the inputs. What is put there stands on a GPU, or on a CPU if there is none, which
+    decides as what it is traced.
+    """
+    module = model if isinstance(model, nn.Module) else nn.Module()
+    owners: list[dict[str, Any]] = []
+    for m in module.modules():
+        owners += [m._parameters, m._buffers, m.__dict__]
+    found = [(held, n, x) for held in owners for n, x in held.items() if isinstance(x, Tensor)]
+    if not any(map(has_no_data, [*(x for _, _, x in found), *tree_leaves(inputs)])):
+        yield inputs
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    make = stand_ins()
+    made: dict[int, Any] = {}
+
+    def stand_in(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if id(x) not in made:  # weights that are tied stay so
+            made[id(x)] = make(x, device)
+        return made[id(x)]
+
+    try:
+        for held, name, x in found:
+            held[name] = stand_in(x)
+        yield tree_map(stand_in, inputs)
+    finally:
+        for held, name, x in found:
+            held[name] = x

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from fp8compile import __main__ as command_line
-from fp8compile import __version__, doctor
+from fp8compile import __version__, cli, doctor
+from fp8compile.cli import commands
 
 
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The folder of the caches, which does not exist yet."""
-    for module in (doctor, command_line):
+    for module in (doctor, commands):
         monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / "cache")
     return tmp_path / "cache"
 
@@ -23,7 +23,7 @@ def quality_of(**db: float) -> object:
 
 
 def test_a_healthy_machine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command_line.main(["doctor"]) == 0
+    assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"fp8compile {__version__}" in out and f"cache: {folder}, 0 files" in out
     assert "self-test on cpu: 3 steps, output 2" in out
@@ -34,7 +34,7 @@ def test_wrong_numbers_are_a_problem(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "_train", quality_of(**{"down.bias": 3.0}))
-    assert command_line.main(["doctor"]) == 1
+    assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "worst down.bias 3.0 dB" in out
     assert "PROBLEM: cpu: the self-test should reach 15 dB everywhere" in out
@@ -47,7 +47,7 @@ def test_an_error_is_a_problem(
         raise RuntimeError("no compiler\nat all")
 
     monkeypatch.setattr(doctor, "_train", fail)
-    assert command_line.main(["doctor"]) == 1
+    assert cli.main(["doctor"]) == 1
     assert "PROBLEM: cpu: the self-test raised RuntimeError: no compiler" in capsys.readouterr().out
 
 
@@ -56,7 +56,7 @@ def test_a_folder_that_keeps_nothing_is_a_problem(
 ) -> None:
     monkeypatch.setattr(doctor, "_train", quality_of())
     folder.write_text("a file where a folder should be")
-    assert command_line.main(["doctor"]) == 1
+    assert cli.main(["doctor"]) == 1
     assert f"PROBLEM: nothing can be kept in {folder} (" in capsys.readouterr().out
 
 
@@ -64,9 +64,9 @@ def test_the_cache_is_shown_and_cleared(folder: Path, capsys: pytest.CaptureFixt
     kernel = folder / "kernels" / "a.py"
     kernel.parent.mkdir(parents=True)
     kernel.write_text("")
-    assert command_line.main(["cache", "path"]) == 0
-    assert command_line.main(["cache", "clear"]) == 0
-    assert command_line.main(["cache", "clear"]) == 0
+    assert cli.main(["cache", "path"]) == 0
+    assert cli.main(["cache", "clear"]) == 0
+    assert cli.main(["cache", "clear"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         str(folder),
@@ -78,5 +78,5 @@ def test_the_cache_is_shown_and_cleared(folder: Path, capsys: pytest.CaptureFixt
 
 def test_an_unknown_command_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        command_line.main(["docto"])
+        cli.main(["docto"])
     assert "doctor" in capsys.readouterr().err

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from html import escape
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._inductor.utils import fresh_cache
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fp8compile
 from fp8compile import OptionError, RecipeError
+from fp8compile import compile as compile_module
+from fp8compile.backends import kernel_rows
+from fp8compile.explanation import Explanation
+from fp8compile.internals import copy_of
+from fp8compile.passes import grow_regions
+from fp8compile.report import KernelRow, Measured
+from fp8compile.scaling import states_left_as_they_were
+from fp8compile.timed import StepTimes, with_gemm_times, with_kernel_times
 from tests.helpers import compile_interpreted
-from tests.models import MLP, sqnr_db
+from tests.models import MLP, Llama, sqnr_db
 
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
 
@@ -274,3 +288,285 @@ def test_weights_that_are_arguments(call: Callable[..., Any]) -> None:
     x, w = torch.randn(16, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True)
     rows = fp8compile.explain(call, x, w).rows
     assert [r.gemm for r in rows if r.is_fp8] == ["fprop", "dgrad", "wgrad"]
+
+
+# --- kernels and memory -------------------------------------------------------------------------
+
+
+def test_kernels_say_what_is_fused_written_and_fed() -> None:
+    kernels = fp8compile.explain(MLP(), torch.randn(2, 16, 64, requires_grad=True)).kernels
+    norm = next(row for row in kernels if "{gate,up} fprop" in row.feeds and row.fused)
+    assert norm.direction == "forward" and norm.size == "32 x 64" and norm.launches == 1
+    assert {"mean", "rsqrt"} <= set(norm.fused) and {"e4m3", "amax"} <= set(norm.writes)
+    # x, the norm's weight -> the fp8 copy and 1 / rms, a float a row
+    assert norm.mb_read == pytest.approx((32 * 64 + 64) * 4 / 1e6)
+    assert norm.mb_written == pytest.approx((32 * 64 + 32 * 4) / 1e6)
+    assert norm.predicted_us is not None and norm.predicted_us > 2.5
+    assert f"def {norm.name}(" in norm.source and norm.functions[-1] == norm.name
+    weights = next(row for row in kernels if row.regions > 1 and row.direction == "forward")
+    assert weights.name == "fp8_bundle" and weights.feeds == ("{gate,up} fprop", "down fprop")
+    backward = [row for row in kernels if row.direction == "backward"]
+    assert any("e5m2^T" in row.writes and "sigmoid" in row.fused for row in backward)
+    fed = {name for row in kernels for name in row.feeds}
+    gemms = [f"{site} {gemm}" for site in ("{gate,up}", "down") for gemm in ("dgrad", "wgrad")]
+    assert fed == {"{gate,up} fprop", "down fprop", *gemms}
+
+
+def test_layers_that_look_alike_are_one_row() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32)) for _ in range(4)))
+    kernels = fp8compile.explain(model, torch.randn(16, 32)).kernels
+    counts = [(r.launches, len(r.feeds)) for r in kernels if r.direction == "forward" and r.fused]
+    assert counts == [(1, 1), (3, 3)], "nothing has to write the first one's input"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_kernels_are_those_of_the_final_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's own passes, which ``explain`` leaves out, change nothing of the regions."""
+    found: list[list[tuple[str, int, float | str]]] = []
+    model, x = MLP(), torch.randn(16, 64, requires_grad=True)
+
+    def lower(gm: fx.GraphModule, kernels: str) -> dict[str, str]:
+        copy = fx.GraphModule(gm, copy_of(gm.graph))
+        grow_regions(copy)
+        rows = kernel_rows(copy, "forward", None)
+        found.append([(row.name, row.launches, row.mb_read) for row in rows])
+        return {}
+
+    monkeypatch.setattr(compile_module, "lower", lower)
+    with fresh_cache():
+        torch.compile(model, backend="fp8")(x).sum().backward()
+    torch._dynamo.reset()
+    kernels = fp8compile.explain(model, x).kernels
+    explained = [[(row.name, row.launches, row.mb_read) for row in kernels if row.direction == way]
+                 for way in ("forward", "backward")]  # fmt: skip
+    assert len(found) == 2 and explained == found
+
+
+def test_inference_has_forward_kernels_and_keeps_nothing() -> None:
+    with torch.no_grad():
+        explanation = fp8compile.explain(MLP(), torch.randn(16, 64))
+    assert explanation.kernels and {row.direction for row in explanation.kernels} == {"forward"}
+    assert explanation.saved == () and explanation.saved_bytes == 0
+
+
+def test_saved_bytes_are_what_a_forward_keeps_alive() -> None:
+    """Against the tensors that autograd's node holds in a real call."""
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).bfloat16()
+    x = torch.randn(256, 64, dtype=torch.bfloat16)
+    explanation = fp8compile.explain(model, x)
+    torch._dynamo.reset()
+    output = compile_interpreted(model)(x)
+    inputs = {p.data_ptr() for p in (*model.parameters(), x)}
+    kept = {
+        t.data_ptr(): (t.dtype, t.untyped_storage().nbytes())
+        for t in output.grad_fn.saved_tensors
+        if t.data_ptr() not in inputs
+    }
+    held = {row.format: row.bytes for row in explanation.saved}
+    for dtype, name in ((torch.float8_e4m3fn, "e4m3"), (torch.bfloat16, "bf16")):
+        sizes = [size for found, size in kept.values() if found is dtype]
+        assert held[name] == sum(sizes) > 0
+    assert explanation.saved_bytes == sum(row.bytes for row in explanation.saved)
+
+
+def test_text_of_kernels_is_a_second_table() -> None:
+    explanation = fp8compile.explain(MLP(), torch.randn(16, 64))
+    text = str(explanation)
+    assert text.index("fused kernel") > text.index("recipe delayed")
+    assert f"{sum(row.launches for row in explanation.kernels)} launches of " in text
+    assert "here FP8 is emulated" in text and "kept for backward: " in text
+    out = io.StringIO()
+    Console(file=out, width=100, color_system=None).print(explanation.table())
+    assert "fused kernel" not in out.getvalue()
+
+
+def test_symbolic_sizes_of_kernels_and_memory() -> None:
+    x = torch.randn(16, 32)
+    torch._dynamo.mark_dynamic(x, 0)
+    explanation = fp8compile.explain(nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 16)), x)
+    assert any(isinstance(row.mb_read, str) for row in explanation.kernels)
+    assert explanation.saved_bytes is None and explanation.megabytes is None
+    assert "kept for backward:" in str(explanation)
+    json.loads(explanation.to_json())
+
+
+# --- without data -------------------------------------------------------------------------------
+
+
+def small_llama() -> Llama:
+    return Llama(layers=1, width=64, heads=4, kv_heads=2, hidden=128, max_tokens=16)
+
+
+def without_source(explanation: Explanation) -> tuple[object, ...]:
+    kernels = [replace(row, source="") for row in explanation.kernels]
+    return explanation.rows, kernels, explanation.saved
+
+
+def test_meta_and_fake_models_are_explained_like_real_ones() -> None:
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    expected = without_source(fp8compile.explain(small_llama(), ids))
+    torch._dynamo.reset()
+    with torch.device("meta"):
+        meta = small_llama()
+    parameters = list(meta.parameters())
+    assert without_source(fp8compile.explain(meta, ids.to("meta"))) == expected
+    assert all(a is b for a, b in zip(meta.parameters(), parameters, strict=True))
+    assert meta.cos.is_meta and not any("bmm" in row.fqn for row in expected[0])
+    torch._dynamo.reset()
+    with FakeTensorMode():
+        fake, fake_ids = small_llama(), torch.zeros(2, 16, dtype=torch.int64)
+    assert without_source(fp8compile.explain(fake, fake_ids)) == expected
+
+
+def test_tied_weights_without_data_stay_tied() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+        model[1].weight = model[0].weight
+        x = torch.empty(16, 32)
+    rows = fp8compile.explain(model, x).rows
+    assert model[1].weight is model[0].weight and model[0].weight.is_meta
+    assert [row.gemm for row in rows if row.is_fp8].count("wgrad") == 2
+
+
+# --- after training -----------------------------------------------------------------------------
+
+
+def test_scales_and_events_after_training() -> None:
+    model, x = MLP(), torch.randn(16, 64, requires_grad=True)
+    model.norm = nn.Identity()  # type: ignore[assignment]  # it would undo the factor
+    before = fp8compile.explain(model, x)
+    assert before.edges and all(edge.scale is None for edge in before.edges)
+    assert "saturated" not in str(before)
+    torch._dynamo.reset()
+    compiled = compile_interpreted(model)
+    for factor in (1.0, 1.0, 1e6):  # the last outgrows the scale of x
+        compiled(factor * x).sum().backward()
+        fp8compile.update_scales(model)
+    for target in (model, compiled):
+        edges = fp8compile.explain(target, x).edges
+        found = {(edge.site, edge.operand): edge for edge in edges}
+        sites, operands = ("{gate,up}", "down"), ("input", "weight", "grad_output")
+        assert list(found) == [(site, operand) for site in sites for operand in operands]
+        state = fp8compile.state_dict(model)
+        for site, name in (("{gate,up}", "gate"), ("down", "down")):
+            for i, operand in enumerate(operands):
+                edge = found[site, operand]
+                assert edge.scale == pytest.approx(float(state[f"{name}.weight.scale"][i]) or None)
+                amax = float(state[f"{name}.weight.amax_history"][-1, i])
+                assert edge.amax == pytest.approx(amax) and amax > 0
+        weight = found["down", "weight"]
+        assert weight.amax == pytest.approx(float(model.down.weight.abs().max()))
+    events = fp8compile.events(model)
+    assert events, "the test is about some"
+    for edge in edges:
+        name = {"{gate,up}": "gate"}.get(edge.site, edge.site)
+        counts = events.get(f"{name}.weight.{edge.operand}", (0, 0, 0))
+        assert (edge.not_finite, edge.saturated, edge.jumped) == tuple(counts)
+    text = str(fp8compile.explain(model, x))
+    assert "saturated" in text and f"6 FP8 operands, {len(events)} with events" in text
+
+
+# --- files --------------------------------------------------------------------------------------
+
+FIELDS = {
+    "": "schema version recipe summary gemms kernels saved edges measured",
+    "recipe": "name text",
+    "summary": "text notes fp8_share gflops megabytes saved_bytes predicted_ratio predicted_for",
+    "gemms": "fqn gemm m n k gflops megabytes formats decision kernel reason sites recipe high_us"
+    " fp8_us pays_from predicted_for measured_us",
+    "kernels": "name direction functions launches regions size fused writes feeds mb_read"
+    " mb_written source predicted_us measured_us",
+    "saved": "format tensors bytes",
+    "edges": "site operand cast scale amax not_finite saturated jumped",
+}
+
+
+def test_json_has_the_documented_schema(tmp_path: Path) -> None:
+    explanation = fp8compile.explain(MLP(), torch.randn(16, 64))
+    text = explanation.to_json(tmp_path / "explanation.json")
+    assert (tmp_path / "explanation.json").read_text() == text
+    found = json.loads(text)
+    assert (found["schema"], found["version"]) == ("fp8compile.explanation", 1)
+    for key, fields in FIELDS.items():
+        part = found[key] if key else found
+        for entry in part if isinstance(part, list) else [part]:
+            assert list(entry) == fields.split(), f"{key}: raise VERSION if a field changes"
+    assert found["gemms"][0] == json.loads(json.dumps(asdict(explanation.rows[0])))
+    assert found["summary"]["saved_bytes"] == explanation.saved_bytes and found["measured"] is None
+
+
+def test_html_needs_nothing_else_and_folds_the_source(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleDict({"<b>": nn.Linear(32, 32)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers["<b>"](x)
+
+    explanation = fp8compile.explain(Named(), torch.randn(16, 32))
+    text = explanation.to_html(tmp_path / "explanation.html")
+    assert (tmp_path / "explanation.html").read_text(encoding="utf-8") == text
+    assert "http" not in text and "<script" not in text and "src=" not in text
+    assert "layers.&lt;b&gt;" in text and "<b>" not in text
+    assert text.count("<details>") == text.count("</details>") == len(explanation.kernels)
+    assert escape(explanation.summary()) in text and escape(explanation.kernels[0].source) in text
+    assert text.count("<h2>") == 3
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def test_measuring_without_a_gpu_is_refused() -> None:
+    message = "to measure takes an NVIDIA GPU; the model is on cpu"
+    with pytest.raises(OptionError, match=message):
+        fp8compile.explain(MLP(), torch.randn(16, 64), measure=True)
+
+
+def test_kernels_of_one_name_share_its_time_by_what_they_move() -> None:
+    row = KernelRow("fp8_cast", "forward", ("fp8_cast",), 2, 1, "", (), (), (), 2.0, 1.0, "a")
+    half = replace(row, launches=1, mb_read=1.0, mb_written=2.0, source="b")
+    sums = replace(row, name="fp8_mean", functions=("fp8_mean_sums", "fp8_mean"), launches=1)
+    unseen = replace(row, name="fp8_tanh", functions=("fp8_tanh",))
+    us = {"fp8_cast": 60.0, "fp8_cast_1": 30.0, "fp8_mean_sums_0": 5.0, "fp8_mean_0": 7.0}
+    times = StepTimes(Measured("a GPU", 3.0, 2.0), us, {})
+    found = with_kernel_times([row, half, sums, unseen], times)
+    assert [row.measured_us for row in found] == [30.0, 30.0, 12.0, None]
+
+
+def test_gemms_get_the_time_of_their_size_or_a_share_by_flops() -> None:
+    rows = fp8compile.explain(MLP(), torch.randn(16, 64, requires_grad=True)).rows
+    rows = tuple(
+        replace(row, kernel="cublaslt" if i < 3 else "triton") for i, row in enumerate(rows)
+    )
+    rows += (replace(rows[0], decision="f32"),)
+    (m, n, k) = rows[0].m, rows[0].n, rows[0].k
+    times = StepTimes(Measured("a GPU", 3.0, 2.0), {"_scaled_mm_kernel_0": 9.0}, {(m, n, k): 4.0})
+    found = [row.measured_us for row in with_gemm_times(rows, times)]
+    assert found[:3] == [4.0, None, None] and found[6] is None
+    assert found[3:6] == pytest.approx([3.0, 3.0, 3.0]), "they have the same FLOPs"
+
+
+def test_measured_time_stands_beside_the_prediction() -> None:
+    explanation = fp8compile.explain(nn.Linear(32, 64), torch.randn(16, 32))
+    rows = tuple(replace(row, high_us=2000.0, fp8_us=1000.0) for row in explanation.rows)
+    measured = Measured("a GPU", high_ms=8.0, fp8_ms=5.0)
+    kernels = tuple(replace(row, measured_us=7.5) for row in explanation.kernels)
+    text = str(replace(explanation, rows=rows, kernels=kernels, measured=measured))
+    assert "8.00 ms in its own precision, 5.00 in FP8, 1.60x (predicted 1.33x)" in text
+    assert "predicted, measured us" in text and ", 7.5" in text
+
+
+def test_what_steps_leave_in_scaling_states_is_forgotten() -> None:
+    model, other, x = nn.Linear(32, 32), nn.Linear(32, 32), torch.randn(16, 32)
+    compiled = compile_interpreted(model)
+    compiled(x).sum().backward()
+    fp8compile.update_scales(model)
+    before = fp8compile.state_dict(model)
+    with states_left_as_they_were():
+        compiled(100 * x).sum().backward()
+        compile_interpreted(other)(x).sum().backward()
+    fp8compile.update_scales()
+    after = fp8compile.state_dict(model)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert fp8compile.state_dict(other) == {}

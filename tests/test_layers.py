@@ -14,21 +14,22 @@ import fp8compile
 PACKAGE = Path(fp8compile.__file__).parent
 # Each module may import from layers below its own; within a layer, see ALLOWED_SIBLINGS.
 LAYERS = (
-    {"errors", "formats"},
+    {"errors", "formats", "progress"},
     {"recipe", "cost"},
     {"ops", "internals"},
     {"profiles"},
     {"ir", "modules", "options", "untouched"},
     {"scaling", "dump", "report", "regions", "moments"},
-    {"named_state", "static", "quantized_weights"},
-    {"records"},
+    {"named_state", "static", "quantized_weights", "seen", "explanation_tables"},
+    {"records", "explanation_html"},
     {"samples"},
     {"passes", "backends"},
-    {"compile"},
-    {"explanation", "profiling", "doctor", "viewer"},
+    {"compile", "explanation", "timed"},
+    {"explaining", "profiling", "doctor", "viewer"},
     {"measured"},
     {"monitor_plots"},
     {"monitor"},
+    {"cli"},
     {"__main__"},
 )
 # PyTorch's underscored names that are used outside of internals.py on purpose.
@@ -37,6 +38,7 @@ TOLERATED = {
     "torch._ops.HigherOrderOperator",
     "torch._C._nn.linear",  # what F.linear is, when Dynamo looks through it
     "torch.utils._pytree.tree_leaves",
+    "torch.utils._pytree.tree_map",
     "torch.autograd._unsafe_preserve_version_counter",
     "torch._inductor.list_options",
     "torch._inductor.list_mode_options",

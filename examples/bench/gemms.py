@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fp8compile.backends.kernels.scaled_mm import TileConfig, candidates, scaled_mm
 from fp8compile.backends.tuning import GemmShape, choose_gemm
+from fp8compile.progress import progress
 
 Choice: TypeAlias = TileConfig | None  # None is cuBLASLt, as for the compiler
 SETS = 3  # of operands, which take turns: no call finds its own in the L2 cache
@@ -92,7 +93,7 @@ class GemmResult:
 
 
 def measure_gemms(cases: list[GemmCase]) -> list[GemmResult]:
-    return [measure_gemm(case) for case in cases]
+    return [measure_gemm(case) for case in progress(cases, "timing GEMMs")]
 
 
 def measure_gemm(case: GemmCase) -> GemmResult:

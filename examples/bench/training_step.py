@@ -55,6 +55,7 @@ from timing import (
 from torch import Tensor, nn
 
 import fp8compile
+from fp8compile.progress import progress
 
 WARMUP_STEPS = 5
 
@@ -247,7 +248,7 @@ def measure_all(names: list[str], job: Job) -> list[Result]:
     """Measure each contender alone; one that fails is reported and left out."""
     load_compiler(job.device)
     results = []
-    for name in names:
+    for name in progress(names, "contenders"):
         print(f"... {name}", flush=True)
         with equal_conditions(job.device):
             try:

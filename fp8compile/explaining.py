@@ -1,0 +1,129 @@
+"""Find out what the compiler does with a model: compile it without making code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from . import internals
+from .backends import kernel_rows
+from .compile import FinalGraphs, compile_graph
+from .explanation import Explanation
+from .options import parse_options
+from .passes import drop_unused_outputs, grow_regions, naming_errors
+from .recipe import Gemm
+from .report import EdgeRow, KernelRow, Row, SavedRow
+from .seen import edge_rows, saved_rows
+from .timed import measure_step, with_gemm_times, with_kernel_times
+from .untouched import fresh, left_as_it_was, without_data
+
+
+def explain(
+    model: Callable[..., Any],
+    *inputs: Any,
+    options: Mapping[str, Any] | None = None,
+    measure: bool = False,
+    **kwargs: Any,
+) -> Explanation:
+    """What ``torch.compile(model, backend="fp8", options=options)(*inputs)`` would run in FP8.
+
+    One row per GEMM of each site, forward and backward: its name, sizes, formats and kernel, or
+    the reason why it stays in high precision; then the matmuls that belong to no site. Besides, the
+    fused kernels, what forward keeps for backward, and the FP8 operands with their scales, which
+    are known after training, be ``model`` the compiled one or not.
+
+    The model is traced and run once, in its own precision. Its parameters, buffers and gradients,
+    its scaling state and the random number generators are left as they were. Where parameters or
+    inputs are meta or fake tensors nothing is computed: they are traced as if they were on a GPU,
+    or on a CPU if there is none.
+
+    ``measure``: also compile it, in its own precision and in FP8, and run some steps of either
+    under a profiler, which needs a GPU; a step is a forward and, where there are gradients, a
+    backward.
+
+    Raises OptionError and RecipeError for what is wrong with the options, and OptionError for
+    ``measure`` without a GPU that has FP8.
+    """
+    parsed = replace(parse_options(options), strict=False)
+    rows: list[Row] = []
+    found = _Found()
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        compile_graph(
+            gm,
+            example_inputs,
+            parsed,
+            inner_compile=_no_code,
+            on_joint=rows.extend,
+            root=target if isinstance(target, nn.Module) else None,
+            on_final=partial(found.add, example_inputs),
+        )
+        return gm.forward
+
+    target = internals.uncompiled(model)
+    times = measure_step(target, inputs, kwargs, options) if measure else None
+    with left_as_it_was(target), without_data(target, (inputs, kwargs)) as (args, named):
+        torch.compile(fresh(target), backend=backend, dynamic=False)(*args, **named)
+    explanation = Explanation(
+        tuple(_by_site(rows)),
+        parsed.recipe,
+        tuple(found.kernels),
+        found.saved_rows(),
+        tuple(found.edges),
+    )
+    if times is None:
+        return explanation
+    return replace(
+        explanation,
+        rows=with_gemm_times(explanation.rows, times),
+        kernels=with_kernel_times(explanation.kernels, times),
+        measured=times.measured,
+    )
+
+
+@dataclass
+class _Found:
+    """What the final graphs of a model showed."""
+
+    kernels: list[KernelRow] = field(default_factory=list)
+    saved: list[SavedRow] = field(default_factory=list)
+    edges: list[EdgeRow] = field(default_factory=list)
+
+    def add(self, example_inputs: Sequence[Any], final: FinalGraphs) -> None:
+        graphs = [gm for gm in (final.forward, final.backward) if gm is not None]
+        self.saved += saved_rows(final.forward, final.saved)
+        self.edges += edge_rows(graphs, final.sites, example_inputs)
+        for gm, direction in zip(graphs, ("forward", "backward"), strict=False):
+            gm = fx.GraphModule(gm, internals.copy_of(gm.graph))
+            with naming_errors(f"grow_regions ({direction})"):
+                drop_unused_outputs(gm)
+                grow_regions(gm)
+                self.kernels += kernel_rows(gm, direction, final.predict_for)
+
+    def saved_rows(self) -> tuple[SavedRow, ...]:
+        """One row per format over all graphs."""
+        formats = dict.fromkeys(row.format for row in self.saved)
+        return tuple(_sum([r for r in self.saved if r.format == name]) for name in formats)
+
+
+def _sum(rows: Sequence[SavedRow]) -> SavedRow:
+    known = [row.bytes for row in rows if isinstance(row.bytes, int)]
+    total = sum(known) if len(known) == len(rows) else " + ".join(str(row.bytes) for row in rows)
+    return SavedRow(rows[0].format, sum(row.tensors for row in rows), total)
+
+
+def _by_site(rows: Sequence[Row]) -> list[Row]:
+    """Sites in the order of their first GEMM, each with fprop, dgrad and wgrad in this order."""
+    sites = {row.fqn: i for i, row in reversed(list(enumerate(rows)))}
+    roles = {str(gemm): i for i, gemm in enumerate(Gemm)}
+    return sorted(rows, key=lambda row: (sites[row.fqn], roles.get(row.gemm, len(roles))))
+
+
+def _no_code(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """In place of Inductor's code generation: the graphs are only looked at."""
+    return gm.forward

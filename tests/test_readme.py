@@ -1,0 +1,66 @@
+"""The README about explain and the command line: its code runs, and shows what it says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fp8compile
+from fp8compile.cli import main
+from fp8compile.cli.parser import parser
+
+pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def code_of(title: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", section(title), re.DOTALL)
+
+
+def test_what_explain_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first example of the README, and what it says that explain prints for it."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    shown = re.search(r"gives, before it,\n\n```\n(.*?)\n```", section("Use it"), re.DOTALL)
+    assert shown and str(fp8compile.explain(model, torch.randn(128, 64))) == shown[1]
+
+
+def test_code_about_explain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    monkeypatch.chdir(tmp_path)
+    linear = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    names: dict[str, Any] = {"torch": torch, "nn": nn, "model": linear, "x": torch.randn(128, 64)}
+    found, large, _ = code_of("See what it does")
+    exec(found, names)
+    assert (tmp_path / "explanation.html").exists() and (tmp_path / "explanation.json").exists()
+    exec(large, names)
+    assert names["large"][0].weight.is_meta
+
+
+def test_commands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.py").write_text(code_of("See what it does")[2])
+    rows = re.findall(r"^\| (`.*?`) \|", section("See what it does"), re.MULTILINE)[1:]
+    commands = [shlex.split(c) for row in rows for c in re.findall(r"`(.*?)`", row)]
+    assert [command[0] for command in commands] == [
+        "doctor", "explain", "explain", "view", "bench", "cache", "cache",
+    ]  # fmt: skip
+    for command in commands:
+        assert callable(parser().parse_args(command).run)
+    for command in (command for command in commands if command[0] == "explain"):
+        assert main(command) == 0
+    assert "2 sites, 5 of 5 GEMMs in FP8" in capsys.readouterr().out
+    assert (tmp_path / "tiny.html").exists()
