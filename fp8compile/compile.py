@@ -77,12 +77,14 @@ def compile_graph(
     *,
     inner_compile: Callable[..., Any] | None = None,
     on_joint: Callable[[list[Row]], None] | None = None,
+    on_sites: Callable[[Sequence[Site]], None] | None = None,
     root: nn.Module | None = None,
 ) -> Callable[..., Any]:
     """``fp8`` with parsed options, and what ``explain`` and the tests need besides.
 
     ``inner_compile`` replaces Inductor's code generation; ``on_joint`` is given the rows of each
-    graph; ``root`` is the model that names come from, if it is not to be looked for.
+    graph, ``on_sites`` its sites, also those that have no GEMM in it; ``root`` is the model that
+    names come from, if it is not to be looked for.
     """
     gm = internals.clone_dynamo_graph(gm)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -93,6 +95,8 @@ def compile_graph(
         keep_logits(gm)
     _keep(gm, options.kept_by_budget())
     sites: list[Site] = gm.meta["fp8_sites"]
+    if on_sites is not None:
+        on_sites(sites)
     _check_globs(options, sites, root)
     device = _device(sites, example_inputs)
     kernels = resolve_kernels(options.kernels, device)
