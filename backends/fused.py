@@ -92,7 +92,7 @@ def _tiles(region: Region) -> list[Tile]:
 
 def _whole_rows(region: Region) -> list[Tile]:
     """Tiles of whole rows: as few elements as give every thread enough to do."""
-    whole = triton.next_power_of_2(int(region.space.n))
+    whole = triton.next_power_of_2(padded(int(region.space.n)))  # padding is written, too
     rows = max(1, 2048 // whole)
     size = rows * whole
     warps = [min(16, max(1, size // per_warp)) for per_warp in (1024, 512, 2048)]

@@ -1,80 +1,50 @@
-"""What `recipe_study.py` has seen of its runs, and the pictures of it."""
+"""The pictures of `recipe_study.py`, drawn from what it has kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import cycle
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import train_gpt
+from recipe_results import ORDER, OWN, ROLES, Run, load
 
-from fp8compile import Operand
 from fp8compile.monitor_plots import draw_bands
 
-ROLES = {Operand.WEIGHT: "weights", Operand.INPUT: "activations", Operand.GRAD_OUTPUT: "gradients"}
-QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#882255")
+# The model's own precision is black; a recipe looks the same in every picture.
+STYLES = {name: {"color": "black", "marker": "_"} for name in OWN} | {
+    name: {"color": color, "marker": marker}
+    for name, color, marker in zip(ORDER[len(OWN) :], COLORS, "osD^vPX*", strict=True)
+}
 
 
-@dataclass
-class Seen:
-    """What was seen of one run.
-
-    ``sqnr``: step -> layer -> dB of its weight's gradient. ``scales``: step -> role -> log2 of the
-    scales' QUANTILES. ``formats``: role -> FP8 format.
-    ``step_ms``: None on a CPU, where it would mean nothing.
-    """
-
-    name: str
-    formats: dict[str, str] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
-    sqnr: dict[int, dict[str, float]] = field(default_factory=dict)
-    scales: dict[int, dict[str, list[float]]] = field(default_factory=dict)
-    step_ms: float | None = None
-
-    @property
-    def final_loss(self) -> float:
-        """The mean over the last tenth of the steps."""
-        last = self.losses[-max(1, len(self.losses) // 10) :]
-        return sum(last) / len(last)
-
-    def rows(self) -> Iterator[tuple[str, int | None, str, float, str]]:
-        """What, in which step, of which layer or role; the value and its unit."""
-        yield from (("loss", step, "", loss, "nats") for step, loss in enumerate(self.losses))
-        for step, layers in self.sqnr.items():
-            yield from (("gradient SQNR", step, name, db, "dB") for name, db in layers.items())
-        for step, roles in self.scales.items():
-            for role, values in roles.items():
-                for name, value in zip(QUANTILES, values, strict=True):
-                    yield f"log2(scale), {name}", step, role, value, ""
-        if self.step_ms is not None:
-            yield "step", None, "", self.step_ms, "ms"
+def draw(folder: Path) -> None:
+    """Draw all pictures of the runs in a folder into it."""
+    runs = load(folder)
+    if not runs:
+        raise SystemExit(f"{folder} has no runs to draw; run without --draw first")
+    title = f"{runs[0].place}; {runs[0].place.device}"
+    draw_losses(runs, folder / "loss.png", title)
+    draw_gradients(runs, folder / "gradients.png", title)
+    if any(run.scales for run in runs):
+        draw_scales(runs, folder / "scales.png", title)
 
 
-def styles(runs: Sequence[Seen]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for each run; the model's own precision is black."""
-    colors = cycle(["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31"])
-    markers = cycle("osD^vPX")
-    chosen: dict[str, dict[str, Any]] = {runs[0].name: {"color": "black", "marker": "_"}}
-    chosen |= {run.name: {"color": next(colors), "marker": next(markers)} for run in runs[1:]}
-    return chosen
-
-
-def draw_losses(runs: Sequence[Seen], path: Path, title: str) -> None:
+def draw_losses(runs: Sequence[Run], path: Path, title: str) -> None:
     own, *others = runs
     window = max(1, len(own.losses) // 20)
     means = {run.name: train_gpt.running_mean(run.losses, window) for run in runs}
     figure, (top, bottom) = new_figure(title, 2, 1, (9, 6.5), sharex=True, height_ratios=[3, 2])
     for run in runs:
-        color = styles(runs)[run.name]["color"]
+        color = STYLES[run.name]["color"]
         time = f", {run.step_ms:.1f} ms/step" if run.step_ms is not None else ""
         label = f"{run.name}: {run.final_loss:.4f}{time}"
         top.plot(means[run.name], color=color, linewidth=1.6, label=label)
     for run in others:
         pairs = zip(means[own.name], means[run.name], strict=True)
-        color = styles(runs)[run.name]["color"]
+        color = STYLES[run.name]["color"]
         bottom.plot([100 * (b / a - 1) for a, b in pairs], color=color, linewidth=1.2)
     bottom.axhline(0, color="black", linewidth=0.8)
     smoothed = f",\nmean of {window} steps" if window > 1 else ""
@@ -84,14 +54,14 @@ def draw_losses(runs: Sequence[Seen], path: Path, title: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def draw_gradients(runs: Sequence[Seen], path: Path, title: str) -> None:
+def draw_gradients(runs: Sequence[Run], path: Path, title: str) -> None:
     # A run in float32 differs from float32 by nothing but the order of sums.
     shown = [run for run in runs if run.name != "fp32"]
     layers = list(runs[0].sqnr[0])
     height = max(4.5, 1.5 + 0.26 * len(layers))
     figure, (left, right) = new_figure(title, 1, 2, (11, height), width_ratios=[3, 2])
     for index, run in enumerate(shown):
-        style = {**styles(runs)[run.name], "markersize": 5}
+        style = {**STYLES[run.name], "markersize": 5}
         means = [mean([layers[name] for layers in run.sqnr.values()]) for name in layers]
         offset = 0.5 * (index / max(1, len(shown) - 1) - 0.5)
         places = [row + offset for row in range(len(layers))]
@@ -106,13 +76,13 @@ def draw_gradients(runs: Sequence[Seen], path: Path, title: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def draw_scales(runs: Sequence[Seen], path: Path, title: str) -> None:
+def draw_scales(runs: Sequence[Run], path: Path, title: str) -> None:
     shown = [run for run in runs if run.scales]
     size = (10, 1.5 + 1.6 * len(shown))
     title += "\nscale = FP8_MAX / amax; line: median; dark: 10 to 90 %; light: smallest to largest"
     figure, grid = new_figure(title, len(shown), 3, size, sharex=True, sharey="col", squeeze=False)
     for run, row in zip(shown, grid, strict=True):
-        color = styles(runs)[run.name]["color"]
+        color = STYLES[run.name]["color"]
         for role, axes in zip(ROLES.values(), row, strict=True):
             steps = list(run.scales)
             draw_bands(axes, steps, [run.scales[step][role] for step in steps], color)

@@ -80,14 +80,16 @@ def compile_graph(
     inner_compile: Callable[..., Any] | None = None,
     on_joint: Callable[[list[Row]], None] | None = None,
     watch: Watch | None = None,
+    on_sites: Callable[[Sequence[Site]], None] | None = None,
     root: nn.Module | None = None,
     on_final: Callable[[FinalGraphs], None] | None = None,
 ) -> Callable[..., Any]:
     """``fp8`` with parsed options, and what ``explain``, ``view`` and the tests need besides.
 
     ``inner_compile`` replaces Inductor's code generation; ``on_joint`` is given the rows of each
-    graph; ``watch`` is shown every graph; ``root`` is the model that names come from, if it is not
-    to be looked for; ``on_final`` is given what each graph became, before kernels are put in.
+    graph, ``on_sites`` its sites, also those that have no GEMM in it; ``watch`` is shown every
+    graph; ``root`` is the model that names come from, if it is not to be looked for; ``on_final``
+    is given what each graph became, before kernels are put in.
     """
     gm = internals.clone_dynamo_graph(gm)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -98,6 +100,8 @@ def compile_graph(
         keep_logits(gm)
     _keep(gm, options.kept_by_budget())
     sites: list[Site] = gm.meta["fp8_sites"]
+    if on_sites is not None:
+        on_sites(sites)
     _check_globs(options, sites, root)
     device = _device(sites, example_inputs)
     kernels = resolve_kernels(options.kernels, device)

@@ -7,6 +7,7 @@ though: its call is on the Python stack, both when a graph is compiled and when 
 from __future__ import annotations
 
 import gc
+import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .internals import source_name
+from .untouched import ARGS, KWARGS
 
 
 def calling_module(parameter: Tensor) -> nn.Module | None:
@@ -80,10 +82,12 @@ class SiteNames:
     """Fully qualified names for the sites of a graph.
 
     With ``root`` they are those of ``root.named_modules()``; otherwise they are taken from the
-    names that Dynamo gave the parameters.
+    names that Dynamo gave the parameters. What is an argument goes by the name that ``root`` has
+    for it, also where ``untouched.fresh`` stands in front.
     """
 
     def __init__(self, root: nn.Module | None, parameters: dict[fx.Node, Tensor]) -> None:
+        self._root = root
         self._parameters = parameters
         self._names: dict[int, list[str]] = {}
         if root is not None:
@@ -96,7 +100,8 @@ class SiteNames:
             return path or call.name
         names = self._names.get(id(self._parameters.get(weight)))
         if not names:
-            return _without_weight(cleaned(source_name(weight))) or path or weight.name
+            name = _argument(cleaned(source_name(weight)), self._root)
+            return _without_weight(name) or path or weight.name
         # A tied weight has several names; the one that is called here ends as the module path does.
         # Either may be longer: the path starts at what Dynamo compiles, the name at the root.
         sites = [_without_weight(name) for name in names]
@@ -107,6 +112,27 @@ def module_path(node: fx.Node) -> str | None:
     """The module that a node was traced in, or whose backward it is, by Dynamo; None if unknown."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     return cleaned(str(list(stack.values())[-1][0])) if stack else None
+
+
+def _argument(name: str, root: nn.Module | None) -> str:
+    """``fresh_args.0`` -> ``x`` where that is the first argument of ``root``."""
+    variable, _, rest = name.partition(".")
+    if root is None or variable not in (ARGS, KWARGS):
+        return name
+    kinds, parameters = inspect.Parameter, inspect.signature(root.forward).parameters
+
+    def those(*wanted: Any) -> list[str]:
+        return [name for name, parameter in parameters.items() if parameter.kind in wanted]
+
+    positional = those(kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    first, _, rest = rest.partition(".")
+    if variable == ARGS and int(first) < len(positional):
+        first = positional[int(first)]
+    elif variable == ARGS:
+        first = f"{those(kinds.VAR_POSITIONAL)[0]}.{int(first) - len(positional)}"
+    elif first not in (*positional, *those(kinds.KEYWORD_ONLY)):
+        first = f"{those(kinds.VAR_KEYWORD)[0]}.{first}"
+    return f"{first}.{rest}" if rest else first
 
 
 def _shared_end(site: str, path: str) -> int:

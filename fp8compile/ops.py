@@ -260,6 +260,12 @@ def per_row(scale_inv: Tensor, block: Sequence[int], q: Tensor) -> Tensor:
 
 GROUP = 128  # elements of a row that share a scale where activations are stored in FP8
 
+# Not quantize_blocks with (1, 128) and one copy, though the numbers are the same: that makes an
+# operand of a GEMM, and the passes take it for one (share it, fold factors into it, let only a
+# scaled_mm read it). It is a matrix, with its scales in a GEMM's order; what is stored here has any
+# number of dimensions, and is read back by whatever backward kernel needs it, element by element.
+# Views, which would bring one to the other, must not touch an FP8 tensor.
+
 
 @torch.library.custom_op("fp8::quantize_groups", mutates_args=())
 def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:

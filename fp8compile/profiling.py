@@ -110,6 +110,7 @@ class _Runs:
         self.records: dict[str, _Record] = defaultdict(_Record)
         self.names: dict[tuple[int, int], str] = {}  # by graph and leader
         self.rows: list[list[Row]] = []  # of each graph
+        self.sites: dict[str, None] = {}  # of all graphs, in order
         self.in_fp8: str | None = None
         self.observing = False
         self._graphs = itertools.count()
@@ -136,6 +137,7 @@ class _Runs:
             _stateless(self.options),
             inner_compile=interpret,
             on_joint=self.rows.append,
+            on_sites=lambda sites: self.sites.update(dict.fromkeys(site.fqn for site in sites)),
             root=root,
         )
 
@@ -184,7 +186,7 @@ class _Runs:
             groups.append(Group(sites, edges, output, gradient, self._saved_us(sites)))
         profiled = {site for group in groups for site in group.sites}
         rows = list(itertools.chain(*self.rows))
-        others = dict.fromkeys(site for row in rows for site in row.sites if site not in profiled)
+        others = [site for site in self.sites if site not in profiled]
         device = next((row.predicted_for for row in rows if row.predicted_for), "")
         return Profile(tuple(groups), tuple(others), device)
 

@@ -15,13 +15,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .internals import has_no_data, stand_ins
 
 _calls = itertools.count()
+ARGS, KWARGS = "fresh_args", "fresh_kwargs"  # how Dynamo calls what ``fresh`` passes on
 
 
 def fresh(target: Callable[..., Any]) -> Callable[..., Any]:
     """A copy with a code object of its own: what Dynamo remembers of the target stays untouched."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return target(*args, **kwargs)
+    def call(*fresh_args: Any, **fresh_kwargs: Any) -> Any:
+        return target(*fresh_args, **fresh_kwargs)
 
     function = target if isinstance(target, types.FunctionType) else call
     code = function.__code__.replace(co_name=f"fresh_{next(_calls)}")

@@ -11,7 +11,7 @@ from torch import fx
 from ..formats import Format
 from ..internals import is_tangent
 from ..ir import QUANTIZE, args_of, aten, emit
-from ..moments import Analysis, Statistics, analyse, elements, is_floating, largest_of
+from ..moments import Analysis, Statistics, analyse, elements, is_floating, largest_of, sizes
 from ..ops import F32_MAX
 from ..static import StaticScales
 
@@ -82,12 +82,13 @@ def _follow_tangents(gm: fx.GraphModule, casts: Sequence[fx.Node], moments: Anal
         if not computed.isdisjoint(node.all_input_nodes):
             computed.add(node)
     gradients = [cast for cast in casts if cast in computed]
-    if not gradients:
+    first, *others = [tangent for tangent in tangents if 0 not in sizes(tangent)] or [None]
+    if not gradients or first is None:
         return
     scale, like = args_of(gradients[0])[1], gradients[0]
     with gm.graph.inserting_before(gradients[0]):
-        largest = _ratio(gm.graph, tangents[0], moments)
-        for tangent in tangents[1:]:
+        largest = _ratio(gm.graph, first, moments)
+        for tangent in others:
             args = (largest, _ratio(gm.graph, tangent, moments))
             largest = emit(gm.graph, aten.maximum.default, args, f"{tangent}_max", like=like)
         ratio = emit(gm.graph, aten.div.Tensor, (scale, largest), "scale_ratio", like=like)

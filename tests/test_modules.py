@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fp8compile
+from fp8compile.compile import compile_graph
 from fp8compile.modules import SiteNames, calling_module, owners_of
+from fp8compile.options import Options
+from tests.helpers import interpret
 from tests.models import Llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
@@ -74,8 +77,8 @@ def test_calling_module_looks_behind_a_compiled_model() -> None:
     assert isinstance(leaf.found[0], nn.Sequential)
 
 
-def sites_of(model: Any, *inputs: Any) -> list[str]:
-    rows = fp8compile.explain(model, *inputs).rows
+def sites_of(model: Any, *inputs: Any, **kwargs: Any) -> list[str]:
+    rows = fp8compile.explain(model, *inputs, **kwargs).rows
     return list(dict.fromkeys(site for row in rows for site in row.sites or (row.fqn,)))
 
 
@@ -151,6 +154,35 @@ def test_names_of_arguments() -> None:
         return F.linear(x, head)
 
     assert sites_of(function, torch.randn(16, 32), torch.randn(48, 32)) == ["head"]
+
+
+class Takes(nn.Module):
+    """Weights that are arguments, of every kind."""
+
+    def forward(
+        self, x: Tensor, first: Tensor, *rest: Tensor, named: Tensor, **more: Tensor
+    ) -> Tensor:
+        parts = [F.linear(x, w) for w in (first, *rest, named, *more.values())]
+        return torch.cat(parts, 1)
+
+
+def test_arguments_have_the_names_that_they_have_when_compiled() -> None:
+    """`explain` and `profile` call the model through a function of their own."""
+    x, model = torch.randn(16, 32), Takes()
+    args = [torch.randn(48, 32) for _ in range(3)]
+    kwargs = {"named": torch.randn(16, 32), "other": torch.randn(16, 32)}
+    names = sites_of(model, x, *args, **kwargs)
+    assert names == ["first", "rest.0", "rest.1", "named", "more.other"]
+    found: list[str] = []
+
+    def backend(gm: fx.GraphModule, examples: Any) -> Any:
+        def note(sites: Any) -> None:
+            found.extend(site.fqn for site in sites)
+
+        return compile_graph(gm, examples, Options(), inner_compile=interpret, on_sites=note)
+
+    torch.compile(model, backend=backend)(x, *args, **kwargs)
+    assert found == names
 
 
 def test_site_names_without_any_source() -> None:

@@ -415,3 +415,27 @@ def test_gradients_that_say_nothing(gradient: float) -> None:
         assert not model.weight.grad.any()
     else:  # visible, as in float32
         assert not model.weight.grad.isfinite().any()
+
+
+class Parts(nn.Module):
+    """Two results, each with a gradient of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x), self.second(y)
+
+
+@pytest.mark.parametrize("tokens", [(0, 32), (32, 0), (0, 0)], ids=str)
+def test_a_result_without_elements_has_no_amax(tokens: tuple[int, int]) -> None:
+    torch._dynamo.reset()
+    model, inputs = Parts(), [torch.randn(count, 64) for count in tokens]
+    found = []
+    for call in (model, compile_interpreted(model, STATIC)):
+        model.zero_grad()
+        sum(part.square().sum() for part in call(*inputs)).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for want, got in zip(*found, strict=True):
+        assert not got.any() if not want.any() else sqnr_db(want, got) > 20

@@ -14,7 +14,7 @@ from .gaussian import evaluator, largest_of
 from .pointwise import POINTWISE
 from .products import PRODUCTS
 from .tensors import TENSORS
-from .walk import Analysis, Statistics, elements, is_floating
+from .walk import Analysis, Statistics, elements, is_floating, sizes
 
 __all__ = [
     "RULES",
@@ -25,6 +25,7 @@ __all__ = [
     "evaluator",
     "is_floating",
     "largest_of",
+    "sizes",
 ]
 
 RULES = {**POINTWISE, **PRODUCTS, **TENSORS}

@@ -55,6 +55,18 @@ def uneven(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("copies", COPIES, ids=["both", "row-major", "transposed"])
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("shape", [(32, 1), (5, 3), (1, 1), (3, 40)], ids=str)
+def test_the_padding_of_a_narrow_matrix_is_zero(
+    shape: tuple[int, int], block: tuple[int, int], copies: tuple[bool, bool]
+) -> None:
+    case = only_region(lambda x: quantize(x, block, copies=copies), x=uneven(*shape))
+    found = case.run()
+    for name, want in case.oracle().items():
+        assert torch.equal(bits(found[name]), bits(want)), name
+
+
+@pytest.mark.parametrize("copies", COPIES, ids=["both", "row-major", "transposed"])
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("shape", [(256, 384), (130, 200), (33, 16), (1, 130)], ids=str)
 def test_a_cast_alone_is_the_reference_bit_by_bit(
     shape: tuple[int, int], block: tuple[int, int], copies: tuple[bool, bool]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fp8compile.backends.fused import Tile, prepare, tiles
 from fp8compile.backends.kernels.launch import run
-from tests.backends.common import DEVICE, Case, only_region
+from tests.backends.common import DEVICE, Case, assert_close, only_region
 
 FORMATS = [torch.float8_e4m3fn, torch.float8_e5m2]
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -170,3 +170,19 @@ def test_tracked_amax_is_the_maximum_over_calls() -> None:
         for launch in launches:
             run(launch)
         assert amax.item() == want
+
+
+@pytest.mark.parametrize("width", [3, 8, 24])
+def test_the_padding_of_a_narrow_norm_is_zero(width: int) -> None:
+    """Rows are whole in a tile, which has to reach behind them."""
+
+    def fn(x: Tensor) -> list[Tensor]:
+        y = F.rms_norm(x, (width,))
+        q, _, scale_inv, _ = torch.ops.fp8.quantize(y, None, 0, torch.float8_e4m3fn, True, False)
+        return [q, scale_inv]
+
+    case = only_region(fn, x=torch.randn(40, width))
+    found = case.run()
+    (q,) = (value for value in found.values() if value.dtype is torch.float8_e4m3fn)
+    assert not q[:, width:].float().any() and q[:, :width].float().abs().max() == 448
+    assert_close(found, case.oracle())

@@ -17,7 +17,7 @@ import copy
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,13 +29,17 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.compile_fx import compile_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fp8compile import OptionError, profile
 from fp8compile import compile as compiler
 from fp8compile.internals import is_tangent
 from fp8compile.ir import QUANTIZE, format_graph
-from fp8compile.options import parse_options
+from fp8compile.options import AUTO, parse_options
 from fp8compile.passes import grow_regions
 from fp8compile.passes.pipeline import Pass, pass_name
+from fp8compile.recipe import Scaling
+from fp8compile.scaling import rule_of
 from tests.backends.common import Calls, assert_close
 from tests.helpers import interpret
 from tests.models import sqnr_db
@@ -82,26 +86,46 @@ def check(program: Program, tally: Tally | None = None, *, kernels: bool = False
     tally = Tally() if tally is None else tally
     torch._dynamo.reset()
     model, eager = program.build(), program.build()
-    training, inference = (_Compiled(model, program, tally, kernels) for _ in range(2))
-    with warnings.catch_warnings():
+    anything_may_match = mock.patch.object(compiler, "_check_globs")
+    with warnings.catch_warnings(), anything_may_match:
         warnings.simplefilter("ignore")
+        options = {**program.options, **_formats(program)}
+        training, inference = (_Compiled(model, program, options, tally, kernels) for _ in range(2))
         for step, compiled in enumerate((training, training, inference)):
             with torch.no_grad() if compiled is inference else nullcontext():
                 _check_step(compiled, model, eager, step, tally)
     tally.programs += 1
 
 
+def _formats(program: Program) -> dict[str, Any]:
+    """The options that let formats be chosen, by a profile of the first step."""
+    model = program.build()
+
+    def loss_of(call: Callable[..., Any], batch: Sequence[Tensor]) -> Tensor:
+        return random_loss(_outputs(call(*batch)))
+
+    if program.formats != AUTO:
+        return {}
+    batches = [program.make_inputs(0)]
+    try:
+        found = profile(model, batches, step=loss_of, options=program.options, sensitivity=False)
+    except OptionError as error:  # no GEMM in FP8
+        assert "nothing to profile" in str(error)
+        return {}
+    return {"profile": found, "formats": AUTO}
+
+
 def _check_step(
     compiled: _Compiled, model: nn.Module, eager: nn.Module, step: int, tally: Tally
 ) -> None:
     before, got = copy.deepcopy(eager), run(compiled, model, compiled.program.make_inputs(step))
-    state = compiled.state
-    scale = None if state is None else state.scale.clone()
+    state, scale = compiled.state, compiled.scale
     runs = _Runs(compiled.program, step, before, compiled.plan, scale)
     want, counts = runs.fake_quantized(FakeQuantized, eager)
     if state is not None:
         got.tensors[AMAX] = torch.maximum(state.amax_fwd, state.amax_bwd)
-        state.update()
+        if state.rule.scaling is Scaling.DELAYED:
+            state.update()
     else:
         del want.tensors[AMAX]
     tally.gemms.update(counts)
@@ -164,11 +188,20 @@ def _without_fp8(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., A
 class _Compiled:
     """A module compiled without Inductor's code, and checked on the way."""
 
-    def __init__(self, model: nn.Module, program: Program, tally: Tally, kernels: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        program: Program,
+        options: Mapping[str, Any],
+        tally: Tally,
+        kernels: bool,
+    ) -> None:
         self.program = program
+        self.options = parse_options({**options, "decline_slower": False})
         self.plan = Plan()  # that of the only graph; an empty one if there is nothing to compile
         self._graph: Any = None
         self._tally, self._kernels = tally, kernels
+        self._static = _StaticScales()
         self._run = torch.compile(model, backend=self._backend, fullgraph=True)
 
     @property
@@ -176,13 +209,27 @@ class _Compiled:
         """The scaling state, if it has one."""
         return getattr(self._graph, "_state", None)
 
+    @property
+    def scale(self) -> Tensor | None:
+        """The scales that the last call has used, until the state moves."""
+        if self.state is None:
+            return None
+        is_static = self.state.rule.scaling is Scaling.STATIC
+        return (
+            self._static.in_slots(len(self.state.scale)) if is_static else self.state.scale.clone()
+        )
+
     def __call__(self, *inputs: Any) -> Any:
         rewrite, run_passes = compiler.GraphCompiler.joint, compiler.run_passes
 
         def joint(graph: compiler.GraphCompiler, gm: fx.GraphModule) -> None:
             training = any(is_tangent(node) for node in gm.graph.nodes)
             rewrite(graph, gm)
-            self.plan = Plan.of(gm, graph.sites, training and self.program.recipe == "delayed")
+            own = (self.options.own_recipe(site.fqn) for site in graph.sites)
+            recipes = [recipe or self.options.recipe for recipe in own]
+            rule = rule_of(recipes)
+            observes = training and rule is not None and rule.scaling is Scaling.DELAYED
+            self.plan = Plan.of(gm, graph.sites, recipes, observes)
 
         def run_twice(gm: fx.GraphModule, passes: Sequence[Pass], **kwargs: Any) -> Any:
             return run_passes(gm, [_twice(run) for run in passes], **kwargs)
@@ -197,8 +244,8 @@ class _Compiled:
                 raise error.inner_exception from error
 
     def _backend(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        options = parse_options({"recipe": self.program.recipe, "decline_slower": False})
-        self._graph = compiler.compile_graph(gm, examples, options, inner_compile=self._final)
+        final = self._final
+        self._graph = compiler.compile_graph(gm, examples, self.options, inner_compile=final)
         return self._graph
 
     def _final(self, gm: fx.GraphModule, examples: Any, **_: Any) -> Callable[..., Any]:
@@ -210,7 +257,9 @@ class _Compiled:
 
         def run(*args: Any) -> Any:
             again = [_twin(arg) for arg in args]
-            out, calls = gm.forward(*args), Calls(grown)
+            with self._static:
+                out = gm.forward(*args)
+            calls = Calls(grown)
             _assert_same_bits("a result of a graph with regions", out, calls.run(*again))
             _assert_same_bits("an argument of a graph with regions", args, again)
             for case in calls.cases if self._kernels else ():
@@ -219,6 +268,29 @@ class _Compiled:
             return out
 
         return make_boxed_func(run)
+
+
+class _StaticScales(TorchDispatchMode):
+    """Notes the scales that casts are given, by slot; gradients' are computed in the graph."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func is QUANTIZE and args[1] is not None:
+            self._found[args[2]] = args[1][args[2]].clone()
+        return func(*args, **(kwargs or {}))
+
+    def in_slots(self, slots: int) -> Tensor:
+        scale = torch.zeros(slots)
+        for slot, found in self._found.items():
+            scale[slot] = found
+        return scale
 
 
 def _twice(run: Pass) -> Pass:
@@ -272,14 +344,8 @@ def run(call: Callable[..., Any], model: nn.Module, inputs: Sequence[Tensor]) ->
     leaves = dict(model.named_parameters()) | {f"input {i}": x for i, x in enumerate(inputs)}
     for leaf in leaves.values():
         leaf.grad = None
-    out = call(*inputs)
-    outputs = list(out) if isinstance(out, tuple) else [out]
-    generator = torch.Generator().manual_seed(1)
-    loss = torch.zeros(())
-    for value in outputs:
-        direction = torch.randn(value.shape, generator=generator)
-        if value.requires_grad:
-            loss = loss + (value.float() * direction).sum()
+    outputs = _outputs(call(*inputs))
+    loss = random_loss(outputs)
     if loss.requires_grad:
         loss.backward()
     found = {f"output {i}": value for i, value in enumerate(outputs)}
@@ -289,6 +355,21 @@ def run(call: Callable[..., Any], model: nn.Module, inputs: Sequence[Tensor]) ->
     found |= {f"gradient of {n}": x.grad for n, x in leaves.items() if x.grad is not None}
     kinds += [(name, tuple(x.shape), x.dtype) for name, x in found.items()]
     return Results({n: x.detach().clone() for n, x in found.items()}, kinds)
+
+
+def _outputs(out: Any) -> list[Tensor]:
+    return list(out) if isinstance(out, tuple) else [out]
+
+
+def random_loss(outputs: Sequence[Tensor]) -> Tensor:
+    """A loss whose gradients are random numbers, but always the same."""
+    generator = torch.Generator().manual_seed(1)
+    loss = torch.zeros(())
+    for value in outputs:
+        direction = torch.randn(value.shape, generator=generator)
+        if value.requires_grad:
+            loss = loss + (value.float() * direction).sum()
+    return loss
 
 
 def _aliases(tensors: dict[str, Tensor]) -> list[tuple[str, str]]:

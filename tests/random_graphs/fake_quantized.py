@@ -1,12 +1,14 @@
 """FP8 without a compiler: a module run in eager, with the operands of its matmuls cast and back.
 
 Under ``FakeQuantized`` every matmul call that is a site becomes an autograd function that casts its
-operands with ``fp8::quantize``, forward and backward, and multiplies them in float32. From the
-compiler it takes only the *plan*: which sites are merged, which slot of the scaling state and which
-format each operand has. What is computed from what, the transpositions, the order of things,
-aliasing and in-place writes are eager PyTorch's. A compiled graph has to agree with it up to the
-order of float32 sums, far below the noise of FP8. (The zoo's simulation is simpler, and knows only
-weights that are parameters and scales of the tensor itself.)
+operands with ``fp8::quantize`` or ``fp8::quantize_blocks``, forward and backward, and multiplies
+them with the reference bodies of the GEMMs. From the compiler it takes only the *plan*: which sites
+are merged, and which slot of the scaling state each operand has; and the scales that static scaling
+has derived. How an operand is cast has to be as the site's recipe says. What is computed from what,
+the transpositions, the order of things, aliasing and in-place writes are eager PyTorch's. A
+compiled graph has to agree with it up to the order of float32 sums, far below the noise of FP8.
+(The zoo's simulation is simpler, and knows only weights that are parameters and scales of the
+tensor itself.)
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,9 +24,9 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from fp8compile.formats import Format
 from fp8compile.ir import (
-    SCALED_MM,
+    QUANTIZE,
+    SCALED_MMS,
     SITE_TAG,
     SLOTS_PER_SITE,
     Site,
@@ -33,49 +35,82 @@ from fp8compile.ir import (
     gemms,
     value_key,
 )
-from fp8compile.recipe import Gemm, Operand
+from fp8compile.recipe import Gemm, Granularity, Operand, Recipe, Scaling
 
-Slot = tuple[int, torch.dtype]  # where the amax goes, and the format
-Operands = tuple[Operand, Sequence[Tensor]]  # those of merged sites, which share a scale
+# Those of merged sites, which lie side by side, and the dimension that the GEMM sums over.
+Operands = tuple[Operand, Sequence[Tensor], int]
+
+
+@dataclass(frozen=True)
+class Cast:
+    """How an operand is cast: ``kept`` if its scale may be known, and its ``slot`` then."""
+
+    format: torch.dtype
+    block: tuple[int, int]
+    power_of_two: bool = False
+    kept: bool = False
+    slot: int | None = None
+
+    @staticmethod
+    def of(cast: fx.Node) -> Cast:
+        """What a node of a graph does."""
+        _, first, second, format, *_ = args_of(cast)
+        if cast.target is not QUANTIZE:
+            return Cast(format, tuple(first), second)
+        kept = first is not None
+        return Cast(format, Granularity.TENSOR.block, kept=kept, slot=second if kept else None)
+
+    @staticmethod
+    def wanted(recipe: Recipe, operand: Operand) -> Cast:
+        """What a recipe says, which knows nothing of slots."""
+        format, block = recipe.format_of(operand).dtype, recipe.granularity_of(operand).block
+        return Cast(format, block, recipe.power_of_two, recipe.scaling is not Scaling.CURRENT)
 
 
 @dataclass
 class Plan:
     """What a joint graph does at its sites, after all passes.
 
-    ``casts``: for each GEMM in FP8 the slot and format of its operands, by role. ``groups``: the
-    sites that are computed together, by the first of them. ``batched``: the sites that AOTAutograd
-    has traced as batched matmuls, as it does with an input that is not contiguous where no
-    gradient is needed. ``training``: whether the graph has a backward, and thus records amax.
+    ``recipes``: that of each site, by the options. ``casts``: for each GEMM in FP8 those of
+    its operands, by role. ``groups``: the sites that are computed together, by the first of them.
+    ``batched``: the sites that AOTAutograd has traced as batched matmuls, as it does with an input
+    that is not contiguous where no gradient is needed. ``observes``: whether the graph records
+    amax, as one with a backward does for delayed scales.
     """
 
     sites: Sequence[Site] = ()
-    training: bool = False
-    casts: dict[tuple[int, Gemm], dict[Operand, Slot]] = field(default_factory=dict)
+    recipes: Sequence[Recipe] = ()
+    observes: bool = False
+    casts: dict[tuple[int, Gemm], dict[Operand, Cast]] = field(default_factory=dict)
     groups: dict[int, tuple[int, ...]] = field(default_factory=dict)
     batched: frozenset[int] = frozenset()
 
     @staticmethod
-    def of(gm: fx.GraphModule, sites: Sequence[Site], training: bool) -> Plan:
-        """Read the plan off a graph, and check that formats and slots are those of the roles."""
+    def of(
+        gm: fx.GraphModule, sites: Sequence[Site], recipes: Sequence[Recipe], observes: bool
+    ) -> Plan:
+        """Read the plan off a graph, and check that casts are those of the recipes and roles."""
         batched = gm.graph.find_nodes(op="call_function", target=aten.bmm.default)
         tags = ((node.meta.get("custom") or {}).get(SITE_TAG) for node in batched)
-        plan = Plan(sites, training, batched=frozenset(tag for tag in tags if tag is not None))
+        of_batched = frozenset(tag for tag in tags if tag is not None)
+        plan = Plan(sites, recipes, observes, batched=of_batched)
         allowed: dict[object, set[int]] = {}  # the slots that a value in a format may have
         used: list[tuple[object, int]] = []
         for node, info in gemms(gm):
-            if node.target is not SCALED_MM:
+            if node.target not in SCALED_MMS:
                 continue
-            roles: dict[Operand, Slot] = {}
+            roles: dict[Operand, Cast] = {}
             for operand, edge in zip(args_of(node)[:2], (info.left, info.right), strict=True):
-                value, _, slot, format, *_ = args_of(args_of(operand)[0])
-                is_gradient = edge.operand is Operand.GRAD_OUTPUT
-                assert format is (Format.E5M2 if is_gradient else Format.E4M3).dtype, node
-                roles[edge.operand] = (slot, format)
-                key = (value_key(value), format)
+                cast = roles[edge.operand] = Cast.of(args_of(operand)[0])
+                for site in info.sites:
+                    wanted = Cast.wanted(recipes[site.index], edge.operand)
+                    assert replace(cast, slot=None) == wanted, (node, edge.operand)
+                if cast.slot is None:
+                    continue
+                key = (value_key(args_of(args_of(operand)[0])[0]), cast.format)
                 slots = {site.slot(edge.operand) for site in info.sites}
                 allowed[key] = allowed.get(key, set()) | slots
-                used.append((key, slot))
+                used.append((key, cast.slot))
             plan.casts |= {(site.index, info.gemm): roles for site in info.sites}
             plan.groups[info.site.index] = tuple(site.index for site in info.sites)
         assert all(slot in allowed[key] for key, slot in used), "a cast has another value's slot"
@@ -98,7 +133,7 @@ class _Call:
 class FakeQuantized(TorchFunctionMode):
     """Run modules with their matmuls in emulated FP8, as a plan says.
 
-    ``scale``: the delayed scales, or None for current scaling. Afterwards ``amax`` is what the
+    ``scale``: the scales that are kept, or None if there are none. Afterwards ``amax`` is what the
     scaling state has to hold, and ``counts`` how many GEMMs there were.
     """
 
@@ -141,22 +176,19 @@ class FakeQuantized(TorchFunctionMode):
         assert torch.equal(call.left, self._calls[group[0]].left), "merged, with different inputs"
         return self._outputs.pop(site)
 
-    def multiply(
-        self,
-        gemm: Gemm,
-        sites: Sequence[int],
-        left: Operands,
-        right: Operands,
-        combine: Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]],
-    ) -> list[Tensor]:
-        """``combine`` of the operands, cast if this GEMM is in FP8; rounded by nobody yet."""
-        slots = self.plan.casts.get((sites[0], gemm))
-        self._check_precision(gemm, sites, [*left[1], *right[1]], slots is not None)
-        if slots is None:
-            return combine([_unrounded(x) for x in left[1]], [_unrounded(x) for x in right[1]])
-        lefts, left_inv = self._cast(left[1], slots[left[0]])
-        rights, right_inv = self._cast(right[1], slots[right[0]])
-        return [product * (left_inv * right_inv) for product in combine(lefts, rights)]
+    def multiply(self, gemm: Gemm, sites: Sequence[int], left: Operands, right: Operands) -> Tensor:
+        """``left x right^T`` of K-major operands, cast if this GEMM is in FP8; unrounded."""
+        casts = self.plan.casts.get((sites[0], gemm))
+        self._check_precision(gemm, sites, [*left[1], *right[1]], casts is not None)
+        a, b = (_k_major(*operands[1:]) for operands in (left, right))
+        if casts is None:
+            return _unrounded(a) @ _unrounded(b).t()
+        how = [casts[role] for role, *_ in (left, right)]
+        (a, a_inv), (b, b_inv) = (self._cast(*each) for each in zip((a, b), how, strict=True))
+        args = (a, b, a_inv, b_inv, None, torch.float32)
+        if how[0].block == Granularity.TENSOR.block:
+            return torch.ops.fp8.scaled_mm(*args, False)
+        return torch.ops.fp8.scaled_mm_blocks(*args, *(cast.block for cast in how), False)
 
     def _check_precision(
         self, gemm: Gemm, sites: Sequence[int], values: Sequence[Tensor], is_fp8: bool
@@ -170,19 +202,29 @@ class FakeQuantized(TorchFunctionMode):
             reason = "a size is 0"
         elif sites[0] in self.plan.batched:
             reason = "traced as a batched matmul"
+        elif gemm in self.plan.recipes[sites[0]].high_precision:
+            reason = "its recipe says so"
         elif 1 in sizes and not is_fp8:
             reason = "Inductor may have made a product and a sum of it"
         assert is_fp8 == (reason is None), f"{gemm} of sites {sites}: {is_fp8=}, {reason=}"
 
-    def _cast(self, values: Sequence[Tensor], slot: Slot) -> tuple[list[Tensor], Tensor]:
-        """Values as FP8 holds them, in float32 and still scaled, and the scale_inv of all."""
-        index, format = slot
-        flat = torch.cat([value.flatten() for value in values]).unsqueeze(0)
-        q, _, scale_inv, amax = torch.ops.fp8.quantize(flat, self.scale, index, format)
-        if self.plan.training:
-            self.amax[index] = torch.maximum(self.amax[index], amax[0])
-        parts = q[0, : flat.numel()].float().split([value.numel() for value in values])
-        return [p.view(v.shape) for p, v in zip(parts, values, strict=True)], scale_inv
+    def _cast(self, value: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
+        """A K-major operand as FP8 holds it, and its scale_inv."""
+        if cast.block != Granularity.TENSOR.block:
+            how = (cast.block, cast.power_of_two, cast.format)
+            q, _, scale_inv, _ = torch.ops.fp8.quantize_blocks(value, *how)
+            return q, scale_inv
+        scale, slot = (self.scale, cast.slot or 0) if cast.kept else (None, 0)
+        q, _, scale_inv, amax = torch.ops.fp8.quantize(value, scale, slot, cast.format)
+        if self.plan.observes and cast.kept:
+            self.amax[slot] = torch.maximum(self.amax[slot], amax[0])
+        return q, scale_inv
+
+
+def _k_major(values: Sequence[Tensor], k_dim: int) -> Tensor:
+    """Values side by side, turned so that a row runs along the dimension that is summed over."""
+    joined = torch.cat(list(values), 1)
+    return joined if k_dim == 1 else joined.t()
 
 
 def _unrounded(value: Tensor) -> Tensor:
@@ -202,15 +244,11 @@ class _Multiply(torch.autograd.Function):
         ctx.roles = (Operand.INPUT, Operand.WEIGHT)
         if mode.plan.sites[group[0]].weight_first:
             ctx.roles = (Operand.WEIGHT, Operand.INPUT)
-        products = mode.multiply(
-            Gemm.FPROP,
-            group,
-            (ctx.roles[0], [left]),
-            (ctx.roles[1], rights),
-            lambda lefts, rights: [lefts[0] @ right for right in rights],
-        )
+        operands = ((ctx.roles[0], [left], 1), (ctx.roles[1], rights, 0))
+        product = mode.multiply(Gemm.FPROP, group, *operands)
+        products = product.split([right.shape[1] for right in rights], 1)
         added = (p if b is None else p + b for p, b in zip(products, biases, strict=True))
-        return tuple(value.to(left.dtype) for value in added)
+        return tuple(value.to(left.dtype, copy=True) for value in added)  # may be written to
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -224,27 +262,18 @@ class _Multiply(torch.autograd.Function):
         if not present:
             return None, None, *results
         sites = [ctx.group[i] for i in present]
-        given: Operands = (Operand.GRAD_OUTPUT, [grads[i] for i in present])  # type: ignore[misc]
+        given: list[Tensor] = [grads[i] for i in present]  # type: ignore[misc]
         if needs_left:
-            (total,) = mode.multiply(
-                for_left,
-                sites,
-                given,
-                (ctx.roles[1], [rights[i] for i in present]),
-                lambda gs, ws: [sum(g @ w.t() for g, w in zip(gs, ws, strict=True))],
-            )
-            results[0] = total.to(left.dtype)
+            others = (ctx.roles[1], [rights[i] for i in present], 1)
+            product = mode.multiply(for_left, sites, (Operand.GRAD_OUTPUT, given, 1), others)
+            results[0] = product.to(left.dtype)
         if any(needs[2 * i] for i in present):
-            products = mode.multiply(
-                for_right,
-                sites,
-                given,
-                (ctx.roles[0], [left]),
-                lambda gs, xs: [xs[0].t() @ g for g in gs],
-            )
+            operands = ((ctx.roles[0], [left], 0), (Operand.GRAD_OUTPUT, given, 0))
+            product = mode.multiply(for_right, sites, *operands)
+            products = product.split([grad.shape[1] for grad in given], 1)
             for i, product in zip(present, products, strict=True):
                 results[1 + 2 * i] = product.to(left.dtype)
-        for i, grad in zip(present, given[1], strict=True):
+        for i, grad in zip(present, given, strict=True):
             results[2 + 2 * i] = grad.sum(0)
         wanted = zip(results, ctx.needs_input_grad[2:], strict=True)
         return None, None, *(result if needed else None for result, needed in wanted)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
+
+from fp8compile.formats import Format
+from fp8compile.recipe import RECIPES, Gemm, Operand, Recipe
 
 _NAMES = {"torch": torch, "nn": nn, "F": F}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,13 +48,19 @@ class Input:
 
 @dataclass(frozen=True)
 class Program:
-    """A module and its inputs, as code."""
+    """A module and its inputs, as code.
+
+    ``recipe``, ``overrides``: by glob, of sites; see ``recipe_of``. ``formats``: "recipe", or
+    "auto": by a profile of the module.
+    """
 
     inputs: tuple[Input, ...]
     init: tuple[str, ...]
     forward: tuple[str, ...]
     outputs: str
     recipe: str = "delayed"
+    overrides: tuple[tuple[str, str], ...] = ()
+    formats: str = "recipe"
 
     def __str__(self) -> str:
         arguments = ", ".join(("self", *(x.name for x in self.inputs)))
@@ -63,7 +72,9 @@ class Program:
 
     def __repr__(self) -> str:
         inputs = "".join(f"\n# {x}" for x in self.inputs)
-        return f"\n{self}\n{inputs}\n# recipe: {self.recipe}\n"
+        lines = [f"# {glob} has the recipe {own}\n" for glob, own in self.overrides]
+        how = f"# recipe: {self.recipe}; formats: {self.formats}\n{''.join(lines)}"
+        return f"\n{self}\n{inputs}\n{how}"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # hypothesis asks for it
         printer.text(repr(self))
@@ -79,6 +90,29 @@ class Program:
         """Arguments for ``forward``."""
         generator = torch.Generator().manual_seed(seed)
         return tuple(x.make(generator) for x in self.inputs)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of the compiler that its recipes are."""
+        overrides = {glob: recipe_of(own) for glob, own in self.overrides}
+        return {"recipe": recipe_of(self.recipe), "overrides": overrides}
+
+
+def recipe_of(text: str) -> Recipe:
+    """A recipe with changes, such as "current, weight in e5m2" or "rowwise, dgrad is not cast"."""
+    name, *changes = text.split(", ")
+    recipe = RECIPES[name]
+    for change in changes:
+        what, _, how = change.partition(" ")
+        if how == "is not cast":
+            recipe = replace(recipe, name=text, high_precision=(Gemm(what),))
+        elif how == "in e5m2":
+            kinds = {o: Format.E5M2 if str(o) == what else Format.E4M3 for o in Operand}
+            recipe = replace(recipe, name=text, formats=tuple(kinds.items()))
+        else:
+            assert change == "powers of two", change
+            recipe = replace(recipe, name=text, power_of_two=True)
+    return recipe
 
 
 @dataclass
@@ -511,6 +545,31 @@ _STEPS = (
 )
 
 
+# All recipes of a program keep scales in the same way, or find them in the tensor.
+_KEPT = (("delayed", "e4m3_only"), ("static",), ())
+_FOUND = ("current", "rowwise", "blockwise", "mx")
+
+
+def _recipe(b: Builder, names: tuple[str, ...]) -> str:
+    """One of these, as it is or changed."""
+    name = b.one_of(*names)
+    changes = [f"{b.one_of(*Operand)} in e5m2"] if b.seldom() else []
+    changes += [f"{b.one_of(*Gemm)} is not cast"] if b.seldom() else []
+    if not RECIPES[name].is_tensorwise and b.seldom():
+        changes.append("powers of two")
+    return ", ".join((name, *changes))
+
+
+def _recipes(b: Builder) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """One for all sites, and others for those whose number ends in certain digits."""
+    names = (*b.one_of(*_KEPT), *_FOUND)
+    overrides = []
+    for _ in range(b.one_of(0, 1, 2)):
+        digits = b.draw(st.sets(st.sampled_from("0123456789"), min_size=2, max_size=5))
+        overrides.append((f"*[{''.join(sorted(digits))}]", _recipe(b, names)))
+    return _recipe(b, names), tuple(dict(overrides).items())
+
+
 @st.composite
 def programs(draw: st.DrawFn, max_steps: int = 12) -> Program:
     """A program with at least one output."""
@@ -524,10 +583,13 @@ def programs(draw: st.DrawFn, max_steps: int = 12) -> Program:
     outputs = [value.name for value in b.values if not value.used]
     if not outputs or b.flip():  # a value that others read, too
         outputs.append(b.one_of(*b.values).name)
+    recipe, overrides = _recipes(b)
     return Program(
         inputs=tuple(b.inputs),
         init=tuple(b.init),
         forward=tuple(b.forward),
         outputs=", ".join(dict.fromkeys(outputs)),
-        recipe=b.one_of("delayed", "current"),
+        recipe=recipe,
+        overrides=overrides,
+        formats="auto" if b.seldom() else "recipe",
     )

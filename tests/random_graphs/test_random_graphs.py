@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -11,8 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from torch import float8_e5m2, fx
 
 from fp8compile import compile as compiler
-from fp8compile.ir import QUANTIZE, SCALED_MM, TRACK_AMAX, GemmInfo, args_of, evaluate
-from fp8compile.passes import choose_precision
+from fp8compile.ir import (
+    QUANTIZE,
+    QUANTIZE_BLOCKS,
+    SCALED_MM,
+    TRACK_AMAX,
+    GemmInfo,
+    args_of,
+    evaluate,
+)
+from fp8compile.passes import choose_precision, tag_sites
 from fp8compile.passes.insert_casts import quantize_getitem
 from fp8compile.recipe import Gemm
 
@@ -140,3 +149,39 @@ def test_a_gemm_that_stays_in_high_precision_is_seen() -> None:
     forgetful = mock.patch.dict(choose_precision.__globals__, {"_reason": reason})
     with forgetful, pytest.raises(AssertionError, match=r"wgrad of sites .* is_fp8=False"):
         check(BLOCK)
+
+
+MIXED = replace(BLOCK, recipe="blockwise, dgrad is not cast", overrides=(("o", "e4m3_only"),))
+
+
+@pytest.mark.parametrize("recipe", ["mx", "static", "current, input in e5m2"])
+def test_every_recipe_is_compared(recipe: str) -> None:
+    tally = Tally()
+    check(replace(MIXED, recipe=recipe, overrides=(("o", "rowwise"),)), tally)
+    assert tally.gemms["in FP8"] == 21
+    assert tally.results["as close as rounding errors allow"] == 0
+
+
+def test_a_site_without_its_own_recipe_is_seen() -> None:
+    check(MIXED)
+    site = tag_sites.__globals__["Site"]
+
+    def forgetful(**fields: Any) -> Any:
+        return site(**{**fields, "recipe": None})
+
+    forgotten = mock.patch.dict(tag_sites.__globals__, {"Site": forgetful})
+    with forgotten, pytest.raises(AssertionError):
+        check(MIXED)
+
+
+def test_blocks_of_another_size_are_seen() -> None:
+    run_passes = compiler.run_passes
+
+    def run(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> dict[str, int]:
+        counts = run_passes(gm, *args, **kwargs)
+        cast = gm.graph.find_nodes(op="call_function", target=QUANTIZE_BLOCKS)[0]
+        cast.update_arg(1, [1, 32])
+        return counts
+
+    with mock.patch.object(compiler, "run_passes", run), pytest.raises(AssertionError):
+        check(MIXED)
