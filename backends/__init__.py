@@ -58,14 +58,6 @@ def device_constants(device: torch.device) -> Device:
     return ASSUMED if why_not_triton(device) else constants_of(device)
 
 
-def prepare(gm: fx.GraphModule, kernels: str) -> None:
-    """Change a final graph as the kernels want it, before its regions are grown."""
-    if kernels == TRITON:
-        from .block_gemms import scale_few_rows_afterwards
-
-        scale_few_rows_afterwards(gm)
-
-
 def lower(gm: fx.GraphModule, kernels: str) -> dict[str, str]:
     """Replace the FP8 nodes of a final graph; returns the kernels' source by name."""
     if kernels == REFERENCE:

@@ -15,8 +15,8 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ..internals import emit_materialized, traced
-from ..ir import SCALED_MM_BLOCKS, args_of, aten, emit, fake_mode_of, size_expr
+from ..internals import traced
+from ..ir import args_of, fake_mode_of, size_expr
 from ..regions import hint, is_aligned
 
 _FEW_ROWS = 128  # one tile of CUTLASS's kernel, which is too large for fewer
@@ -54,34 +54,20 @@ def scales_afterwards(node: fx.Node) -> bool:
     return not block[1] and hint(a.meta["val"].shape[0]) < _FEW_ROWS
 
 
-def lower_to_scaled_mm(node: fx.Node) -> fx.Node:
-    """``aten._scaled_mm`` for a ``fp8::scaled_mm_blocks`` node that it can do."""
-    a, b, a_scale_inv, b_scale_inv, bias, out_dtype, a_block, b_block, fast = args_of(node)
-    fn = partial(_scaled, blocks=(a_block, b_block), fast=fast, out_dtype=out_dtype)
-    (out,) = _inline(node, fn, a, b, a_scale_inv, b_scale_inv, *([] if bias is None else [bias]))
-    return out
-
-
-def scale_few_rows_afterwards(gm: fx.GraphModule) -> int:
-    """Replace the products that ``scales_afterwards`` by those of the bare operands, times both
-    scales; returns how many. Before regions grow, these factors become part of them.
+def lower_to_scaled_mm(node: fx.Node, one: fx.Node | None = None) -> fx.Node:
+    """``aten._scaled_mm`` for a ``fp8::scaled_mm_blocks`` node that it can do. ``one``: 1 as
+    ``f32[1]``, which those need that are scaled afterwards.
     """
-    one = None
-    found = gm.graph.find_nodes(op="call_function", target=SCALED_MM_BLOCKS)
-    nodes = [node for node in found if scales_afterwards(node) and is_scaled_mm(node)]
-    for node in nodes:
-        a, b, a_scale_inv, b_scale_inv, bias, out_dtype, *_, fast = args_of(node)
-        if one is None:
-            # Written once: Inductor would have every GEMM that takes it write two of its own.
-            with gm.graph.inserting_before(node):
-                size = emit(gm.graph, aten.new_ones.default, (a_scale_inv, [1]), "one")
-                one = emit_materialized(gm.graph, size, [1])
+    a, b, a_scale_inv, b_scale_inv, bias, out_dtype, a_block, b_block, fast = args_of(node)
+    values = [a, b, a_scale_inv, b_scale_inv, *([] if bias is None else [bias])]
+    if scales_afterwards(node):
+        assert one is not None
         fn = partial(_scaled_afterwards, fast=fast, out_dtype=out_dtype)
-        values = [one, a, b, a_scale_inv, b_scale_inv, *([] if bias is None else [bias])]
+        (out,) = _inline(node, fn, one, *values)
+    else:
+        fn = partial(_scaled, blocks=(a_block, b_block), fast=fast, out_dtype=out_dtype)
         (out,) = _inline(node, fn, *values)
-        node.replace_all_uses_with(out)
-        gm.graph.erase_node(node)
-    return len(nodes)
+    return out
 
 
 def _scaled(

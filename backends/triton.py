@@ -32,7 +32,7 @@ from ..ir import (
     size_expr,
 )
 from ..regions import hint, is_aligned
-from .block_gemms import is_scaled_mm, lower_to_scaled_mm, scale_few_rows_afterwards
+from .block_gemms import is_scaled_mm, lower_to_scaled_mm, scales_afterwards
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
 from .fused import emit_once, launches, tiles
 from .kernels.launch import Launch
@@ -50,7 +50,6 @@ ops.update_scales.register_kernel("cuda", update_scales)  # one launch instead o
 
 def lower_to_triton(gm: fx.GraphModule) -> dict[str, str]:
     """Lower every region and ``fp8::scaled_mm``, in place; returns the kernels' source by name."""
-    scale_few_rows_afterwards(gm)  # unless it was done before the regions had grown
     lowering = _Lowering(gm)
     bundled = lowering.bundle_weights()
     for node in list(gm.graph.nodes):
@@ -78,6 +77,7 @@ class _Lowering:
         self._tracked = self._take_tracking()  # amax getitem -> the state's amax tensor
         self._taken = 0  # of the words below
         self._materialized: set[fx.Node] = set()
+        self._unit: fx.Node | None = None
         self._regions = regions_of(gm)
         if self._regions:
             first = next(iter(self._regions))
@@ -275,7 +275,8 @@ class _Lowering:
     def scaled_mm_blocks(self, node: fx.Node) -> None:
         """``fp8::scaled_mm_blocks`` -> ``aten._scaled_mm`` where it can, else our kernel."""
         if is_scaled_mm(node):
-            node.replace_all_uses_with(lower_to_scaled_mm(node))
+            one = self._one(node) if scales_afterwards(node) else None
+            node.replace_all_uses_with(lower_to_scaled_mm(node, one))
             return
         for value in args_of(node)[:4]:
             self._materialize(value)
@@ -355,6 +356,17 @@ class _Lowering:
         node.kwargs = {"dtype": dtype, "device": device, "pin_memory": False}
         node.meta["val"] = evaluate(node)
         return node
+
+    def _one(self, before: fx.Node) -> fx.Node:
+        """The number 1, as a scale that changes nothing; made in front of the first that needs it.
+
+        Written once: Inductor would have every GEMM that takes it write two of its own.
+        """
+        if self._unit is None:
+            with self.graph.inserting_before(before):
+                one = self._empty((1,), torch.float32, before.all_input_nodes[0], 1.0)
+                self._unit = emit_materialized(self.graph, one, [1])
+        return self._unit
 
     def _element(self, flat: fx.Node, index: int) -> fx.Node:
         """A view of one element: Inductor compiles one kernel for all slots that way."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import internals
-from .backends import TRITON, device_constants, kernel_name, lower, prepare, resolve_kernels
+from .backends import TRITON, device_constants, kernel_name, lower, resolve_kernels
 from .cost import DEVICES, Device
 from .dump import Dump, Watch
 from .errors import OptionError, PassError, StrictError
@@ -262,7 +262,6 @@ class GraphCompiler:
             drop_unused_outputs(gm)
             if self.kernels == TRITON or self.watch is not None:
                 with naming_errors(f"grow_regions ({direction})"):
-                    prepare(gm, self.kernels)
                     grow_regions(gm)
             self._show(direction, gm)
             if self.watch is None:
