@@ -100,9 +100,11 @@ def _graph_of(
 # --- at a call ----------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
-    """What some graph, known by its text, has computed from some tensors, as they were then."""
+    """What some graph, known by its text, has computed from some tensors, as they were then; no
+    values while they are not needed.
+    """
 
     graph: str
     inputs: list[weakref.ref[Tensor]]
@@ -115,9 +117,9 @@ class _Entry:
 
 
 _lock = threading.RLock()
-# By one of their inputs, with which they die. All graphs of a model, such as those of several
-# numbers of tokens, share them.
-_entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# By one of their inputs: all graphs of a model, such as those of several numbers of tokens, share
+# them. They die with that input, and with the last of these graphs.
+_entries: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> a WeakSet of entries
 _hook: Any = None
 
 
@@ -134,6 +136,7 @@ class QuantizedWeights:
         self._main, self._weights = main, weights
         self._positions = split.positions
         self._graph = format_graph(split.weights)
+        self._held: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> its entries in use here
         _install_hook()
 
     def __call__(self, args: list[Any]) -> Any:
@@ -150,12 +153,13 @@ class QuantizedWeights:
             return entry.values
 
     def _entry(self, inputs: list[Tensor]) -> _Entry:
-        entries = _entries.setdefault(inputs[0], [])
-        found = next((entry for entry in entries if entry.is_of(self._graph, inputs)), None)
-        if found is None:
-            found = _Entry(self._graph, [weakref.ref(x) for x in inputs])
-            entries.append(found)
-        return found
+        held = self._held.setdefault(inputs[0], set())
+        known = _entries.setdefault(inputs[0], weakref.WeakSet())
+        found = next((entry for entry in known if entry.is_of(self._graph, inputs)), None)
+        entry: _Entry = found or _Entry(self._graph, [weakref.ref(x) for x in inputs])
+        known.add(entry)
+        held.add(entry)
+        return entry
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -201,7 +205,6 @@ def _forget(tensors: Iterable[Tensor]) -> None:
     """Free what was computed from any of the tensors."""
     changed = {id(x) for x in tensors}
     with _lock:
-        for anchor, entries in list(_entries.items()):
-            _entries[anchor] = [
-                entry for entry in entries if changed.isdisjoint(id(ref()) for ref in entry.inputs)
-            ]
+        for entry in [entry for known in _entries.values() for entry in known]:
+            if not changed.isdisjoint(id(ref()) for ref in entry.inputs):
+                entry.stamps, entry.values = [], []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,24 +177,37 @@ def test_a_graph_that_serves_several_modules_keeps_them_apart(computed: list[int
     assert len(computed) == 2
 
 
-def entries() -> list[Any]:
-    return [entry for found in quantized_weights._entries.values() for entry in found]
+def kept() -> int:
+    """How many quantized weights, and scales, there are."""
+    gc.collect()
+    found = [entry for known in quantized_weights._entries.values() for entry in known]
+    return sum(len(entry.values) for entry in found)
 
 
 def test_they_are_freed_by_training_and_with_the_model() -> None:
-    gc.collect()
-    known = len(entries())
+    before = kept()
     model, x = Net(), torch.randn(32, 48)
     compiled = compile_interpreted(model, {"recipe": "rowwise"})
     served(compiled, x)
-    assert len(entries()) == known + 1
+    assert kept() == before + 4  # q and k are one
     stepped(torch.optim.SGD)(model)
-    assert len(entries()) == known
+    assert kept() == before
     served(compiled, x)
+    assert kept() == before + 4
     del model, compiled
     torch._dynamo.reset()
-    gc.collect()
-    assert len(entries()) == known
+    assert kept() == before
+
+
+def test_they_are_freed_with_the_last_graph_that_takes_them() -> None:
+    before = kept()
+    model, x = Net(), torch.randn(32, 48)
+    for recipe in ("rowwise", "current"):
+        compiled = compile_interpreted(model, {"recipe": recipe})
+        served(compiled, x)
+        del compiled
+        torch._dynamo.reset()
+        assert kept() == before
 
 
 def test_frozen_models_train_as_before(computed: list[int]) -> None:
@@ -206,10 +221,11 @@ def test_real_code_computes_the_same(computed: list[int]) -> None:
     model, x = Net(), torch.randn(32, 48)
     want = served(compile_interpreted(model, {"recipe": "rowwise"}), x)
     torch._dynamo.reset()
+    gc.collect()
     compiled = torch.compile(model, backend="fp8", options={"recipe": "rowwise"})
     torch.testing.assert_close(served(compiled, x), want)
     assert torch.equal(served(compiled, x), served(compiled, x))
-    assert len(computed) == 1  # the first one's: they are kept with the weights
+    assert len(computed) == 2  # those of the first were freed with it
 
 
 # --- the graphs ---------------------------------------------------------------------------------
@@ -240,3 +256,11 @@ def test_nothing_is_taken_out_of_what_depends_on_other_inputs(static: list[int])
     split = split_weights(gm, static=[i for i in static if i != 0])
     assert split is None
     assert lines_of(gm) == text
+
+
+def test_the_readme_serves(computed: list[int]) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"## Serve\n.*?```python\n(.*?)```", readme, re.DOTALL)
+    assert code
+    exec(code[1], {})
+    assert len(computed) == 1

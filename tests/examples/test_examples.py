@@ -90,6 +90,15 @@ def test_models_benchmark_runs_in_tiny_form(tmp_path: Path) -> None:
     assert numbers.count(",fp8,FP8 GEMMs,21,of 21") == 1
 
 
+def test_inference_benchmark_runs_in_tiny_form(tmp_path: Path) -> None:
+    where = ("--device", "cpu", "--tiny", "--contenders", "bf16", "fp8-rowwise")
+    out = run("bench/inference.py", tmp_path, *where, "--csv", "numbers.csv")
+    assert "These times mean nothing" in out
+    found = re.findall(r"^prefill \d x \d+ +fp8-rowwise .* ([\d.]+) dB$", out, re.MULTILINE)
+    assert len(found) == 2 and min(map(float, found)) > 25
+    assert (tmp_path / "numbers.csv").read_text().count(",call,") == 4
+
+
 def test_monitor_benchmark_runs_in_tiny_form(tmp_path: Path) -> None:
     where = ("--device", "cpu", "--tiny", "--rounds", 1, "--intervals", 1, 10)
     out = run("bench/monitor.py", tmp_path, *where, "--csv", "numbers.csv")
