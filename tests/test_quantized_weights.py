@@ -264,3 +264,17 @@ def test_the_readme_serves(computed: list[int]) -> None:
     assert code
     exec(code[1], {})
     assert len(computed) == 1
+
+
+def test_a_function_that_turns_gradients_off_itself() -> None:
+    """Such a graph looks like one for training when it is compiled."""
+    model, x = Net(), torch.randn(32, 48)
+
+    def without_gradients(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(x)
+
+    want = served(compile_interpreted(model, {"recipe": "rowwise"}), x)
+    compiled = torch.compile(without_gradients, backend="fp8", options={"recipe": "rowwise"})
+    torch.testing.assert_close(compiled(x), want)
+    assert torch.equal(compiled(x), compiled(x))
