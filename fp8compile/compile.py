@@ -41,6 +41,7 @@ from .passes import (
     naming_errors,
     run_passes,
     tag_sites,
+    with_own_passes,
 )
 from .passes.choose_precision import KEPT, SKIPPED, SLOWER
 from .passes.find_gemms import NO_FP8_FORM, unsited_matmuls
@@ -221,6 +222,7 @@ class GraphCompiler:
             store_in_fp8=self.options.save_activations == "fp8",
             statistics_of=statistics_of,
         )
+        passes = with_own_passes(passes, self.options.own_passes)
         self._show("joint", gm)
         internals.trace_artifact("fp8_joint_before_passes", lambda: format_graph(gm))
         run_passes(gm, passes, after_each=self._show)
@@ -392,11 +394,12 @@ def _in_training_mode(state: ScalingState) -> bool:
 
 
 def _may_be_cached(options: Options, inner_compile: Callable[..., Any] | None) -> bool:
-    """Not with a dump or static scales, which need the passes to run; nor what is not Inductor's
-    code; nor a graph that may have fallen back: from the cache it would do so without a word.
+    """Not with a dump or static scales, which need the passes to run; nor with passes of the
+    user's, whose source nobody hashes; nor what is not Inductor's code; nor a graph that may have
+    fallen back: from the cache it would do so without a word.
     """
     static = any(recipe.scaling is Scaling.STATIC for recipe in options.recipes)
-    passes_run = options.dump is not None or static
+    passes_run = options.dump is not None or static or bool(options.own_passes)
     return not passes_run and inner_compile is None and options.on_error != FALLBACK
 
 

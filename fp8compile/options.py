@@ -50,7 +50,8 @@ class Options:
     those that lose least by the profile. ``scaling``: "recipe", or "auto": for each operand of a
     recipe of delayed scaling, current where that takes hardly longer. ``error_budget_db``: the SQNR
     that outputs and gradients shall have by the profile; sites that cost too much stay in high
-    precision.
+    precision. ``own_passes``: functions of a joint graph, by the name of the pass that each runs
+    after.
     """
 
     recipe: Recipe = RECIPES["delayed"]
@@ -68,6 +69,7 @@ class Options:
     formats: str = RECIPE
     scaling: str = RECIPE
     error_budget_db: float | None = None
+    own_passes: tuple[tuple[str, Callable[[Any], int]], ...] = ()
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
@@ -149,6 +151,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
         formats=formats,
         scaling=scaling,
         error_budget_db=error_budget_db,
+        own_passes=_own_passes(given.get("own_passes", {})),
     )
 
 
@@ -160,6 +163,19 @@ def _scaling(value: Any, recipes: Sequence[Recipe]) -> str:
             f"are delayed; {recipes[0].name!r} is {recipes[0].scaling}. Choose recipe 'delayed'"
         )
     return choice
+
+
+def _own_passes(value: Any) -> tuple[tuple[str, Callable[[Any], int]], ...]:
+    """Which passes there are is for the compiler to say."""
+    if not isinstance(value, Mapping) or not all(
+        isinstance(after, str) and callable(run) and hasattr(run, "__name__")
+        for after, run in value.items()
+    ):
+        raise OptionError(
+            f"option 'own_passes' is {value!r}; give a dict from the name of a pass to a function "
+            "of a GraphModule that runs after it, such as {'choose_formats': my_pass}"
+        )
+    return tuple(value.items())
 
 
 def _profile(value: Any, decisions: Mapping[str, Any]) -> Profile | None:

@@ -11,7 +11,7 @@ from .grow_regions import grow_regions
 from .insert_casts import insert_casts
 from .keep_logits import keep_logits
 from .merge_gemms import merge_gemms
-from .pipeline import StateNodes, joint_passes, naming_errors, run_passes
+from .pipeline import StateNodes, joint_passes, naming_errors, run_passes, with_own_passes
 from .plan_saved import plan_saved
 from .share_casts import share_casts
 from .store_activations import store_activations
@@ -40,4 +40,5 @@ __all__ = [
     "store_activations",
     "tag_sites",
     "track_amax",
+    "with_own_passes",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from ..errors import PassError
 from ..ir import (
     CASTS,
     QUANTIZE,
@@ -110,6 +111,13 @@ def _cast(
     assert edge.format is not None
     base, _ = base_of(value)
     known = None if (edge.scaling or recipe.scaling) is Scaling.CURRENT else scale
+    if known is not None and edge.format is not recipe.format_of(edge.operand):
+        raise PassError(
+            "insert_casts",
+            f"{edge.operand} shall be {edge.format}, but the scale that is kept for it is one of "
+            f"{recipe.format_of(edge.operand)}; change the recipe, with overrides for some sites",
+            gemm,
+        )
     how: tuple[Any, ...] = (known, info.site.slot(edge.operand))
     if not _is_tensorwise(edge):
         how = (list(edge.granularity.block), recipe.power_of_two)

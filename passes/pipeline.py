@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from ..cost import Device
-from ..errors import Fp8CompileError, PassError
+from ..errors import Fp8CompileError, OptionError, PassError
 from ..ir import Site, verify
 from ..recipe import Recipe
 from .choose_formats import choose_formats
@@ -33,6 +33,24 @@ from .track_amax import track_amax
 log = logging.getLogger(__name__)
 
 Pass = Callable[[fx.GraphModule], int]
+
+
+# All that may run on a joint graph, in order; ``joint_passes`` chooses.
+JOINT_PASSES = (
+    find_gemms,
+    choose_precision,
+    merge_gemms,
+    choose_formats,
+    choose_scaling,
+    insert_casts,
+    fold_scales,
+    share_casts,
+    drop_unused_outputs,
+    derive_scales,
+    track_amax,
+    plan_saved,
+    store_activations,
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +117,25 @@ def joint_passes(
         if store_in_fp8:
             passes.append(store_activations)  # what backward still keeps in high precision
     return passes
+
+
+def with_own_passes(passes: Sequence[Pass], own: Sequence[tuple[str, Pass]]) -> list[Pass]:
+    """The passes, each followed by the user's ``(after, pass)`` of its name.
+
+    One runs where the pass does that it comes after. Raises OptionError if there is none of that
+    name.
+    """
+    names = [run.__name__ for run in JOINT_PASSES]
+    for after, run in own:
+        if after not in names:
+            raise OptionError(
+                f"option 'own_passes' has {pass_name(run)} run after {after!r}; the passes of a "
+                f"joint graph are {names}"
+            )
+    found: list[Pass] = []
+    for each in passes:
+        found += [each, *(run for after, run in own if after == pass_name(each))]
+    return found
 
 
 def run_passes(

@@ -231,6 +231,7 @@ CHANGES: dict[str, Any] = {
     "formats": "auto",
     "scaling": "auto",
     "error_budget_db": 20.0,
+    "own_passes": {"find_gemms": print},
 }
 # What goes with a change to be one.
 WITH: dict[str, dict[str, Any]] = {
@@ -239,7 +240,7 @@ WITH: dict[str, dict[str, Any]] = {
 }
 # These keep a graph from the caches, or count by what they come to.
 FROM_A_PROFILE = ("profile", "formats", "error_budget_db")
-NOT_IN_THE_KEY = ("overrides", "skip", "dump", "on_error", "logits", *FROM_A_PROFILE)
+NOT_IN_THE_KEY = ("overrides", "skip", "dump", "on_error", "logits", "own_passes", *FROM_A_PROFILE)
 
 
 def test_every_option_has_a_change() -> None:
@@ -253,7 +254,7 @@ def test_every_option_is_in_the_key_or_keeps_from_the_caches(name: str) -> None:
     changed = options.cache_key() != default.cache_key()
     assert changed == (name not in NOT_IN_THE_KEY)
     assert _may_be_cached(default, None)
-    assert _may_be_cached(options, None) == (name not in ("dump", "on_error"))
+    assert _may_be_cached(options, None) == (name not in ("dump", "on_error", "own_passes"))
 
 
 def test_static_scales_keep_from_the_caches() -> None:

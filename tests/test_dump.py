@@ -67,8 +67,10 @@ def test_inference(tmp_path: Path) -> None:
         compiled = torch.compile(nn.Linear(32, 48), backend="fp8", options={"dump": tmp_path})
         compiled(torch.randn(16, 32))
     folder = tmp_path / "graph_000"
-    assert names(folder) == ["joint", *PASSES, "forward"]
+    assert names(folder) == ["joint", *PASSES, "weights", "forward"]
+    assert text_of(folder, "weights").count("fp8.quantize(") == 1  # once, not at every call
     forward = text_of(folder, "forward")
+    assert forward.count("fp8.quantize(") == 1
     assert forward.count("fp8.scaled_mm(") == 1 and "fp8.track_amax" not in forward
 
 

@@ -472,8 +472,8 @@ FIELDS = {
     "": "schema version recipe summary gemms kernels saved edges measured",
     "recipe": "name text",
     "summary": "text notes fp8_share gflops megabytes saved_bytes predicted_ratio predicted_for",
-    "gemms": "fqn gemm m n k gflops megabytes formats decision kernel reason sites recipe high_us"
-    " fp8_us pays_from predicted_for measured_us",
+    "gemms": "fqn gemm m n k gflops megabytes formats decision kernel reason sites recipe scaling"
+    " high_us fp8_us pays_from predicted_for measured_us",
     "kernels": "name direction functions launches regions size fused writes feeds mb_read"
     " mb_written source predicted_us measured_us",
     "saved": "format tensors bytes",

@@ -90,6 +90,14 @@ def test_models_benchmark_runs_in_tiny_form(tmp_path: Path) -> None:
     assert numbers.count(",fp8,FP8 GEMMs,21,of 21") == 1
 
 
+def test_a_pass_of_ones_own(tmp_path: Path) -> None:
+    out = run("write_a_pass.py", tmp_path)
+    assert "head  wgrad  f32          its weight's gradient matters" in out
+    assert "body  wgrad  e5m2 x e4m3" in out
+    before, after = re.findall(r"^gradients.*head.weight ([\d.]+) dB$", out, re.MULTILINE)
+    assert float(after) > float(before) + 3
+
+
 def test_inference_benchmark_runs_in_tiny_form(tmp_path: Path) -> None:
     where = ("--device", "cpu", "--tiny", "--contenders", "bf16", "fp8-rowwise")
     out = run("bench/inference.py", tmp_path, *where, "--csv", "numbers.csv")

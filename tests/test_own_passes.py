@@ -1,0 +1,134 @@
+"""Passes of the user's, plugged into the pipeline."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import fp8compile
+from fp8compile import Format, OptionError
+from fp8compile.ir import QUANTIZE, emit, gemms, quantize_output
+from fp8compile.options import parse_options
+from fp8compile.passes import joint_passes
+from fp8compile.passes.pipeline import JOINT_PASSES, pass_name
+from tests.helpers import compile_interpreted
+
+
+@pytest.fixture(autouse=True)
+def compile_anew() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
+
+
+def no_fp8(gm: fx.GraphModule) -> int:
+    for node, info in list(gemms(gm)):
+        node.meta["fp8"] = replace(info, reason="not today")
+    return 1
+
+
+def test_it_runs_after_the_pass_that_is_named() -> None:
+    order: list[str] = []
+
+    def noting(gm: fx.GraphModule) -> int:
+        order.append(str({info.left.format for _, info in gemms(gm)}))
+        return 0
+
+    for after in ("merge_gemms", "choose_formats"):
+        fp8compile.explain(mlp(), torch.randn(32, 64), options={"own_passes": {after: noting}})
+    assert order[0] == "{None}" and "E4M3" in order[1] and len(order) == 2
+
+
+def test_what_it_decides_is_what_is_compiled() -> None:
+    model, x = mlp(), torch.randn(32, 64)
+    options = {"own_passes": {"choose_precision": no_fp8}}
+    explained = fp8compile.explain(model, x, options=options)
+    assert {row.reason for row in explained.rows} == {"not today"}
+    with pytest.warns(UserWarning, match="not today"):
+        compiled = compile_interpreted(model, options)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_what_goes_wrong_names_it() -> None:
+    def broken(gm: fx.GraphModule) -> int:
+        return 1 // 0
+
+    def careless(gm: fx.GraphModule) -> int:
+        """An fp8 tensor without its scale means nothing."""
+        cast = gm.graph.find_nodes(op="call_function", target=QUANTIZE)[0]
+        copy = quantize_output(cast, "fp8")
+        assert copy is not None
+        with gm.graph.inserting_after(copy):
+            emit(gm.graph, torch.ops.aten.clone.default, (copy,), "copy_of_it")
+        return 1
+
+    cases = (
+        ("find_gemms", broken, "broken.*ZeroDivisionError"),
+        ("insert_casts", careless, "careless.*takes the fp8 tensor"),
+    )
+    for after, run, message in cases:
+        torch._dynamo.reset()
+        call = compile_interpreted(mlp(), {"own_passes": {after: run}})
+        with pytest.raises(Exception, match=f"(?s)PassError: .*{message}"):
+            call(torch.randn(32, 64))
+
+
+def test_a_format_that_no_scale_is_kept_for_is_refused() -> None:
+    """A delayed scale leaves room for the largest value of the recipe's format."""
+
+    def narrowed(gm: fx.GraphModule) -> int:
+        for node, info in list(gemms(gm)):
+            if info.left.format is Format.E5M2:
+                left = replace(info.left, format=Format.E4M3)
+                node.meta["fp8"] = replace(info, left=left)
+        return 1
+
+    x = torch.randn(32, 64)
+    for recipe in ("current", "delayed"):
+        torch._dynamo.reset()
+        call = compile_interpreted(
+            mlp(), {"recipe": recipe, "own_passes": {"choose_formats": narrowed}}
+        )
+        if recipe == "current":
+            call(x).sum().backward()
+            continue
+        with pytest.raises(Exception, match="grad_output shall be e4m3, but the scale"):
+            call(x).sum().backward()
+
+
+def test_unknown_names_and_things_that_are_no_passes() -> None:
+    call = compile_interpreted(mlp(), {"own_passes": {"choose_format": no_fp8}})
+    with pytest.raises(Exception, match="no_fp8 run after 'choose_format'; the passes of a"):
+        call(torch.randn(32, 64))
+    for wrong in ([no_fp8], {"find_gemms": 1}, {1: no_fp8}):
+        with pytest.raises(OptionError, match="own_passes"):
+            parse_options({"own_passes": wrong})
+
+
+def test_all_passes_can_be_named() -> None:
+    """Those of every setting are in the list, in its order."""
+    names = [run.__name__ for run in JOINT_PASSES]
+    settings: dict[str, Any] = {"recipe": fp8compile.RECIPES["static"], "statistics_of": {}}
+    state = fp8compile.passes.StateNodes(*[fx.Graph().placeholder("x")] * 3)
+    device = fp8compile.cost.H200
+    passes = joint_passes(
+        **settings, state=state, store_in_fp8=True, choose_scales=True, device=device
+    )
+    assert [pass_name(run) for run in passes] == names
+
+
+def test_the_readme_writes_one(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"### Write a pass\n.*?```python\n(.*?)```", readme, re.DOTALL)
+    assert code
+    exec(code[1], {})
+    assert "the first layer's gradient matters" in capsys.readouterr().out
