@@ -76,7 +76,7 @@ def test_a_pass_adds_only_what_it_changes() -> None:
         for snapshot in data["snapshots"]
     }
     changed = [data["records"][i] for i in shown["choose_formats"] - shown["merge_gemms"]]
-    assert [record["label"] for record in changed] == ["fprop", "wgrad"]
+    assert sorted(record["label"] for record in changed) == ["fprop", "wgrad"]
     assert shown["fold_scales"] == shown["insert_casts"], "no constant factor to fold"
     names = [(record["name"], json.dumps(record)) for record in data["records"]]
     assert len(set(names)) == len(names), "a record is stored once"
