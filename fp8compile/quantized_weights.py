@@ -88,8 +88,10 @@ def _graph_of(
     for node in gm.graph.nodes:
         if node in needed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-            copies[node]._rename(f"w{len(copies)}")  # the same in all graphs of a model
-            taken += [node] if node.op == "placeholder" else []
+            is_input = node.op == "placeholder"
+            # The same in all graphs of a model. Inputs are called as AOTAutograd calls them.
+            copies[node]._rename(f"{'arg' if is_input else 'w'}{len(copies)}")
+            taken += [node] if is_input else []
     output = graph.output(tuple(copies[node] for node in outputs))
     output.meta["user_visible_output_idxs"] = list(range(len(outputs)))
     part = fx.GraphModule(gm, graph)

@@ -245,8 +245,8 @@ def test_what_depends_on_static_inputs_only_is_taken_out() -> None:
     assert inputs == ["x", "w", "scale", "w_fp8_once", "w_scale_inv_once"]
     assert [str(value.dtype) for value in split.outputs] == ["torch.float8_e4m3fn", "torch.float32"]
     text = lines_of(split.weights)
-    assert text.splitlines()[:2] == ["w1 : bf16[64, 32]", "w2 : f32[3]"]
-    assert "fp8.quantize(w1, w2, 1, e4m3, True, False)" in text
+    assert text.splitlines()[:2] == ["arg1 : bf16[64, 32]", "arg2 : f32[3]"]
+    assert "fp8.quantize(arg1, arg2, 1, e4m3, True, False)" in text
 
 
 @pytest.mark.parametrize("static", [[], [0], [2]], ids=str)
