@@ -110,8 +110,25 @@ class _Entry:
 
     graph: str
     inputs: list[weakref.ref[Tensor]]
+    scales: list[int]  # which of them are; the others are weights
     stamps: list[object] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+
+    @staticmethod
+    def new(graph: str, inputs: Sequence[Tensor]) -> _Entry:
+        scales = [i for i, x in enumerate(inputs) if generation_of(x) is not None]
+        return _Entry(graph, [weakref.ref(x) for x in inputs], scales)
+
+    def stamps_of(self, inputs: Sequence[Tensor]) -> list[object]:
+        """What changes whenever the inputs' values do, but for writes through ``.data``. Every call
+        asks: to look for a generation of each weight, too, takes twice as long as all the rest.
+        """
+        stamps: list[object] = [
+            (x.data_ptr(), None if x.is_inference() else x._version) for x in inputs
+        ]
+        for i in self.scales:  # they move without a new version
+            stamps[i] = generation_of(inputs[i])
+        return stamps
 
     def is_of(self, graph: str, inputs: Sequence[Tensor]) -> bool:
         same = len(inputs) == len(self.inputs) and graph == self.graph
@@ -146,9 +163,9 @@ class QuantizedWeights:
         return self._main(args)
 
     def _values(self, inputs: list[Tensor]) -> list[Tensor]:
-        stamps = [_stamp(x) for x in inputs]
         with _lock:
             entry = self._entry(inputs)
+            stamps = entry.stamps_of(inputs)
             if entry.stamps != stamps:
                 entry.values = self._computed(inputs, entry.values)
                 entry.stamps = stamps
@@ -158,7 +175,7 @@ class QuantizedWeights:
         held = self._held.setdefault(inputs[0], set())
         known = _entries.setdefault(inputs[0], weakref.WeakSet())
         found = next((entry for entry in known if entry.is_of(self._graph, inputs)), None)
-        entry: _Entry = found or _Entry(self._graph, [weakref.ref(x) for x in inputs])
+        entry = found or _Entry.new(self._graph, inputs)
         known.add(entry)
         held.add(entry)
         return entry
@@ -172,14 +189,6 @@ class QuantizedWeights:
         for kept, value in zip(old, new, strict=True):  # CUDA graphs know where they lie
             kept.copy_(value)
         return old
-
-
-def _stamp(x: Tensor) -> object:
-    """What changes whenever a tensor's values do, but for writes through ``.data``."""
-    generation = generation_of(x)
-    if generation is not None:  # a scale, which moves without a new version
-        return generation
-    return x.data_ptr(), None if x.is_inference() else x._version
 
 
 def _install_hook() -> None:

@@ -18,6 +18,7 @@ from ..cost import COSTS, TOKENS, Cast, Device, GemmCost, GemmWork, Prediction, 
 from ..ir import (
     RESHAPES,
     SCALED_MMS,
+    Edge,
     GemmInfo,
     args_of,
     aten,
@@ -237,7 +238,7 @@ def _quantized(candidates: Mapping[fx.Node, _Sized]) -> list[_Quantized]:
         for value, edge, axes in zip(operands(node), (left, right), ("mk", "kn"), strict=True):
             base, transposed = base_of(value)
             again = edge.operand is Operand.WEIGHT and is_backward(node)
-            key = value_key(base), edge.operand, each.recipe
+            key = _cast_of(value, edge, each)
             rows, columns = (each.size(axis) for axis in axes)
             rereads = _rereads(each.recipe, edge.operand)
             by_row = _granularity(each.recipe, edge.operand) is Granularity.ROW
@@ -250,11 +251,13 @@ def _quantized(candidates: Mapping[fx.Node, _Sized]) -> list[_Quantized]:
 
 def _operand_keys(node: fx.Node, each: _Sized) -> tuple[object, object]:
     """The keys of the values that a GEMM takes."""
-    left, right = (
-        (value_key(base_of(value)[0]), edge.operand, each.recipe)
-        for value, edge in zip(operands(node), (each.info.left, each.info.right), strict=True)
-    )
-    return left, right
+    left, right = operands(node)
+    return _cast_of(left, each.info.left, each), _cast_of(right, each.info.right, each)
+
+
+def _cast_of(value: fx.Node, edge: Edge, each: _Sized) -> object:
+    """Equal for the operands that one cast serves, in one direction."""
+    return value_key(base_of(value)[0]), edge.operand, each.recipe
 
 
 def _rereads(recipe: Recipe | None, operand: Operand) -> bool:

@@ -13,22 +13,13 @@ from torch import Tensor, fx
 from fp8compile import RECIPES
 from fp8compile.cost import H200
 from fp8compile.passes import (
-    choose_formats,
     choose_precision,
     choose_scaling,
-    derive_scales,
-    drop_unused_outputs,
     find_gemms,
-    fold_scales,
     grow_regions,
-    insert_casts,
-    merge_gemms,
-    plan_saved,
-    share_casts,
     store_activations,
-    track_amax,
 )
-from fp8compile.passes.pipeline import Pass
+from fp8compile.passes.pipeline import JOINT_PASSES, Pass
 from tests.helpers import Joint, trace_joint
 from tests.passes.common import (
     Linear,
@@ -40,22 +31,7 @@ from tests.passes.common import (
     pair_joint,
 )
 
-PASSES = [
-    find_gemms,
-    choose_precision,
-    merge_gemms,
-    choose_formats,
-    choose_scaling,
-    insert_casts,
-    fold_scales,
-    share_casts,
-    drop_unused_outputs,
-    derive_scales,
-    track_amax,
-    plan_saved,
-    store_activations,
-    grow_regions,
-]
+PASSES = [*JOINT_PASSES, grow_regions]
 SECTIONS = ("Before:", "After:", "Requires:", "Ensures:", "Leaves alone:", "Numerics:")
 
 
