@@ -13,7 +13,6 @@ import functools
 import logging
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -25,11 +24,12 @@ from torch import Tensor, fx, nn
 
 from . import internals
 from .backends import TRITON, device_constants, kernel_name, lower, resolve_kernels
+from .compiled_graph import CompiledGraph, is_parameter
 from .cost import DEVICES, Device
 from .dump import Dump, Watch
 from .errors import OptionError, PassError, StrictError
 from .ir import SLOTS_PER_SITE, Site, args_of, format_graph
-from .modules import SiteNames, calling_module, calling_replicas, calling_shards, owners_of
+from .modules import SiteNames, calling_module, calling_shards
 from .options import AUTO, FALLBACK, HIGH_PRECISION, Options, parse_options
 from .passes import (
     STATIC_SCALES,
@@ -50,7 +50,7 @@ from .profiles import BUDGET
 from .quantized_weights import WEIGHTS_GRAPH, QuantizedWeights, split_weights
 from .recipe import Recipe, Scaling
 from .report import Row, gemm_rows, other_rows, text_of
-from .scaling import ScalingState, find_state, rule_of
+from .scaling import rule_of
 from .static import StaticScales
 
 log = logging.getLogger(__name__)
@@ -338,61 +338,6 @@ class GraphCompiler:
         )
 
 
-class CompiledGraph:
-    """A compiled graph together with the way to its scaling state."""
-
-    def __init__(
-        self,
-        run: Callable[..., Any],
-        sites: Sequence[Site],
-        recipes: Sequence[Recipe],
-        device: torch.device,
-        example_inputs: Sequence[Any],
-        static: StaticScales | None = None,
-    ) -> None:
-        self._run = run
-        self._recipes = recipes
-        self._static = static
-        self._device = device
-        # Only a parameter can be recognised again; other weights share the graph's own state.
-        self._weights = [
-            s.weight if s.weight is not None and _is_parameter(example_inputs[s.weight]) else None
-            for s in sites
-        ]
-        self._trainable = [
-            i for i, x in enumerate(example_inputs) if _is_parameter(x) and x.requires_grad
-        ]
-        self._state: ScalingState | None = None
-
-    def __call__(self, *args: Any) -> Any:
-        state = self._find_state(args)
-        if state.rule.scaling is Scaling.STATIC:
-            scale = state.scale if self._static is None else self._static.scale_of(state, args)
-            return self._run(*args, scale)
-        training = torch.is_grad_enabled() and _in_training_mode(state)
-        if training and not state.observed:
-            state.stepped_by = frozenset(id(args[i]) for i in self._trainable)
-            state.replicas = calling_replicas()
-        return self._run(*args, *(state.observing() if training else state.reading()))
-
-    def _find_state(self, args: Sequence[Any]) -> ScalingState:
-        weights = [None if i is None else args[i] for i in self._weights]
-        # Another thread may replace it meanwhile: one graph serves many modules.
-        state = self._state
-        if state is None or not state.belongs_to(weights, self._recipes):
-            state = self._state = find_state(weights, self._recipes, self._device)
-        if state.owners is None:
-            owners = owners_of([w for w in weights if w is not None])
-            state.owners = [weakref.ref(owner) for owner in owners]
-        return state
-
-
-def _in_training_mode(state: ScalingState) -> bool:
-    """Whether a module with one of the weights is: a frozen part may be in eval mode for good."""
-    owners = [owner for ref in state.owners or () if (owner := ref()) is not None]
-    return not owners or any(owner.training for owner in owners)
-
-
 def _may_be_cached(options: Options, inner_compile: Callable[..., Any] | None) -> bool:
     """Not with a dump or static scales, which need the passes to run; nor with passes of the
     user's, whose source nobody hashes; nor what is not Inductor's code; nor a graph that may have
@@ -411,13 +356,9 @@ def _measured(
     return [
         isinstance(x, Tensor)
         and x.is_floating_point()
-        and (_is_parameter(x) or internals.is_static_input(node) or position in weights)
+        and (is_parameter(x) or internals.is_static_input(node) or position in weights)
         for position, (node, x) in enumerate(zip(inputs, example_inputs, strict=True))
     ]
-
-
-def _is_parameter(value: Any) -> bool:
-    return isinstance(value, nn.Parameter)
 
 
 def _requires_grad(value: Any) -> bool:
@@ -425,7 +366,7 @@ def _requires_grad(value: Any) -> bool:
 
 
 def _root(example_inputs: Sequence[Any]) -> nn.Module | None:
-    parameter = next((x for x in example_inputs if _is_parameter(x)), None)
+    parameter = next((x for x in example_inputs if is_parameter(x)), None)
     return None if parameter is None else calling_module(parameter)
 
 

@@ -121,7 +121,7 @@ class _Entry:
 
     def stamps_of(self, inputs: Sequence[Tensor]) -> list[object]:
         """What changes whenever the inputs' values do, but for writes through ``.data``. Every call
-        asks: to look for a generation of each weight, too, takes twice as long as all the rest.
+        asks: to look for a generation of each weight, too, takes longer than all the rest.
         """
         stamps: list[object] = [
             (x.data_ptr(), None if x.is_inference() else x._version) for x in inputs

@@ -22,7 +22,7 @@ LAYERS = (
     {"scaling", "dump", "report", "regions", "moments"},
     {"named_state", "static", "quantized_weights", "seen", "explanation_tables"},
     {"records", "explanation_html"},
-    {"samples"},
+    {"samples", "compiled_graph"},
     {"passes", "backends"},
     {"compile", "explanation", "timed"},
     {"explaining", "profiling", "doctor", "viewer"},

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8compile import RECIPES, scaling
-from fp8compile.compile import CompiledGraph
+from fp8compile.compiled_graph import CompiledGraph
 from fp8compile.ir import Site
 from tests.habits.common import (
     EMULATED,
