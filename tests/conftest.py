@@ -16,6 +16,12 @@ if not torch.cuda.is_available():
     interpreter.enable()
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_in_any_order() -> None:
+    """Else a test's data depends on the tests that its worker ran before it."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
         return
