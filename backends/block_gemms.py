@@ -63,10 +63,10 @@ def lower_to_scaled_mm(node: fx.Node, one: fx.Node | None = None) -> fx.Node:
     if scales_afterwards(node):
         assert one is not None
         fn = partial(_scaled_afterwards, fast=fast, out_dtype=out_dtype)
-        (out,) = _inline(node, fn, one, *values)
+        (out,) = inline(node, fn, one, *values)
     else:
         fn = partial(_scaled, blocks=(a_block, b_block), fast=fast, out_dtype=out_dtype)
-        (out,) = _inline(node, fn, *values)
+        (out,) = inline(node, fn, *values)
     return out
 
 
@@ -102,8 +102,8 @@ def _scaled_afterwards(
     return (out if bias is None else out + bias).to(out_dtype)
 
 
-def _inline(before: fx.Node, fn: Callable[..., Any], *values: fx.Node) -> list[fx.Node]:
-    """The operators of a function of tensors in front of a node; returns its results."""
+def inline(before: fx.Node, fn: Callable[..., Any], *values: fx.Node) -> list[fx.Node]:
+    """Put the operators of a function of tensors in front of a node; returns its results."""
     graph, fakes = before.graph, [value.meta["val"] for value in values]
     body = traced(fn, fakes, fake_mode_of(graph))
     copies: dict[fx.Node, fx.Node] = dict(

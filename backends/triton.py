@@ -20,6 +20,7 @@ from .. import ops
 from ..errors import PassError
 from ..internals import FloorDiv, emit_kernel_launch, emit_materialized, is_primal
 from ..ir import (
+    DEQUANTIZE,
     RESHAPES,
     SCALED_MM,
     SCALED_MM_BLOCKS,
@@ -32,7 +33,7 @@ from ..ir import (
     size_expr,
 )
 from ..regions import hint, is_aligned
-from .block_gemms import is_scaled_mm, lower_to_scaled_mm, scales_afterwards
+from .block_gemms import inline, is_scaled_mm, lower_to_scaled_mm, scales_afterwards
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
 from .fused import emit_once, launches, tiles
 from .kernels.launch import Launch
@@ -59,6 +60,8 @@ def lower_to_triton(gm: fx.GraphModule) -> dict[str, str]:
             lowering.scaled_mm(node)
         elif node.target is SCALED_MM_BLOCKS:
             lowering.scaled_mm_blocks(node)
+        elif node.target is DEQUANTIZE:
+            lowering.dequantize(node)
     # Not eliminate_dead_code: to it a launch, whose result nothing uses, is dead.
     for node in reversed(gm.graph.nodes):
         if not node.users and _is_replaceable(node):
@@ -288,6 +291,14 @@ class _Lowering:
             aligned=is_aligned(size_expr(args_of(node)[1].meta["val"].shape[0])),
         )
         node.replace_all_uses_with(self._own_gemm(node, launch, "scaled_mm_blocks"))
+
+    def dequantize(self, node: fx.Node) -> None:
+        """``fp8::dequantize`` -> PyTorch's operators, which Inductor fuses into what reads it."""
+        q, scale_inv, block, dtype = args_of(node)
+        fn = functools.partial(ops.dequantized, block=block, dtype=dtype)
+        (out,) = inline(node, fn, q, scale_inv)
+        node.replace_all_uses_with(out)
+        self.graph.erase_node(node)
 
     def _own_gemm(self, node: fx.Node, launch_of: Callable[..., Launch], stem: str) -> fx.Node:
         """Launch a kernel of ours for a GEMM; returns its output."""

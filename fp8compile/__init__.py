@@ -10,6 +10,7 @@ from .errors import (
     StrictError,
 )
 from .formats import Format
+from .frozen import freeze
 from .named_state import Events, events, load_state_dict, state_dict
 from .profiles import Profile
 from .quantized_weights import refresh
@@ -63,6 +64,7 @@ __all__ = [
     "__version__",
     "events",
     "explain",
+    "freeze",
     "load_state_dict",
     "profile",
     "refresh",

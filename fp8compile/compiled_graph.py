@@ -37,6 +37,7 @@ class CompiledGraph:
             s.weight if s.weight is not None and is_parameter(example_inputs[s.weight]) else None
             for s in sites
         ]
+        self._leaders = [s.index if s.leader is None else s.leader for s in sites]
         self._trainable = [
             i for i, x in enumerate(example_inputs) if is_parameter(x) and x.requires_grad
         ]
@@ -58,7 +59,8 @@ class CompiledGraph:
         # Another thread may replace it meanwhile: one graph serves many modules.
         state = self._state
         if state is None or not state.belongs_to(weights, self._recipes):
-            state = self._state = find_state(weights, self._recipes, self._device)
+            state = find_state(weights, self._recipes, self._device, self._leaders)
+            self._state = state
         if state.owners is None:
             owners = owners_of([w for w in weights if w is not None])
             state.owners = [weakref.ref(owner) for owner in owners]

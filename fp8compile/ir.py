@@ -32,6 +32,8 @@ SCALED_MM_BLOCKS = torch.ops.fp8.scaled_mm_blocks.default
 TRACK_AMAX = torch.ops.fp8.track_amax.default
 QUANTIZE_GROUPS = torch.ops.fp8.quantize_groups.default
 DEQUANTIZE_GROUPS = torch.ops.fp8.dequantize_groups.default
+DEQUANTIZE = torch.ops.fp8.dequantize.default
+CAT_ROWS = torch.ops.fp8.cat_rows.default
 
 SITE_TAG = "fp8_site"  # key in meta["custom"], which AOTAutograd carries to the backward nodes
 # One more than there are operands: four float32 keep the slots of every site equally aligned, so
@@ -403,7 +405,7 @@ def verify(
     1. The graph lints: topologically sorted, no dangling names.
     2. Every fp8 tensor is an output of a cast and has exactly one scale_inv: the same node's.
        Only a scaled_mm takes it, with that scale_inv or a constant times it, or the graph
-       returns it.
+       returns it. Or it was given to the graph: what forward has cast, or frozen weights.
     3. Every ``meta["val"]`` of an ``fp8::`` node equals the re-evaluated fake (shape and dtype).
     4. Nothing is mutated but amax, by at most one ``fp8::track_amax`` per direction.
 
@@ -453,6 +455,13 @@ def _is_quantized(node: Any) -> bool:
     )
 
 
+def is_given_in_fp8(node: Any) -> bool:
+    """Whether it was in FP8 before the graph ran: what forward has cast for backward, or frozen
+    weights, several of which may be put together.
+    """
+    return isinstance(node, fx.Node) and (node.op == "placeholder" or node.target is CAT_ROWS)
+
+
 def _is_scale_of(scale_inv: Any, value: fx.Node) -> bool:
     """Whether it is the scale_inv of a cast's copy ``value``, or a constant times it."""
     scaled = constant_factor(scale_inv) if isinstance(scale_inv, fx.Node) else None
@@ -467,8 +476,7 @@ def _verify_scaled_mm(node: fx.Node, pass_name: str) -> None:
     a, b, a_scale_inv, b_scale_inv = args_of(node)[:4]
     for value, scale_inv in ((a, a_scale_inv), (b, b_scale_inv)):
         if not _is_quantized(value):
-            # A backward graph receives the FP8 tensor and its scale_inv from the forward.
-            if isinstance(value, fx.Node) and value.op == "placeholder":
+            if is_given_in_fp8(value):
                 continue
             raise PassError(pass_name, f"operand {value} is not an output of a cast", node)
         if not _is_scale_of(scale_inv, value):

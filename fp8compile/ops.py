@@ -304,6 +304,49 @@ def _(q: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
     return q.new_empty(q.shape, dtype=dtype)
 
 
+# --- weights that are FP8 to begin with ---------------------------------------------------------
+
+
+@torch.library.custom_op("fp8::dequantize", mutates_args=())
+def dequantize(q: Tensor, scale_inv: Tensor, block: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """``q * scale_inv`` in ``dtype``: a weight that ``freeze`` has left in FP8 only.
+
+    Args:
+        q: ``[N, K]`` FP8. scale_inv: ``f32``, a number per block, lying as the blocks do:
+            ``[N, 1]`` for ``(1, 0)``, ``[N / 128, K / 128]``, rounded up, for ``(128, 128)``, and
+            ``[1]`` for ``(0, 0)``.
+        block: see ``quantize_blocks``. dtype: of the result.
+    """
+    return dequantized(q, scale_inv, block, dtype)
+
+
+@dequantize.register_fake
+def _(q: Tensor, scale_inv: Tensor, block: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return q.new_empty(q.shape, dtype=dtype)
+
+
+def dequantized(q: Tensor, scale_inv: Tensor, block: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The same in PyTorch's operators."""
+    scales, (rows, columns) = scale_inv, q.shape
+    if block[0] > 1:
+        scales = scales.repeat_interleave(block[0], 0)[:rows]
+    if block[1]:
+        scales = scales.repeat_interleave(block[1], 1)[:, :columns]
+    return (q.float() * scales).to(dtype)
+
+
+@torch.library.custom_op("fp8::cat_rows", mutates_args=())
+def cat_rows(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of several FP8 matrices ``[N_i, K]`` as one ``[sum of N_i, K]``."""
+    return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
+
+
+@cat_rows.register_fake
+def _(parts: Sequence[Tensor]) -> Tensor:
+    rows = sum(part.shape[0] for part in parts)
+    return parts[0].new_empty((rows, parts[0].shape[1]))
+
+
 @torch.library.custom_op("fp8::scaled_mm", mutates_args=())
 def scaled_mm(
     a: Tensor,

@@ -13,8 +13,9 @@ import torch
 
 from .cost import DEVICES
 from .errors import OptionError
+from .formats import Format
 from .profiles import Profile
-from .recipe import RECIPES, Recipe, Scaling, get_recipe
+from .recipe import RECIPES, Operand, Recipe, Scaling, get_recipe
 
 KERNELS = ("auto", "triton", "reference")
 RAISE, FALLBACK = ON_ERROR = ("raise", "fallback")
@@ -76,13 +77,19 @@ class Options:
         """All that a site may have, before formats are chosen."""
         return (self.recipe, *(recipe for _, recipe in self.overrides))
 
-    def own_recipe(self, fqn: str) -> Recipe | None:
-        """The recipe that the site of that name has of its own, if it has one."""
+    def own_recipe(self, fqn: str, frozen: tuple[int, int] | None = None) -> Recipe | None:
+        """The recipe that the site of that name has of its own, if it has one.
+
+        ``frozen``: the block that shares a scale in its weight, if that is FP8 already. Then the
+        recipe has to be one of such weights.
+        """
         found = (recipe for glob, recipe in self.overrides if fnmatchcase(fqn, glob))
         own = next(found, None)
+        recipe = own or self.recipe
+        if frozen is not None and not _casts_weights_to(recipe, frozen):
+            return next(r for r in RECIPES.values() if _casts_weights_to(r, frozen))
         if self.formats != AUTO or self.profile is None:
             return own
-        recipe = own or self.recipe
         formats = self.profile.formats_of(fqn, recipe)
         if formats == recipe.formats:
             return own
@@ -109,6 +116,11 @@ class Options:
         inductor = sorted(self.inductor.items())
         choices = (self.decline_slower, self.save_activations, self.scaling)
         return repr((self.recipe, self.strict, self.kernels, inductor, choices))
+
+
+def _casts_weights_to(recipe: Recipe, frozen: tuple[int, int]) -> bool:
+    e4m3 = recipe.format_of(Operand.WEIGHT) is Format.E4M3
+    return e4m3 and recipe.granularity_of(Operand.WEIGHT).block == frozen
 
 
 def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:

@@ -7,7 +7,6 @@ computed when a weight is new or has changed, and kept with it.
 
 from __future__ import annotations
 
-import operator
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .ir import args_of, format_graph, is_cast
+from .ir import CAT_ROWS, RESHAPES, SCALED_MMS, args_of, format_graph
 from .scaling import generation_of
 
 WEIGHTS_GRAPH = "fp8_weights_graph"  # key in meta of a graph that does nothing but cast weights
@@ -29,17 +28,19 @@ WEIGHTS_GRAPH = "fp8_weights_graph"  # key in meta of a graph that does nothing 
 class Split:
     """An inference graph, changed so that its last inputs are the outputs of ``weights``.
 
-    ``positions``: which of its inputs ``weights`` takes.
+    ``positions``: which of its inputs ``weights`` takes. ``joined``: the outputs that are nothing
+    but several inputs of ``weights`` one below the other, by position, with those.
     """
 
     weights: fx.GraphModule
     positions: list[int]
     outputs: list[Any]  # fake tensors
+    joined: dict[int, list[int]]
 
 
 def split_weights(gm: fx.GraphModule, static: Collection[int]) -> Split | None:
-    """Take the casts out of an inference graph that depend on nothing but ``static`` inputs, by
-    their positions; None if there are none.
+    """Take what GEMMs are given of nothing but ``static`` inputs, by their positions, out of an
+    inference graph: quantized weights and their scales. None if nothing is computed of them.
     """
     inputs = gm.graph.find_nodes(op="placeholder")
     position = {node: i for i, node in enumerate(inputs)}
@@ -47,14 +48,17 @@ def split_weights(gm: fx.GraphModule, static: Collection[int]) -> Split | None:
     for node in gm.graph.nodes:
         if node.op == "call_function" and _is_constant(node, constant):
             constant.add(node)
-    items = [
-        node
-        for node in gm.graph.nodes
-        if node in constant and node.target is operator.getitem and is_cast(args_of(node)[0])
-    ]
+    given = [n for mm in gm.graph.nodes if mm.target in SCALED_MMS for n in args_of(mm)[:4]]
+    items = [n for n in dict.fromkeys(given) if n in constant and not _is_input(n)]
     if not items:
         return None
     weights, taken = _graph_of(gm, items)
+    taken_at = {node: i for i, node in enumerate(taken)}
+    joined = {
+        i: [taken_at[part] for part in args_of(item)[0]]
+        for i, item in enumerate(items)
+        if item.target is CAT_ROWS
+    }
     with gm.graph.inserting_after(inputs[-1]):
         for item in reversed(items):
             known = gm.graph.placeholder(f"{item.name}_once")
@@ -62,7 +66,15 @@ def split_weights(gm: fx.GraphModule, static: Collection[int]) -> Split | None:
             item.replace_all_uses_with(known)
     gm.graph.eliminate_dead_code()
     gm.recompile()
-    return Split(weights, [position[node] for node in taken], [i.meta["val"] for i in items])
+    positions, outputs = [position[node] for node in taken], [i.meta["val"] for i in items]
+    return Split(weights, positions, outputs, joined)
+
+
+def _is_input(node: fx.Node) -> bool:
+    """Whether it is an input, or another view of one, which costs nothing to have."""
+    while node.target in RESHAPES:
+        node = args_of(node)[0]
+    return node.op == "placeholder"
 
 
 def _is_constant(node: fx.Node, constant: set[fx.Node]) -> bool:
@@ -153,7 +165,7 @@ class QuantizedWeights:
         self, main: Callable[[list[Any]], Any], weights: Callable[[list[Any]], Any], split: Split
     ) -> None:
         self._main, self._weights = main, weights
-        self._positions = split.positions
+        self._positions, self._joined = split.positions, split.joined
         self._graph = format_graph(split.weights)
         self._held: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> its entries in use here
         _install_hook()
@@ -168,7 +180,8 @@ class QuantizedWeights:
             stamps = entry.stamps_of(inputs)
             if entry.stamps != stamps:
                 entry.values = self._computed(inputs, entry.values)
-                entry.stamps = stamps
+                self._move_into(entry.values, inputs)
+                entry.stamps = entry.stamps_of(inputs)
             return entry.values
 
     def _entry(self, inputs: list[Tensor]) -> _Entry:
@@ -189,6 +202,13 @@ class QuantizedWeights:
         for kept, value in zip(old, new, strict=True):  # CUDA graphs know where they lie
             kept.copy_(value)
         return old
+
+    def _move_into(self, values: list[Tensor], inputs: list[Tensor]) -> None:
+        """Let frozen weights that were put together lie there only."""
+        for position, parts in self._joined.items():
+            rows = values[position].split([inputs[i].shape[0] for i in parts])
+            for i, lies in zip(parts, rows, strict=True):
+                inputs[i].data = lies
 
 
 def _install_hook() -> None:

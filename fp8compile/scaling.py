@@ -42,7 +42,7 @@ class ScalingState:
     finite, how often one was too large for the scale that was used, and how often one jumped (see
     ``fp8::update_scales``). Static scaling uses only ``scale``. ``weights``: for each site its
     weight, or None where it has no parameter. ``recipes``: the recipe of each site. ``rule``: see
-    ``rule_of``. ``replicas``: the process group that trains copies of the weights on other data, or
+    ``rule_of``. ``leaders``: for each site the one whose slots it uses, see Site. ``replicas``: the process group that trains copies of the weights on other data, or
     None. ``number``: states are created, and so numbered, in the same order in every replica.
     """
 
@@ -50,9 +50,14 @@ class ScalingState:
 
     @torch.inference_mode(False)  # the first call may be one of inference; training goes on with it
     def __init__(
-        self, weights: Sequence[Tensor | None], recipes: Sequence[Recipe], device: torch.device
+        self,
+        weights: Sequence[Tensor | None],
+        recipes: Sequence[Recipe],
+        device: torch.device,
+        leaders: Sequence[int] | None = None,
     ) -> None:
         self.recipes = tuple(recipes)
+        self.leaders = tuple(range(len(weights)) if leaders is None else leaders)
         rule = rule_of(recipes)
         assert rule is not None, "current scales need no state"
         self.rule = rule
@@ -196,6 +201,22 @@ class ScalingState:
     def _moved(self) -> None:
         _generations[self.scale] = _generations.get(self.scale, 0) + 1
 
+    def replace_weight(self, old: Tensor, new: Tensor) -> None:
+        """Take one tensor for another, whose values mean the same."""
+        for index, weight in enumerate(self.weights()):
+            if weight is old:
+                self._weights[index] = weakref.ref(new)
+                self._versions[index] = _version_of(new)
+
+    def scale_of_weight(self, weight: Tensor) -> Tensor | None:
+        """The scale, ``f32[1]``, that the next call casts a weight with; None if it finds its own."""
+        for index, known in enumerate(self.weights()):
+            if known is weight and self._versions[index] == _version_of(weight):
+                slot = slots_of(self.leaders[index]).start + Operand.WEIGHT.value
+                if self.recipes[index].scaling is not Scaling.CURRENT and self.scale[slot] > 0:
+                    return self.scale[slot : slot + 1].clone()
+        return None
+
     def uses(self) -> list[int]:
         """For each site, how many earlier sites of this state use the same weight."""
         seen: dict[int, int] = {}
@@ -250,7 +271,10 @@ _listeners: list[Listener] = []
 
 
 def find_state(
-    weights: Sequence[Tensor | None], recipes: Sequence[Recipe], device: torch.device
+    weights: Sequence[Tensor | None],
+    recipes: Sequence[Recipe],
+    device: torch.device,
+    leaders: Sequence[int] | None = None,
 ) -> ScalingState:
     """The state of these weights under these recipes, one per site; a new one if there is none.
 
@@ -263,7 +287,7 @@ def find_state(
             for state in states_by_weight.get(anchor, ()):
                 if state.belongs_to(weights, recipes) and state.device == device:
                     return state
-        state = ScalingState(weights, recipes, device)
+        state = ScalingState(weights, recipes, device, leaders)
         _inherit(state)
         for weight in weights:
             if weight is not None and state not in states_by_weight.setdefault(weight, []):
@@ -314,6 +338,31 @@ def latest_entry(weight: Tensor, use: int, recipe: Recipe) -> dict[str, Tensor] 
         return None
     other, index = max(found, key=lambda pair: pair[0].updates)
     return other.site_entry(index)
+
+
+def known_weight_scale(weight: Tensor) -> Tensor | None:
+    """The scale, ``f32[1]``, that compiled calls cast a weight with; None if they find their own.
+
+    It is that of the state that was updated most often, or what was loaded for the first call.
+    """
+    states = sorted(states_by_weight.get(weight, ()), key=lambda state: -state.updates)
+    for state in states:
+        scale = state.scale_of_weight(weight)
+        if scale is not None:
+            return scale
+    entry = parked_entries.get(weight, {}).get(0)
+    scale = None if entry is None or states else entry[SCALE][Operand.WEIGHT.value].reshape(1)
+    return None if scale is None or not scale > 0 else scale.to(weight.device)
+
+
+def replace_weight(old: Tensor, new: Tensor) -> None:
+    """Let the scaling state of one tensor be that of another, whose values mean the same."""
+    with _lock:
+        for table in (states_by_weight, parked_entries):
+            if old in table:
+                table[new] = table.pop(old)
+        for state in states_by_weight.get(new, ()):
+            state.replace_weight(old, new)
 
 
 def states_of(model: nn.Module) -> list[ScalingState]:

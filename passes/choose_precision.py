@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..cost import Device, Prediction
-from ..ir import SCALED_MMS, GemmInfo, gemm_info, gemms, operands
+from ..ir import DEQUANTIZE, SCALED_MMS, GemmInfo, base_of, gemm_info, gemms, operands
 from ..recipe import Recipe
 from .site_costs import Group, predict_groups
 
@@ -39,7 +39,8 @@ def choose_precision(
     predicted, for the recipe's scales, and those that FP8 would not make faster are declined,
     unless ``decline_slower`` is False or the recipe is only emulated; ``weights_cast_once``:
     without the casts of weights, as in inference. GEMMs of one site, and of sites that take the
-    same input, are decided as a whole, for the sizes of the traced call.
+    same input, are decided as a whole, for the sizes of the traced call. Those with a frozen weight
+    are not declined: it would have to be dequantized first.
 
     Requires: find_gemms.
     Ensures: a GEMM without a reason has no dimension that is known to be empty, and operands in
@@ -74,7 +75,7 @@ def _weigh(
         slower = [
             (group, found)
             for group, found in predictions.items()
-            if not found.pays and not _is_emulated(group, recipe)
+            if not found.pays and not _is_emulated(group, recipe) and not _has_frozen(group)
         ]
         if not decline or not slower:
             return declined
@@ -91,6 +92,11 @@ def _is_emulated(group: Group, recipe: Recipe | None) -> bool:
     info = gemm_info(group[0])
     own = (info.site.recipe if info else None) or recipe
     return own is not None and own.is_emulated
+
+
+def _has_frozen(group: Group) -> bool:
+    values = [value for node in group for value in operands(node)]
+    return any(base_of(value)[0].target is DEQUANTIZE for value in values)
 
 
 def _why_slower(found: Prediction) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from ..ir import (
+    DEQUANTIZE,
     RESHAPES,
     GemmInfo,
     Site,
@@ -65,8 +66,9 @@ def merge_gemms(gm: fx.GraphModule) -> int:
         slices, which are strided; the weights are concatenated again in backward, so that no copy
         of them is kept.
     Leaves alone: a group of which a GEMM stays in high precision, uses another's result, or has an
-        output whose width is not a multiple of 16; whose dgrads are not summed in one place; or of
-        which a view of an output is returned.
+        output whose width is not a multiple of 16; whose dgrads are not summed in one place; of
+        which a view of an output is returned; or of which some weights are frozen, unless all are,
+        with scales that can stand below each other.
     Numerics: reorders (dgrad adds its parts in the GEMM).
     """
     changed: set[fx.Node] = set()
@@ -182,10 +184,23 @@ def _may_merge(sites: Sequence[_SiteGemms]) -> bool:
         and all(_is_plain(node) for node in backward)
         and all(_has_one_grad(site) for site in sites)
         and len({_sum_of(node) for site in sites for node in site.dgrads}) <= 1
+        and _are_alike([site.weight for site in sites])
         and not any(_is_returned(node) for node in fprops)
         and all(_may_be_one(nodes) for nodes in (fprops, backward) if nodes)
         and (not backward or max(fprops) < min(backward))
     )
+
+
+def _are_alike(weights: Sequence[fx.Node]) -> bool:
+    """Whether none of the weights is frozen, or all are, and their scales can be put together."""
+    frozen = [weight for weight in weights if weight.target is DEQUANTIZE]
+    if not frozen:
+        return True
+    blocks = {tuple(args_of(weight)[2]) for weight in frozen}
+    if len(frozen) < len(weights) or len(blocks) > 1:
+        return False
+    ((rows, _),) = blocks  # 0: there is one scale for each weight, and a GEMM takes only one
+    return rows > 0 and all(weight.meta["val"].shape[0] % rows == 0 for weight in weights[:-1])
 
 
 def _has_one_grad(site: _SiteGemms) -> bool:

@@ -28,6 +28,7 @@ from .merge_gemms import merge_gemms
 from .plan_saved import plan_saved
 from .share_casts import share_casts
 from .store_activations import store_activations
+from .take_frozen_weights import take_frozen_weights
 from .track_amax import track_amax
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ JOINT_PASSES = (
     choose_formats,
     choose_scaling,
     insert_casts,
+    take_frozen_weights,
     fold_scales,
     share_casts,
     drop_unused_outputs,
@@ -103,6 +105,7 @@ def joint_passes(
         )
     passes += [
         partial(insert_casts, recipe=recipe, scale=state.scale if state else None),
+        take_frozen_weights,  # instead of the casts of them
         fold_scales,  # needs the casts; gives share_casts more of one value
         share_casts,  # needs all casts of a value in place
         drop_unused_outputs,  # knows what is used only now

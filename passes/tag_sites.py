@@ -17,9 +17,10 @@ from torch import fx
 from torch.nn import functional as F
 
 from ..internals import is_static_input
-from ..ir import SITE_TAG, Site, args_of
+from ..ir import DEQUANTIZE, SITE_TAG, Site, args_of
 from ..recipe import Recipe
 
+Block = tuple[int, int]  # rows and elements of K, see Granularity
 TWO_ACTIVATIONS = "matmul of two activations"
 _LINEAR = (F.linear, torch._C._nn.linear)
 _MATMUL = (torch.matmul, torch.mm, operator.matmul, torch.Tensor.matmul, torch.Tensor.mm)
@@ -34,7 +35,7 @@ def tag_sites(
     gm: fx.GraphModule,
     *,
     name_of: Callable[[fx.Node, fx.Node | None], str] | None = None,
-    recipe_of: Callable[[str], Recipe | None] | None = None,
+    recipe_of: Callable[[str, Block | None], Recipe | None] | None = None,
 ) -> int:
     """Number the matmul calls with a 2-D weight; the sites go into ``gm.meta["fp8_sites"]``.
 
@@ -44,8 +45,8 @@ def tag_sites(
         linear = linear(x, w)    # meta["custom"]["fp8_site"] = 0
 
     ``name_of(call, weight)`` gives a site its fully qualified name, from the call node and the
-    placeholder its weight comes from (None if it comes from none). ``recipe_of(name)`` says which
-    recipe the site has of its own, or None.
+    placeholder its weight comes from (None if it comes from none). ``recipe_of(name, block)`` says
+    which recipe the site has of its own, or None; ``block`` is that of a frozen weight's scales.
 
     Requires: a graph of torch-level calls, as Dynamo gives it to a backend.
     Ensures: sites are numbered in graph order; inside activation-checkpointed regions too. Those
@@ -57,7 +58,7 @@ def tag_sites(
     Numerics: exact.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    tagger = _Tagger(placeholders, name_of or _name, recipe_of or (lambda name: None))
+    tagger = _Tagger(placeholders, name_of or _name, recipe_of or (lambda name, block: None))
     tagger.tag(gm, {node: _Input(node, _is_static(node)) for node in placeholders}, None)
     gm.meta["fp8_sites"] = tagger.sites
     return len(tagger.sites)
@@ -82,7 +83,7 @@ class _Tagger:
         self,
         placeholders: list[fx.Node],
         name_of: Callable[[fx.Node, fx.Node | None], str],
-        recipe_of: Callable[[str], Recipe | None],
+        recipe_of: Callable[[str, Block | None], Recipe | None],
     ) -> None:
         self.sites: list[Site] = []
         self._placeholders = placeholders
@@ -123,7 +124,7 @@ class _Tagger:
         weight_first = _is_parameter(origins[0]) and not _is_parameter(origins[1])
         weight, shared = origins[not weight_first], operands[weight_first]
         index, fqn = len(self.sites), self._name_of(node, weight)
-        recipe = self._recipe_of(fqn)
+        recipe = self._recipe_of(fqn, _frozen_block(operands[not weight_first]))
         return Site(
             index=index,
             fqn=fqn,
@@ -214,10 +215,20 @@ def _origin(node: Any, inputs: Mapping[fx.Node, _Input]) -> fx.Node | None:
     while isinstance(node, fx.Node):
         if node.op == "placeholder":
             return inputs[node].origin
-        if len(node.all_input_nodes) != 1:
+        if len(node.all_input_nodes) != 1 and node.target is not DEQUANTIZE:
             return None
         node = node.all_input_nodes[0]
     return None
+
+
+def _frozen_block(node: Any) -> Block | None:
+    """The elements that share a scale in the frozen weight that a value is a view of, if it is."""
+    while isinstance(node, fx.Node) and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    if not isinstance(node, fx.Node) or node.target is not DEQUANTIZE:
+        return None
+    rows, columns = args_of(node)[2]
+    return rows, columns
 
 
 def _is_static(node: fx.Node) -> bool:

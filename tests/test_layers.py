@@ -20,7 +20,7 @@ LAYERS = (
     {"profiles", "untouched"},
     {"ir", "modules", "options"},
     {"scaling", "dump", "report", "regions", "moments"},
-    {"named_state", "static", "quantized_weights", "seen", "explanation_tables"},
+    {"frozen", "named_state", "static", "quantized_weights", "seen", "explanation_tables"},
     {"records", "explanation_html"},
     {"samples", "compiled_graph"},
     {"passes", "backends"},

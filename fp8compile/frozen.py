@@ -1,0 +1,235 @@
+"""Weights that are FP8 only: what ``freeze`` makes of ``nn.Linear``.
+
+A frozen module is of a subclass of its class, whose ``weight`` is a property: the FP8 parameter,
+dequantized. So it computes in eager what it computed before, up to rounding, and a compiled graph,
+which finds that dequantization in front of a GEMM, takes the FP8 weight instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import RecipeError
+from .formats import FP8_DTYPES, Format
+from .ops import ALIGNMENT, current_scale
+from .recipe import Granularity, Operand, Recipe, get_recipe
+from .scaling import known_weight_scale, replace_weight
+
+log = logging.getLogger(__name__)
+
+GRANULARITIES = (Granularity.TENSOR, Granularity.ROW, Granularity.BLOCK_128X128)
+_CHUNK = 2**24  # elements: what is cast at a time, so that it takes little memory
+
+
+class FrozenWeight:
+    """A mixin for ``nn.Linear``: its ``weight`` is kept in FP8.
+
+    The parameter ``weight`` (``e4m3[N, K]``) and the buffer ``weight_scale`` (``f32``, with a
+    number per block, see ``fp8::dequantize``) are what ``state_dict`` holds. ``module.weight`` is
+    their product, in ``weight_dtype``, which ``to``, ``half`` and the like change instead.
+    """
+
+    granularity: Granularity
+    weight_dtype: torch.dtype
+    _parameters: dict[str, Any]
+    weight_scale: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        q: Tensor = self._parameters["weight"]
+        if q.dtype not in FP8_DTYPES:  # the user has put another parameter there
+            return q
+        block = list(self.granularity.block)
+        return torch.ops.fp8.dequantize.default(q, self.weight_scale, block, self.weight_dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As ``nn.Module._apply``, but FP8 and its scales change their device only."""
+
+        def move(x: Tensor) -> Tensor:
+            moved = fn(x)
+            is_ours = x is self._parameters["weight"] or x is self.weight_scale
+            return x.to(moved.device) if is_ours and moved.dtype is not x.dtype else moved
+
+        of_weights = torch.empty(0, dtype=self.weight_dtype, device=self.weight_scale.device)
+        self.weight_dtype = fn(of_weights).dtype
+        super()._apply(move, recurse)  # type: ignore[misc]
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, frozen in e4m3 {self.granularity}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _instance, (type(self).__bases__[1],), self.__dict__
+
+
+@functools.cache
+def _class_of(base: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Frozen{base.__name__}", (FrozenWeight, base), {"__module__": base.__module__})
+
+
+def _instance(base: type[nn.Module]) -> nn.Module:
+    cls = _class_of(base)
+    return cls.__new__(cls)
+
+
+def freeze(
+    model: nn.Module,
+    recipe: str | Recipe = "rowwise",
+    *,
+    skip: Sequence[str] | Callable[[str], bool] = (),
+) -> dict[str, str]:
+    """Keep the weights of every ``nn.Linear`` in FP8 only, for inference; changes the model.
+
+    They are cast as the compiler casts them under that recipe, so that compiled results stay the
+    same bit by bit, with scales that a training left, if it left some. The parameters then take
+    half of the memory of bfloat16. Layers are cast one after the other: at no time is more needed
+    than the model took before, and a layer.
+
+    Compile and call it as before: the recipe is known by the scales of the weights, be the option
+    ``recipe`` what it may. Gradients for inputs and other parameters still work; an optimizer that
+    knows the old parameters keeps them alive.
+
+    Args:
+        recipe: which elements share a scale: ``"rowwise"``, ``"blockwise"``, or ``"delayed"`` and
+            other tensorwise ones.
+        skip: as the option of ``torch.compile``: names, with wildcards, of modules to leave alone.
+
+    Returns the names of the ``nn.Linear`` that were left as they are, each with the reason; those
+    that are frozen already are not among them. Raises RecipeError for a recipe that weights cannot
+    be kept in.
+    """
+    granularity = frozen_granularity(get_recipe(recipe))
+    left = left_out(model, granularity, skip)
+    before = _bytes(model)
+    for name, module in linears(model):
+        if name in left or is_frozen(module):
+            continue
+        weight = module.weight.detach()
+        q, weight_scale = quantize_weight(weight, granularity, known_weight_scale(module.weight))
+        set_frozen(module, q, weight_scale, granularity, weight.dtype)
+    log.info("froze a model: %.4g MB, now %.4g MB", before / 1e6, _bytes(model) / 1e6)
+    return left
+
+
+def frozen_granularity(recipe: Recipe) -> Granularity:
+    """How many elements of a weight share a scale; RecipeError if none can be frozen so."""
+    granularity = recipe.granularity_of(Operand.WEIGHT)
+    fmt = recipe.format_of(Operand.WEIGHT)
+    if granularity not in GRANULARITIES or fmt is not Format.E4M3 or recipe.power_of_two:
+        raise RecipeError(
+            f"recipe {recipe.name!r} casts weights to {fmt} {granularity}"
+            f"{' with power-of-two scales' if recipe.power_of_two else ''}, in which none can be "
+            f"kept; freeze with 'rowwise', 'blockwise', 'delayed', or another with e4m3 weights "
+            f"that are {', '.join(map(str, GRANULARITIES))}"
+        )
+    return granularity
+
+
+def left_out(
+    model: nn.Module, granularity: Granularity, skip: Sequence[str] | Callable[[str], bool] = ()
+) -> dict[str, str]:
+    """The ``nn.Linear`` whose weights cannot, or shall not, be FP8, each with the reason."""
+    multiple = max(granularity.block[1], ALIGNMENT)
+    names: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(f"{module_name}.{key}".lstrip("."))
+
+    def reason(name: str, module: nn.Linear) -> str | None:
+        if skip(name) if callable(skip) else any(fnmatchcase(name, glob) for glob in skip):
+            return "skipped by the user"
+        weight = module._parameters["weight"]
+        assert weight is not None
+        others = [each for each in names[id(weight)] if each != f"{name}.weight".lstrip(".")]
+        if others:
+            return f"its weight is also {', '.join(others)}"
+        if module.in_features % multiple:
+            return f"in_features, {module.in_features}, is not divisible by {multiple}"
+        if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+        return None
+
+    found = {name: reason(name, m) for name, m in linears(model) if not is_frozen(m)}
+    return {name: why for name, why in found.items() if why is not None}
+
+
+def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Every ``nn.Linear`` of a model once, by name, frozen or not."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, module
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether the module's weight is kept in FP8."""
+    return isinstance(module, FrozenWeight)
+
+
+def quantize_weight(
+    weight: Tensor, granularity: Granularity, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A weight ``[N, K]`` in E4M3 and its scale_inv, which lies as the blocks do.
+
+    ``scale``: ``f32[1]``, of a tensorwise weight, where it is known. The rows are cast some at a
+    time: the float32 numbers in between never take more than ``4 * _CHUNK`` bytes each.
+    """
+    block, fmt = list(granularity.block), Format.E4M3.dtype
+    step = max(_CHUNK // max(weight.shape[1], 1) // 128, 1) * 128
+    if granularity is Granularity.TENSOR and scale is None:
+        scale = _current_scale(weight)
+    q = torch.empty(weight.shape, dtype=fmt, device=weight.device)
+    scales = []
+    for start in range(0, weight.shape[0], step):
+        rows = weight[start : start + step]
+        if granularity is Granularity.TENSOR:
+            part, _, scale_inv, _ = torch.ops.fp8.quantize(rows, scale, 0, fmt, True, False)
+        else:
+            part, _, scale_inv, _ = torch.ops.fp8.quantize_blocks(
+                rows, block, False, fmt, True, False
+            )
+        q[start : start + step] = part
+        scales.append(scale_inv.reshape(-1, 1) if block[0] == 1 else scale_inv)
+    return q, scales[0] if granularity is Granularity.TENSOR else torch.cat(scales)
+
+
+def _current_scale(weight: Tensor) -> Tensor:
+    """That of ``fp8::quantize``, without a copy of the weight."""
+    ends = torch.stack(torch.aminmax(weight)) if weight.numel() else weight.new_zeros(1)
+    return current_scale(ends.abs().amax().float(), Format.E4M3.max).reshape(1)
+
+
+def set_frozen(
+    module: nn.Linear,
+    q: Tensor,
+    weight_scale: Tensor,
+    granularity: Granularity,
+    dtype: torch.dtype,
+) -> None:
+    """Give an ``nn.Linear`` a weight in FP8, instead of what it has.
+
+    ``q``: ``e4m3[N, K]``. ``weight_scale``: see ``FrozenWeight``. ``dtype``: in which eager
+    multiplies. The scaling state of the old weight, such as calibrated scales of the input, is
+    that of the new one.
+    """
+    old = module._parameters["weight"]
+    new = nn.Parameter(q, requires_grad=False)
+    if not is_frozen(module):
+        module.__class__ = _class_of(type(module))
+    module._parameters["weight"] = new
+    module.register_buffer("weight_scale", weight_scale)
+    frozen: Any = module
+    frozen.granularity, frozen.weight_dtype = granularity, dtype
+    if old is not None:
+        replace_weight(old, new)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(x.nbytes for x in (*model.parameters(), *model.buffers()))

@@ -1,0 +1,101 @@
+"""Give GEMMs the weights that are FP8 already as they are."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..ir import (
+    CAT_ROWS,
+    DEQUANTIZE,
+    QUANTIZE,
+    args_of,
+    aten,
+    emit,
+    is_cast,
+    quantize_output,
+    scale_of,
+)
+
+
+def take_frozen_weights(gm: fx.GraphModule) -> int:
+    """Replace the cast of a dequantized weight by what was dequantized.
+
+    Before:
+        w           : bf16[64, 32] = fp8.dequantize(w_frozen, w_scale, [1, 0], bf16)
+        w_q         : (e4m3[64, 32], ...) = fp8.quantize_blocks(w, [1, 0], False, e4m3)
+        w_fp8       : e4m3[64, 32] = w_q[0]
+        w_scale_inv : f32[1, 64] = w_q[2]
+        mm_fp8      : bf16[16, 64] = fp8.scaled_mm_blocks(x_fp8, w_fp8, x_scale_inv, w_scale_inv, ...
+    After:
+        w_scale_inv : f32[1, 64] = aten.view(w_scale, [1, 64])
+        mm_fp8      : bf16[16, 64] = fp8.scaled_mm_blocks(x_fp8, w_frozen, x_scale_inv, w_scale_inv, ...
+
+    Of several weights that one GEMM takes, the FP8 rows are put together, and so are the scales.
+
+    Requires: insert_casts.
+    Ensures: what backward still casts, the transposed weight, is dequantized again there, so that
+        it is not kept in high precision.
+    Leaves alone: casts to another format, with other blocks, whose rows are padded, or of the
+        transposed copy, whose blocks lie otherwise.
+    Numerics: exact (the weight is what it is; casting it anew could only round it again).
+    """  # noqa: E501
+    rewrites = 0
+    for cast in [node for node in gm.graph.nodes if is_cast(node)]:
+        parts = _frozen(args_of(cast)[0])
+        if parts and cast.meta.get("partitioner_tag") == "must_be_in_backward":
+            _dequantize_there(cast, parts)
+        elif parts and _is_like(cast, parts):
+            _take(gm.graph, cast, parts)
+            rewrites += 1
+    gm.graph.eliminate_dead_code()
+    return rewrites
+
+
+def _frozen(value: fx.Node) -> list[fx.Node]:
+    """The nodes that dequantize the weights of which a value is made, or nothing."""
+    parts = args_of(value)[0] if value.target is aten.cat.default else [value]
+    return parts if all(part.target is DEQUANTIZE for part in parts) else []
+
+
+def _is_like(cast: fx.Node, parts: list[fx.Node]) -> bool:
+    """Whether it makes of the weights, in forward, what they were made of."""
+    block = [0, 0] if cast.target is QUANTIZE else args_of(cast)[1]
+    fmt = args_of(cast)[3]
+    same = all(
+        list(args_of(part)[2]) == list(block) and args_of(part)[0].meta["val"].dtype is fmt
+        for part in parts
+    )
+    fp8 = quantize_output(cast, "fp8")
+    is_padded = fp8 is not None and fp8.meta["val"].shape[1] != parts[0].meta["val"].shape[1]
+    return same and quantize_output(cast, "fp8_t") is None and not is_padded
+
+
+def _take(graph: fx.Graph, cast: fx.Node, parts: list[fx.Node]) -> None:
+    weights, scales = ([args_of(part)[i] for part in parts] for i in range(2))
+    fp8, scale_inv = (quantize_output(cast, name) for name in ("fp8", scale_of("fp8", cast)))
+    with graph.inserting_before(cast):
+        weight, scale = weights[0], scales[0]
+        if len(parts) > 1:
+            name = f"{args_of(cast)[0].name}_frozen"
+            weight = emit(graph, CAT_ROWS, (weights,), name, like=cast)
+            scale = emit(graph, aten.cat.default, (scales,), f"{name}_scale", like=cast)
+        if scale_inv is not None:
+            shape = list(scale_inv.meta["val"].shape)
+            view = emit(graph, aten.view.default, (scale, shape), scale_inv.name, like=cast)
+            scale_inv.replace_all_uses_with(view)
+    if fp8 is not None:
+        fp8.replace_all_uses_with(weight)
+
+
+def _dequantize_there(cast: fx.Node, parts: list[fx.Node]) -> None:
+    graph = cast.graph
+    with graph.inserting_before(cast):
+        value, again = args_of(cast)[0], []
+        for part in parts:
+            node = emit(graph, DEQUANTIZE, part.args, f"{part.name}_again", like=cast)
+            node.meta["partitioner_tag"] = "must_be_in_backward"
+            again.append(node)
+        if value.target is aten.cat.default:
+            value.update_arg(0, again)
+        else:
+            cast.replace_input_with(value, again[0])
