@@ -42,8 +42,9 @@ class ScalingState:
     finite, how often one was too large for the scale that was used, and how often one jumped (see
     ``fp8::update_scales``). Static scaling uses only ``scale``. ``weights``: for each site its
     weight, or None where it has no parameter. ``recipes``: the recipe of each site. ``rule``: see
-    ``rule_of``. ``leaders``: for each site the one whose slots it uses, see Site. ``replicas``: the process group that trains copies of the weights on other data, or
-    None. ``number``: states are created, and so numbered, in the same order in every replica.
+    ``rule_of``. ``leaders``: for each site the one whose slots it uses, see Site. ``replicas``: the
+    process group that trains copies of the weights on other data, or None. ``number``: states are
+    created, and so numbered, in the same order in every replica.
     """
 
     _numbers = itertools.count()
@@ -209,7 +210,7 @@ class ScalingState:
                 self._versions[index] = _version_of(new)
 
     def scale_of_weight(self, weight: Tensor) -> Tensor | None:
-        """The scale, ``f32[1]``, that the next call casts a weight with; None if it finds its own."""
+        """The scale, ``f32[1]``, that the next call casts a weight with; None: it finds its own."""
         for index, known in enumerate(self.weights()):
             if known is weight and self._versions[index] == _version_of(weight):
                 slot = slots_of(self.leaders[index]).start + Operand.WEIGHT.value
