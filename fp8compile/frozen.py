@@ -7,7 +7,6 @@ which finds that dequantization in front of a GEMM, takes the FP8 weight instead
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -25,7 +24,7 @@ from .scaling import known_weight_scale, replace_weight
 log = logging.getLogger(__name__)
 
 GRANULARITIES = (Granularity.TENSOR, Granularity.ROW, Granularity.BLOCK_128X128)
-_CHUNK = 2**24  # elements: what is cast at a time, so that it takes little memory
+_CHUNK = 2**22  # elements: what is cast at a time, so that it takes little memory
 
 
 class FrozenWeight:
@@ -63,18 +62,24 @@ class FrozenWeight:
         return self
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, frozen in e4m3 {self.granularity}"
+        shape: str = super().extra_repr()  # type: ignore[misc]
+        return f"{shape}, frozen in e4m3 {self.granularity}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _instance, (type(self).__bases__[1],), self.__dict__
 
 
-@functools.cache
-def _class_of(base: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Frozen{base.__name__}", (FrozenWeight, base), {"__module__": base.__module__})
+_classes: dict[type, type] = {}  # what instances of a class become: one class, so that types agree
 
 
-def _instance(base: type[nn.Module]) -> nn.Module:
+def _class_of(base: type) -> type:
+    if base not in _classes:
+        name, module = f"Frozen{base.__name__}", {"__module__": base.__module__}
+        _classes[base] = type(name, (FrozenWeight, base), module)
+    return _classes[base]
+
+
+def _instance(base: type) -> Any:
     cls = _class_of(base)
     return cls.__new__(cls)
 
@@ -179,7 +184,7 @@ def quantize_weight(
     """A weight ``[N, K]`` in E4M3 and its scale_inv, which lies as the blocks do.
 
     ``scale``: ``f32[1]``, of a tensorwise weight, where it is known. The rows are cast some at a
-    time: the float32 numbers in between never take more than ``4 * _CHUNK`` bytes each.
+    time, which takes some 100 MB.
     """
     block, fmt = list(granularity.block), Format.E4M3.dtype
     step = max(_CHUNK // max(weight.shape[1], 1) // 128, 1) * 128
@@ -187,7 +192,7 @@ def quantize_weight(
         scale = _current_scale(weight)
     q = torch.empty(weight.shape, dtype=fmt, device=weight.device)
     scales = []
-    for start in range(0, weight.shape[0], step):
+    for start in range(0, max(weight.shape[0], 1), step):
         rows = weight[start : start + step]
         if granularity is Granularity.TENSOR:
             part, _, scale_inv, _ = torch.ops.fp8.quantize(rows, scale, 0, fmt, True, False)
@@ -195,7 +200,7 @@ def quantize_weight(
             part, _, scale_inv, _ = torch.ops.fp8.quantize_blocks(
                 rows, block, False, fmt, True, False
             )
-        q[start : start + step] = part
+        q[start : start + step] = part[:, : weight.shape[1]]
         scales.append(scale_inv.reshape(-1, 1) if block[0] == 1 else scale_inv)
     return q, scales[0] if granularity is Granularity.TENSOR else torch.cat(scales)
 

@@ -16,6 +16,7 @@ from .plan_saved import plan_saved
 from .share_casts import share_casts
 from .store_activations import store_activations
 from .tag_sites import tag_sites
+from .take_frozen_weights import take_frozen_weights
 from .track_amax import track_amax
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "share_casts",
     "store_activations",
     "tag_sites",
+    "take_frozen_weights",
     "track_amax",
     "with_own_passes",
 ]

@@ -27,8 +27,8 @@ def take_frozen_weights(gm: fx.GraphModule) -> int:
         w_scale_inv : f32[1, 64] = w_q[2]
         mm_fp8      : bf16[16, 64] = fp8.scaled_mm_blocks(x_fp8, w_fp8, x_scale_inv, w_scale_inv, ...
     After:
-        w_scale_inv : f32[1, 64] = aten.view(w_scale, [1, 64])
-        mm_fp8      : bf16[16, 64] = fp8.scaled_mm_blocks(x_fp8, w_frozen, x_scale_inv, w_scale_inv, ...
+        w_frozen_scale_inv : f32[1, 64] = aten.view(w_scale, [1, 64])
+        mm_fp8             : bf16[16, 64] = fp8.scaled_mm_blocks(x_fp8, w_frozen, x_scale_inv, w_frozen_scale_inv, ...
 
     Of several weights that one GEMM takes, the FP8 rows are put together, and so are the scales.
 
@@ -81,21 +81,21 @@ def _take(graph: fx.Graph, cast: fx.Node, parts: list[fx.Node]) -> None:
             scale = emit(graph, aten.cat.default, (scales,), f"{name}_scale", like=cast)
         if scale_inv is not None:
             shape = list(scale_inv.meta["val"].shape)
-            view = emit(graph, aten.view.default, (scale, shape), scale_inv.name, like=cast)
+            name = f"{weight.name}_scale_inv"
+            view = emit(graph, aten.view.default, (scale, shape), name, like=cast)
             scale_inv.replace_all_uses_with(view)
     if fp8 is not None:
         fp8.replace_all_uses_with(weight)
 
 
 def _dequantize_there(cast: fx.Node, parts: list[fx.Node]) -> None:
-    graph = cast.graph
-    with graph.inserting_before(cast):
-        value, again = args_of(cast)[0], []
-        for part in parts:
-            node = emit(graph, DEQUANTIZE, part.args, f"{part.name}_again", like=cast)
-            node.meta["partitioner_tag"] = "must_be_in_backward"
-            again.append(node)
-        if value.target is aten.cat.default:
-            value.update_arg(0, again)
-        else:
-            cast.replace_input_with(value, again[0])
+    graph, value = cast.graph, args_of(cast)[0]
+    is_cat = value.target is aten.cat.default
+    with graph.inserting_before(value if is_cat else cast):
+        again = [emit(graph, DEQUANTIZE, p.args, f"{p.name}_again", like=cast) for p in parts]
+    for node in again:
+        node.meta["partitioner_tag"] = "must_be_in_backward"
+    if is_cat:
+        value.update_arg(0, again)
+    else:
+        cast.replace_input_with(value, again[0])

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fp8compile import RECIPES
-from fp8compile.ir import format_graph, verify
+from fp8compile import RECIPES, Granularity
+from fp8compile.frozen import quantize_weight
+from fp8compile.ir import DEQUANTIZE, format_graph, verify
 from fp8compile.passes import StateNodes, joint_passes, run_passes
 from fp8compile.passes.pipeline import Pass, pass_name
 from tests.helpers import Joint, trace, trace_joint
@@ -64,6 +65,38 @@ def fprop(n: int = 64, k: int = 32, dtype: torch.dtype = torch.bfloat16) -> fx.G
         return aten.mm(x, aten.permute(w, [1, 0]))
 
     return trace(fn, x=torch.randn(16, k).to(dtype), w=torch.randn(n, k).to(dtype))
+
+
+def frozen_fprop(
+    recipe: str = "rowwise", widths: tuple[int, ...] = (64,), k: int = 32
+) -> fx.GraphModule:
+    """``x @ w.T`` of one or several frozen weights, in the graph before ``take_frozen_weights``.
+
+    They are frozen per row, called ``w1`` and so on where there are several, and cast as ``recipe``
+    says.
+    """
+    names = ["w"] if len(widths) == 1 else [f"w{i + 1}" for i in range(len(widths))]
+    inputs = {"x": torch.randn(16, k).bfloat16()}
+    for name, width in zip(names, widths, strict=True):
+        weight = torch.randn(width, k).bfloat16()
+        q, scale = quantize_weight(weight, Granularity.ROW)
+        inputs |= {f"{name}_frozen": q, f"{name}_scale": scale}
+
+    def fn(x: Tensor, *weights: Tensor) -> list[Tensor]:
+        pairs = zip(weights[::2], weights[1::2], strict=True)
+        args = ([1, 0], torch.bfloat16)
+        found = [torch.ops.fp8.dequantize.default(q, scale, *args) for q, scale in pairs]
+        return [aten.neg(aten.mm(x, aten.permute(w, [1, 0]))) for w in found]
+
+    gm = trace(fn, **inputs)
+    dequantized = gm.graph.find_nodes(op="call_function", target=DEQUANTIZE)
+    for node, name in zip(dequantized, names, strict=True):
+        node._rename(name)
+    for run in joint_passes(recipe=RECIPES[recipe], training=False):
+        if pass_name(run) == "take_frozen_weights":
+            break
+        run(gm)
+    return gm
 
 
 def negated_linear() -> fx.GraphModule:

@@ -18,6 +18,7 @@ from fp8compile.passes import (
     find_gemms,
     grow_regions,
     store_activations,
+    take_frozen_weights,
 )
 from fp8compile.passes.pipeline import JOINT_PASSES, Pass
 from tests.helpers import Joint, trace_joint
@@ -25,6 +26,7 @@ from tests.passes.common import (
     Linear,
     before,
     fprop,
+    frozen_fprop,
     linear_joint,
     lines_of,
     negated_linear,
@@ -62,6 +64,8 @@ def example(name: str) -> tuple[fx.GraphModule, Pass]:
     if name == "choose_scaling":
         gm, _ = before("insert_casts")
         return gm, partial(choose_scaling, recipe=RECIPES["delayed"], device=H200)
+    if name == "take_frozen_weights":
+        return frozen_fprop(), take_frozen_weights
     if name == "grow_regions":
         return negated_linear(), grow_regions
     if name == "store_activations":

@@ -1,0 +1,306 @@
+"""Frozen weights: FP8 only, the same results, half of the memory."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fp8compile
+from fp8compile import Granularity, RecipeError
+from fp8compile.frozen import is_frozen, linears, quantize_weight
+from tests.helpers import compile_interpreted
+from tests.models import sqnr_db
+
+
+class Block(nn.Module):
+    """q, k and v, of which k and v are narrow, and two sites behind them."""
+
+    def __init__(self, d: int = 128) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(d, n, bias=False) for n in (d, d, d // 2))
+        self.up, self.down = nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = nn.functional.pad(self.v(x).tanh(), (0, self.v.out_features))
+        return self.down(self.up(self.q(x).sin() * self.k(x).cos() + gate).relu())
+
+
+@pytest.fixture(autouse=True)
+def compile_anew() -> None:
+    torch._dynamo.reset()
+
+
+def inputs(rows: int = 32) -> Tensor:
+    return torch.randn(rows, 128, dtype=torch.bfloat16)
+
+
+def served(compiled: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return compiled(x)
+
+
+def memory_of(model: nn.Module) -> int:
+    """Bytes of the parameters, those in shared memory once."""
+    storages = [p.untyped_storage() for p in model.parameters()]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+RECIPES = ["rowwise", "blockwise", "current", "delayed", "e4m3_only"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_results_are_those_of_the_model_before(recipe: str) -> None:
+    model, x = Block().bfloat16(), inputs()
+    want = served(compile_interpreted(model, {"recipe": recipe}), x)
+    assert fp8compile.freeze(model, recipe) == {}
+    torch._dynamo.reset()
+    got = served(compile_interpreted(model, {"recipe": recipe}), x)
+    assert torch.equal(got, want)
+
+
+def test_and_so_they_are_with_inductor() -> None:
+    model, x = Block().bfloat16(), inputs()
+    options = {"recipe": "rowwise", "kernels": "reference"}
+    want = served(torch.compile(model, backend="fp8", options=options), x)
+    fp8compile.freeze(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="fp8", options=options)
+    assert torch.equal(served(compiled, x), want)
+    assert torch.equal(served(compiled, x), want)  # with the weights put together before
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "rowwise"])
+def test_the_served_forward_is_that_of_training_bit_for_bit(recipe: str) -> None:
+    model, x = Block().bfloat16(), inputs()
+    compiled = compile_interpreted(model, {"recipe": recipe})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        compiled(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    want = compiled(x).detach()
+    fp8compile.freeze(model, recipe)
+    assert torch.equal(served(compiled, x), want)
+
+
+def test_the_recipe_is_known_by_the_weights() -> None:
+    model, x = Block().bfloat16(), inputs()
+    want = served(compile_interpreted(model, {"recipe": "rowwise"}), x)
+    fp8compile.freeze(model)
+    for options in ({}, {"recipe": "blockwise"}, {"recipe": "static"}):
+        torch._dynamo.reset()
+        assert torch.equal(served(compile_interpreted(model, options), x), want)
+    found = fp8compile.explain(model, x)
+    assert {row.recipe for row in found.rows} == {"rowwise"}
+
+
+def test_parameters_take_half_of_the_memory_whatever_was_compiled() -> None:
+    model = Block().bfloat16()
+    before = memory_of(model)
+    fp8compile.freeze(model)
+    biases = sum(p.nbytes for p in model.parameters() if p.dim() == 1)
+    assert memory_of(model) == (before - biases) // 2 + biases
+    compiled = compile_interpreted(model, dynamic=False)
+    results = [served(compiled, x) for x in (inputs(8), inputs(32), inputs(8))]
+    assert len(results) == 3
+    assert memory_of(model) == (before - biases) // 2 + biases
+    q, k, v = (m.weight for m in (model.q, model.k, model.v))
+    stored = [m._parameters["weight"] for m in (model.q, model.k, model.v)]
+    assert len({p.untyped_storage().data_ptr() for p in stored if p is not None}) == 1
+    assert q.dtype is k.dtype is v.dtype is torch.bfloat16
+
+
+PEAK = """
+import re, torch, fp8compile
+from torch import nn
+def kilobytes(name):
+    return int(re.search(rf"{name}:\\s+(\\d+)", open("/proc/self/status").read())[1])
+model = nn.Sequential(*(nn.Linear(4096, 4096, bias=False, dtype=torch.bfloat16) for _ in range(4)))
+fp8compile.freeze(nn.Linear(128, 128), RECIPE)  # what is imported and set up at the first time
+open("/proc/self/clear_refs", "w").write("5")  # the peak is what there is now
+before = kilobytes("VmRSS")
+fp8compile.freeze(model, RECIPE)
+print(kilobytes("VmHWM") - before, before - kilobytes("VmRSS"))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("recipe", ["rowwise", "delayed"])
+def test_freezing_takes_no_more_memory_than_one_layer(recipe: str) -> None:
+    code = PEAK.replace("RECIPE", repr(recipe))
+    setting = "from fp8compile import frozen; frozen._CHUNK = 2**18\n"
+    run = [sys.executable, "-c", setting + code]
+    # What is freed goes back at once, as it does on a GPU, instead of being kept for later.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    more, less = map(int, subprocess.check_output(run, text=True, timeout=120, env=env).split())
+    layer = 4096 * 4096 * 2 / 1024  # kilobytes
+    assert more < layer, f"{more} kB more, a layer has {layer}"
+    assert less > 1.8 * layer, f"{less} kB less, of {4 * layer}"
+
+
+def test_eager_multiplies_with_the_same_weights() -> None:
+    model, x = Block().bfloat16(), inputs()
+    want = model(x)
+    fp8compile.freeze(model)
+    assert 25 < sqnr_db(want, model(x)) < 45
+
+
+@pytest.mark.parametrize("granularity", [Granularity.TENSOR, Granularity.ROW], ids=str)
+@pytest.mark.parametrize("shape", [(300, 48), (1, 16), (0, 32)], ids=str)
+def test_casting_some_rows_at_a_time_changes_nothing(
+    granularity: Granularity, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(shape).bfloat16()
+    whole = quantize_weight(weight, granularity)
+    monkeypatch.setattr("fp8compile.frozen._CHUNK", 1)  # 128 rows
+    for got, want in zip(quantize_weight(weight, granularity), whole, strict=True):
+        assert got.dtype is want.dtype and torch.equal(got.float(), want.float())
+
+
+def copied(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model)
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def loaded(model: nn.Module) -> nn.Module:
+    other = Block().bfloat16()
+    fp8compile.freeze(other)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("again", [copied, saved, loaded])
+def test_it_can_be_copied_and_saved(again: Callable[[nn.Module], nn.Module]) -> None:
+    model, x = Block().bfloat16(), inputs()
+    fp8compile.freeze(model)
+    other = again(model)
+    assert all(is_frozen(module) for _, module in linears(other))
+    assert torch.equal(other(x), model(x))
+    assert model.state_dict().keys() == other.state_dict().keys()
+    assert model.state_dict()["q.weight"].dtype is torch.float8_e4m3fn
+    assert torch.equal(served(compile_interpreted(other), x), served(compile_interpreted(model), x))
+
+
+def test_other_weights_may_be_loaded_into_a_compiled_model() -> None:
+    model, other, x = Block().bfloat16(), Block().bfloat16(), inputs()
+    fp8compile.freeze(model)
+    fp8compile.freeze(other)
+    compiled = compile_interpreted(model)
+    before = served(compiled, x)
+    model.load_state_dict(other.state_dict())
+    after = served(compiled, x)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, served(compile_interpreted(other), x))
+    assert memory_of(model) == memory_of(other)
+
+
+def test_conversions_change_what_eager_computes_in() -> None:
+    model = Block()
+    fp8compile.freeze(model)
+    stored = copy.deepcopy(model.state_dict())
+    for convert, dtype in ((nn.Module.bfloat16, torch.bfloat16), (nn.Module.half, torch.float16)):
+        convert(model)
+        assert model.q.weight.dtype is dtype and model.up.bias.dtype is dtype
+        assert model(torch.randn(2, 128, dtype=dtype)).dtype is dtype
+        for name in ("q.weight", "q.weight_scale", "down.weight"):
+            now = model.state_dict()[name]
+            assert now.dtype is stored[name].dtype and torch.equal(
+                now.float(), stored[name].float()
+            )
+    meta = copy.deepcopy(model).to("meta")
+    assert meta.q.weight.is_meta and meta.q.weight.dtype is torch.float16
+    empty = meta.to_empty(device="cpu")
+    assert empty.state_dict()["q.weight"].dtype is torch.float8_e4m3fn
+
+
+def test_what_is_left_alone_is_told() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(32, 64)
+            self.head = nn.Linear(64, 32, bias=False)
+            self.head.weight = self.embed.weight
+            self.odd, self.kept, self.wide = nn.Linear(20, 64), nn.Linear(64, 64), nn.Linear(64, 8)
+            self.whole = nn.Linear(64, 64, dtype=torch.float64)
+
+    model = Tied()
+    assert fp8compile.freeze(model, skip=["kep*"]) == {
+        "head": "its weight is also embed.weight",
+        "odd": "in_features, 20, is not divisible by 16",
+        "kept": "skipped by the user",
+        "whole": "its weight is float64",
+    }
+    assert [name for name, m in linears(model) if is_frozen(m)] == ["wide"]
+    left = fp8compile.freeze(model, skip=lambda name: name == "kept")
+    assert "wide" not in left and left["kept"] == "skipped by the user"
+    assert "divisible by 128" in fp8compile.freeze(model, "blockwise")["kept"]
+
+
+@pytest.mark.parametrize("recipe", ["mx", "no such"])
+def test_a_recipe_whose_weights_cannot_be_kept_is_refused(recipe: str) -> None:
+    model = Block()
+    with pytest.raises(RecipeError, match="rowwise"):
+        fp8compile.freeze(model, recipe)
+    assert not any(is_frozen(module) for module in model.modules())
+
+
+def test_frozen_weights_are_not_declined_and_may_be_skipped() -> None:
+    model, x = Block().bfloat16(), inputs(1)
+    fp8compile.freeze(model)
+    found = fp8compile.explain(model, x, options={"decline_slower": "H100", "skip": ["up"]})
+    assert {row.fqn: row.reason for row in found.rows if row.reason} == {
+        "up": "skipped by the user"
+    }
+    want = served(model, x)
+    got = served(compile_interpreted(model, {"skip": ["*"]}), x)
+    torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "delayed", "blockwise"])
+def test_adapters_are_trained_over_frozen_weights(recipe: str) -> None:
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = Block()
+            self.a, self.b = nn.Linear(128, 16, bias=False), nn.Linear(16, 128, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x + self.b(self.a(x)))
+
+    torch.manual_seed(0)
+    model, x = Adapted(), torch.randn(32, 128)
+    fp8compile.freeze(model.base, recipe)
+    compiled = compile_interpreted(model, {"recipe": recipe})
+    grads = []
+    for run in (model, compiled):
+        model.zero_grad()
+        run(x).square().mean().backward()
+        grads.append(
+            [p.grad.clone() for p in (model.a.weight, model.b.weight) if p.grad is not None]
+        )
+    for want, got in zip(*grads, strict=True):
+        assert sqnr_db(want, got) > 15
+    assert model.base.q._parameters["weight"].grad is None
+
+
+def test_a_parameter_that_the_user_puts_there_is_that() -> None:
+    module = nn.Linear(32, 16)
+    fp8compile.freeze(module)
+    module.weight = nn.Parameter(torch.ones(16, 32))
+    assert torch.equal(module.weight, torch.ones(16, 32))
+    assert torch.equal(module(torch.ones(1, 32)), 32 + module.bias[None])
