@@ -74,13 +74,14 @@ _classes: dict[type, type] = {}  # what instances of a class become: one class, 
 
 def _class_of(base: type) -> type:
     if base not in _classes:
-        name, module = f"Frozen{base.__name__}", {"__module__": base.__module__}
+        name = f"Frozen{base.__name__}"
+        module: dict[str, Any] = {"__module__": base.__module__}
         _classes[base] = type(name, (FrozenWeight, base), module)
     return _classes[base]
 
 
 def _instance(base: type) -> Any:
-    cls = _class_of(base)
+    cls: Any = _class_of(base)
     return cls.__new__(cls)
 
 

@@ -18,7 +18,7 @@ from tests.models import MLP
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
 PASSES = [
     "find_gemms", "choose_precision", "merge_gemms", "choose_formats", "insert_casts",
-    "fold_scales", "share_casts",
+    "take_frozen_weights", "fold_scales", "share_casts",
     "drop_unused_outputs",
 ]  # fmt: skip
 

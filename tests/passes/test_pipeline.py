@@ -21,6 +21,7 @@ def test_the_order() -> None:
         "merge_gemms",
         "choose_formats",
         "insert_casts",
+        "take_frozen_weights",
         "fold_scales",
         "share_casts",
         "drop_unused_outputs",
