@@ -24,11 +24,11 @@ from fp8compile import OptionError, RecipeError
 from fp8compile import compile as compile_module
 from fp8compile.backends import kernel_rows
 from fp8compile.explanation import Explanation
+from fp8compile.explanation.timed import StepTimes, with_gemm_times, with_kernel_times
 from fp8compile.internals import copy_of
 from fp8compile.passes import grow_regions
 from fp8compile.report import KernelRow, Measured
 from fp8compile.scaling import states_left_as_they_were
-from fp8compile.timed import StepTimes, with_gemm_times, with_kernel_times
 from tests.helpers import compile_interpreted
 from tests.models import MLP, Llama, sqnr_db
 

@@ -105,8 +105,8 @@ def test_nothing_leaves_the_device_between_intervals() -> None:
     model = two_layers()
     monitor = Monitor(model, every=3)
     compiled, optimizer = compile_interpreted(model), sgd(model)
-    samples = importlib.import_module("fp8compile.samples")
-    with mock.patch("fp8compile.monitor.sample_of", wraps=samples.sample_of) as copied:
+    samples = importlib.import_module("fp8compile.monitoring.samples")
+    with mock.patch("fp8compile.monitoring.monitor.sample_of", wraps=samples.sample_of) as copied:
         train(compiled, optimizer, 2)
         assert not copied.called
         train(compiled, optimizer, 1)
@@ -505,14 +505,14 @@ def test_samples_of_a_gpu_are_written_a_step_later() -> None:
     model, called = two_layers(), []
     monitor = Monitor(model, every=1, to=called.append)
     compiled, optimizer, events = compile_interpreted(model), sgd(model), []
-    samples = importlib.import_module("fp8compile.samples")
+    samples = importlib.import_module("fp8compile.monitoring.samples")
 
     def on_a_gpu(*args: Any) -> Any:
         events.append(mock.Mock())
         sample = samples.sample_of(*args)
         return samples.replace(sample, arrived=events[-1])
 
-    with mock.patch("fp8compile.monitor.sample_of", on_a_gpu):
+    with mock.patch("fp8compile.monitoring.monitor.sample_of", on_a_gpu):
         train(compiled, optimizer, 1)
         sgd(model).step()  # a second optimizer, in the same step
         assert not called and not events[0].synchronize.called
