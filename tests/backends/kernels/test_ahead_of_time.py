@@ -98,6 +98,7 @@ REGIONS = {
     "norm_backward": {"x": (64, N), "w": (N,), "g": (64, N), "other": (64, N)},
     "layer_norm_rows": {"x": (2, 32, N), "w": (N,), "b": (N,)},
     "gelu_backward": {"x": (64, N), "g": (64, N)},
+    "mish": {"x": (64, N)},
     "swiglu_backward": {"gate": (64, N), "up": (64, N), "g": (64, N)},
     "bias_gradient": {"g": (2, 32, N)},
 }
