@@ -136,6 +136,7 @@ def bytes_written(region: Region) -> sympy.Expr:
 _DEVICE_FUNCTIONS = (
     "block_scales",
     "inside",
+    "log1p",
     "magnitude_bits",
     "quantize_groups",
     "resolve_scale",

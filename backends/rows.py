@@ -11,6 +11,7 @@ from torch import fx
 
 from ..cost import Device, kernel_us
 from ..ir import CASTS, QUANTIZE_GROUPS, RESHAPES, SCALED_MMS, aten, format_value, gemm_info
+from ..recipe import Granularity
 from ..regions import SAME_PLACE
 from ..report import KernelRow
 from .bundle import NAME, emit_bundle
@@ -112,8 +113,7 @@ def _written(region: Region) -> list[str]:
 def _granularity(cast: Cast) -> str:
     if not isinstance(cast.node.args[1], list | tuple):
         return ""
-    high, wide = cast.block
-    return f":{high}x{wide or 'row'}"
+    return f":{next(each for each in Granularity if each.block == cast.block)}"
 
 
 def _feeds(call: fx.Node) -> list[str]:

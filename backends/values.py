@@ -380,7 +380,7 @@ def _operand(arg: Any, tensors: Any) -> str:
 
 def _short(node: fx.Node) -> str:
     name = str(getattr(node.target, "_opname", "value"))
-    return {"convert_element_type": "converted", "sigmoid": "gate"}.get(name, name)
+    return {"convert_element_type": "converted", "sigmoid": "gate", "log1p": "log"}.get(name, name)
 
 
 def _simple(template: str) -> Any:
@@ -436,6 +436,7 @@ _TEXT = {
     aten.abs.default: _simple("tl.abs({0})"),
     aten.exp.default: _simple("tl.exp({0})"),
     aten.log.default: _simple("tl.log({0})"),
+    aten.log1p.default: _simple("log1p({0})"),
     aten.sqrt.default: _simple("tl.sqrt({0})"),
     aten.rsqrt.default: _simple("tl.rsqrt({0})"),
     aten.reciprocal.default: _simple("1.0 / {0}"),

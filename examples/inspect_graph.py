@@ -11,6 +11,7 @@ Any program writes the same files when it runs with `FP8COMPILE_DUMP=folder` in 
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fp8compile
+from fp8compile.progress import progress
 
 EVERYTHING = {"decline_slower": False}  # on a GPU a block this small would stay in float32
 
@@ -57,7 +59,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files = compile_and_dump(model, x, folder)
+        (files,) = progress(map(partial(compile_and_dump, model, x), [folder]), "compiling")
         print("\nFiles of the dump:")
         for path in files:
             print(f"  {path.relative_to(folder)}  ({len(path.read_text().splitlines())} lines)")

@@ -36,6 +36,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fp8compile
+from fp8compile.progress import progress
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.helpers import compile_interpreted
@@ -131,7 +132,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="FP8 is emulated here")
     table = Table(title="SQNR in dB, of one GEMM and of four Llama layers")
     rows: list[tuple[str, str, float]] = []
-    for recipe in (*fp8compile.RECIPES, AUTO):
+    for recipe in progress((*fp8compile.RECIPES, AUTO), "recipes"):
         # A profile of one linear layer would choose among E4M3 and E5M2, and always E4M3.
         found = {} if recipe == AUTO else {name: gemm_db(recipe, name) for name in INPUTS}
         found |= llama_db(recipe)

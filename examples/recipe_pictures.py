@@ -10,7 +10,7 @@ from typing import Any
 import train_gpt
 from recipe_results import ORDER, OWN, ROLES, Run, load
 
-from fp8compile.monitor_plots import draw_bands
+from fp8compile.monitoring.plots import draw_bands
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#882255")
 # The model's own precision is black; a recipe looks the same in every picture.

@@ -49,6 +49,7 @@ from recipe_results import AUTO, OWN, Place, Run, check_place, load, save
 from torch import Tensor
 
 import fp8compile
+from fp8compile.progress import progress
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 from soak import TINY
@@ -114,11 +115,12 @@ def trained(trainer: Trainer, every: int) -> Run:
     name = OWN[DEVICE.type == "cuda"] if trainer.choice == REFERENCE else trainer.choice
     run = Run(name, place, versions, watch.formats())
     losses = []
-    for step, (loss, batch) in enumerate(trainer.steps(trainer.config.steps)):
+    count = trainer.config.steps
+    for step, (loss, batch) in enumerate(progress(trainer.steps(count), name, total=count)):
         losses.append(loss.detach())
         if step == 0:
             run.compile_s = train_gpt.now(DEVICE) - trainer.started
-        if step % every == 0 or step == trainer.config.steps - 1:
+        if step % every == 0 or step == count - 1:
             before = train_gpt.now(DEVICE)
             exact, scales = watch.look(batch)
             run.sqnr[step] = {
@@ -152,16 +154,20 @@ def side_by_side(args: argparse.Namespace, config: train_gpt.Config) -> None:
         sizes = ("--steps", config.steps, "--sqnr-every", args.sqnr_every, "--out", folder)
         flags = ("--no-draw", "--no-times", *(("--tiny",) if args.tiny else ()))
         command = (sys.executable, __file__, "--recipes", choice, *sizes, *flags)
-        subprocess.run([str(part) for part in command], check=True)
+        # Their bars would be drawn over each other: what they say on stderr is shown at their end.
+        parts = [str(part) for part in command]
+        done = subprocess.run(parts, stderr=subprocess.PIPE, text=True)
+        print(done.stderr, end="", file=sys.stderr)
+        done.check_returncode()
         return folder
 
     with tempfile.TemporaryDirectory() as top, ThreadPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(train, choice, Path(top) / choice) for choice in args.recipes]
-        for job in as_completed(jobs):
+        for job in progress(as_completed(jobs), "training recipes", total=len(jobs)):
             save(args.out, *load(job.result()))
     runs = {run.name: run for run in load(args.out)}
     text = train_gpt.standard_library_text()
-    for choice in args.recipes if args.times else ():
+    for choice in progress(args.recipes if args.times else (), "timing recipes"):
         run = runs[OWN[1] if choice == REFERENCE else choice]
         run.step_ms = Trainer(choice, config, text).step_ms()
         save(args.out, run)

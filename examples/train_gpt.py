@@ -35,7 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import fp8compile  # only for explain(): torch.compile finds the backend "fp8" without this import
+import fp8compile  # only for explain() and bars: torch.compile finds the backend without it
+from fp8compile.progress import progress
 
 VOCAB = 256  # the model reads bytes
 HEAD_DIM = 32
@@ -296,7 +297,7 @@ def sample(model: GPT, prompt: str, context: int, length: int = 200) -> str:
     generator = torch.Generator().manual_seed(0)
     device = model.lm_head.weight.device
     text = torch.tensor([list(prompt.encode())])
-    for _ in range(length):
+    for _ in progress(range(length), "continuing a prompt"):
         logits = model.logits(text[:, -context:].to(device))[:, -1].cpu()
         next_byte = torch.multinomial((logits / 0.8).softmax(-1), 1, generator=generator)
         text = torch.cat([text, next_byte], dim=1)

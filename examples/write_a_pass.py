@@ -20,6 +20,7 @@ import fp8compile
 from fp8compile import Gemm
 from fp8compile.ir import format_graph, gemms, verify
 from fp8compile.passes import choose_precision, find_gemms
+from fp8compile.progress import progress
 
 WHY = "its weight's gradient matters"
 
@@ -86,7 +87,8 @@ class Classifier(nn.Module):
 def gradients_db(model: nn.Module, x: Tensor, grad_output: Tensor, **options: object) -> str:
     """SQNR of the gradients of the weights, against those in the model's own precision."""
     found = []
-    for call in (model, torch.compile(model, backend="fp8", options=options)):
+    calls = model, torch.compile(model, backend="fp8", options=options)
+    for call in progress(calls, "running it in both precisions"):
         model.zero_grad()
         call(x).backward(grad_output)
         found.append({k: p.grad.clone() for k, p in model.named_parameters() if p.dim() > 1})

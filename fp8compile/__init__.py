@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     # These need the compiler, and with it Inductor: loaded when they are first asked for.
     if name == "explain":
-        from .explaining import explain
+        from .explanation import explain
 
         return explain
     if name == "profile":
@@ -32,7 +32,7 @@ def __getattr__(name: str) -> object:
 
         return profile
     if name == "Monitor":
-        from .monitor import Monitor
+        from .monitoring import Monitor
 
         return Monitor
     if name == "view":

@@ -26,10 +26,11 @@ from . import internals
 from .backends import TRITON, device_constants, kernel_name, lower, resolve_kernels
 from .compiled_graph import CompiledGraph, is_parameter
 from .cost import DEVICES, Device
-from .dump import Dump, Watch
+from .dump import Dump
 from .errors import OptionError, PassError, StrictError
 from .ir import SLOTS_PER_SITE, Site, args_of, format_graph
 from .modules import SiteNames, calling_module, calling_shards
+from .observer import FinalGraphs, Observer
 from .options import AUTO, FALLBACK, HIGH_PRECISION, Options, parse_options
 from .passes import (
     STATIC_SCALES,
@@ -79,18 +80,13 @@ def compile_graph(
     options: Options,
     *,
     inner_compile: Callable[..., Any] | None = None,
-    on_joint: Callable[[list[Row]], None] | None = None,
-    watch: Watch | None = None,
-    on_sites: Callable[[Sequence[Site]], None] | None = None,
+    observer: Observer | None = None,
     root: nn.Module | None = None,
-    on_final: Callable[[FinalGraphs], None] | None = None,
 ) -> Callable[..., Any]:
     """``fp8`` with parsed options, and what ``explain``, ``view`` and the tests need besides.
 
-    ``inner_compile`` replaces Inductor's code generation; ``on_joint`` is given the rows of each
-    graph, ``on_sites`` its sites, also those that have no GEMM in it; ``watch`` is shown every
-    graph; ``root`` is the model that names come from, if it is not to be looked for; ``on_final``
-    is given what each graph became, before kernels are put in.
+    ``inner_compile`` replaces Inductor's code generation; ``observer`` is told what happens;
+    ``root`` is the model that names come from, if it is not to be looked for.
     """
     gm = internals.clone_dynamo_graph(gm)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -101,22 +97,15 @@ def compile_graph(
         keep_logits(gm)
     _keep(gm, options.kept_by_budget())
     sites: list[Site] = gm.meta["fp8_sites"]
-    if on_sites is not None:
-        on_sites(sites)
+    if observer is not None:
+        observer.on_sites(sites)
     _check_globs(options, sites, root)
     device = _device(sites, example_inputs)
     kernels = resolve_kernels(options.kernels, device)
-    predict_for = _predict_for(options, kernels, device, report=on_joint is not None)
+    predict_for = _predict_for(options, kernels, device, report=observer is not None)
     inference = not torch.is_grad_enabled() or not any(map(_requires_grad, example_inputs))
     compiler = GraphCompiler(
-        options,
-        sites,
-        kernels,
-        on_joint,
-        predict_for,
-        inference,
-        watch=watch,
-        on_final=on_final,
+        options, sites, kernels, predict_for, inference, observer=observer or Observer()
     )
     recipes = [site.recipe or options.recipe for site in sites]
     rule = rule_of(recipes)
@@ -143,27 +132,12 @@ def compile_graph(
         cache_code_only=compiler.inference,
         inner_compile=inner_compile,
         around=compiler.quantizing_weights_once,
-        on_split=compiler.split if on_final is not None else None,
+        on_split=compiler.split if observer is not None else None,
     )
     compiler.finish(time.perf_counter() - start)
     if rule is None:
         return run
     return CompiledGraph(run, sites, recipes, device, example_inputs, compiler.static)
-
-
-@dataclass(frozen=True)
-class FinalGraphs:
-    """What a Dynamo graph became, before kernels are put in. ``backward``: None in inference.
-
-    ``saved``: the outputs of ``forward`` that it keeps for ``backward``. ``predict_for``: the
-    device that costs are predicted for.
-    """
-
-    forward: fx.GraphModule
-    backward: fx.GraphModule | None
-    saved: tuple[fx.Node, ...]
-    sites: tuple[Site, ...]
-    predict_for: Device | None
 
 
 @dataclass
@@ -173,15 +147,13 @@ class GraphCompiler:
     options: Options
     sites: list[Site]
     kernels: str
-    on_joint: Callable[[list[Row]], None] | None = None
     predict_for: Device | None = None
     inference: bool = False
     measured: Sequence[bool] = ()  # per input: whether static scales are found from its statistics
     static: StaticScales | None = None
-    watch: Watch | None = None
+    observer: Observer = field(default_factory=Observer)
     rows: list[Row] = field(default_factory=list)
     fell_back: bool = False
-    on_final: Callable[[FinalGraphs], None] | None = None
 
     def __post_init__(self) -> None:
         self.dump = Dump(self.options.dump) if self.options.dump else None
@@ -234,10 +206,10 @@ class GraphCompiler:
 
     def split(self, forward: fx.GraphModule, backward: fx.GraphModule | None, outputs: int) -> None:
         """Tell of the final graphs; ``outputs``: how many are not kept for backward."""
-        if self.on_final is not None:
-            saved = args_of(forward.graph.output_node())[0][outputs:] if backward else ()
-            sites = tuple(self.sites)
-            self.on_final(FinalGraphs(forward, backward, tuple(saved), sites, self.predict_for))
+        saved = args_of(forward.graph.output_node())[0][outputs:] if backward else ()
+        sites = tuple(self.sites)
+        final = FinalGraphs(forward, backward, tuple(saved), sites, self.predict_for)
+        self.observer.on_final(final)
 
     def _measured_among(self, inputs: Sequence[fx.Node]) -> dict[fx.Node, int] | None:
         """The inputs whose statistics static scales are found from, with their positions."""
@@ -247,14 +219,14 @@ class GraphCompiler:
         return {node: i for i, node in enumerate(inputs) if self.measured[i]}
 
     def _show(self, name: str, gm: fx.GraphModule) -> None:
-        for watch in (self.dump, self.watch):
-            if watch is not None:
-                watch.graph(name, gm)
+        if self.dump is not None:
+            self.dump.graph(name, gm)
+        self.observer.on_graph(name, gm)
 
     def lowered(self, gm: fx.GraphModule) -> None:
         """Put the kernels into a forward, backward or inference graph.
 
-        What is watched is only looked at: it has its regions, wherever that is, and no kernels.
+        What is only looked at has its regions, wherever that is, and no kernels.
         """
         direction = "backward" if _is_backward_graph(gm) else "forward"
         if WEIGHTS_GRAPH in gm.meta:
@@ -262,11 +234,11 @@ class GraphCompiler:
         sources: dict[str, str] = {}
         with self._undoing(gm, "runs the reference bodies of its FP8 operators"):
             drop_unused_outputs(gm)
-            if self.kernels == TRITON or self.watch is not None:
+            if self.kernels == TRITON or self.observer.only_looks:
                 with naming_errors(f"grow_regions ({direction})"):
                     grow_regions(gm)
             self._show(direction, gm)
-            if self.watch is None:
+            if not self.observer.only_looks:
                 with naming_errors(f"lowering ({direction})"):
                     sources = lower(gm, self.kernels)
         gm.recompile()
@@ -282,7 +254,7 @@ class GraphCompiler:
 
         def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
             static = kwargs.get("static_input_idxs", ())
-            inference = kwargs.get("is_inference") and self.watch is None
+            inference = kwargs.get("is_inference") and not self.observer.only_looks
             split = split_weights(gm, static) if inference else None
             if split is None:
                 return inner(gm, inputs, **kwargs)
@@ -320,8 +292,7 @@ class GraphCompiler:
             raise StrictError(f"strict=True, but these stay in high precision:\n  {lines}")
         if not any(row.is_fp8 for row in rows):
             _nothing_to_do(self.options, rows + others)
-        if self.on_joint is not None:
-            self.on_joint(rows + others)
+        self.observer.on_rows(rows + others)
 
     def finish(self, seconds: float) -> None:
         """Say in one line what was compiled."""

@@ -6,20 +6,12 @@ import itertools
 import re
 import threading
 from pathlib import Path
-from typing import Protocol
 
 from torch import fx
 
 from .ir import format_graph
 
 _lock = threading.Lock()
-
-
-class Watch(Protocol):
-    """What is shown the graphs of one compile: before the passes, after each, and in the end."""
-
-    def graph(self, name: str, gm: fx.GraphModule) -> None:
-        """``name``: "joint", a pass, "forward" or "backward". The graph goes on to be changed."""
 
 
 class Dump:

@@ -20,7 +20,8 @@ from . import internals
 from .compile import compile_graph
 from .errors import OptionError
 from .formats import Format
-from .ir import CASTS, QUANTIZE_BLOCKS, SCALED_MMS, Edge, GemmInfo, gemm_info
+from .ir import CASTS, QUANTIZE_BLOCKS, SCALED_MMS, Edge, GemmInfo, Site, gemm_info
+from .observer import Observer
 from .ops import current_scale, in_blocks, per_row
 from .options import Options, parse_options
 from .profiles import Group, Profile, Seen
@@ -98,7 +99,7 @@ class _Record:
     edges: dict[Operand, _EdgeRecord] = field(default_factory=dict)
 
 
-class _Runs:
+class _Runs(Observer):
     """A model, compiled for looking at it."""
 
     def __init__(
@@ -109,7 +110,7 @@ class _Runs:
         # A group goes by the name of its first site: other sizes may be another graph.
         self.records: dict[str, _Record] = defaultdict(_Record)
         self.names: dict[tuple[int, int], str] = {}  # by graph and leader
-        self.rows: list[list[Row]] = []  # of each graph
+        self.rows: list[Sequence[Row]] = []  # of each graph
         self.sites: dict[str, None] = {}  # of all graphs, in order
         self.in_fp8: str | None = None
         self.observing = False
@@ -136,10 +137,15 @@ class _Runs:
             example_inputs,
             _stateless(self.options),
             inner_compile=interpret,
-            on_joint=self.rows.append,
-            on_sites=lambda sites: self.sites.update(dict.fromkeys(site.fqn for site in sites)),
+            observer=self,
             root=root,
         )
+
+    def on_sites(self, sites: Sequence[Site]) -> None:
+        self.sites |= dict.fromkeys(site.fqn for site in sites)
+
+    def on_rows(self, rows: Sequence[Row]) -> None:
+        self.rows.append(rows)
 
     def recipe_of(self, fqn: str) -> Recipe:
         return self.options.own_recipe(fqn) or self.options.recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
@@ -16,7 +17,8 @@ _shown = threading.Lock()
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """The items one by one, with a bar on stderr that says ``what`` is done with them.
 
-    The bar is there while items are taken, and leaves no line behind. Where stderr is no terminal,
+    The bar is there while items are taken, and leaves no line behind; what is printed meanwhile
+    stands above it. Where stderr is no terminal,
     or shows a bar already, nothing is written. ``total``: how many there are, where ``items`` does
     not say.
     """
@@ -26,8 +28,15 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterato
         return
     count = len(items) if total is None and isinstance(items, Sized) else total
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    shown = Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # what goes elsewhere must arrive there
+    )
     try:
-        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        with shown as bar:
             yield from bar.track(items, total=count, description=what)
     finally:
         _shown.release()

@@ -1,16 +1,10 @@
-"""What a Monitor records, and where it can send it: TensorBoard, a CSV file, a callback."""
+"""What a Monitor records: a public value, and the columns of its file."""
 
 from __future__ import annotations
 
-import csv
 import math
-import os
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from .errors import OptionError
 from .formats import Format
 from .named_state import Events
 
@@ -67,90 +61,3 @@ class Record:
 
 _VALUES = ("amax", "scale", "saturated_share", "underflowed_share", "sqnr_db")
 COLUMNS = ("step", "site", "operand", "format", "amax", "scale", *Events._fields, *_VALUES[2:])
-
-_HEADER = ",".join(COLUMNS)
-
-Sink = Callable[[Sequence[Record]], None]
-
-
-def sinks_of(to: Any) -> list[Sink]:
-    """How to write to each of ``to``: one target or several; OptionError for what is none."""
-    several = to if isinstance(to, list | tuple) else [] if to is None else [to]
-    return [_sink(each) for each in several]
-
-
-def _sink(to: Any) -> Sink:
-    if hasattr(to, "add_scalar"):
-        return _TensorBoard(to)
-    if isinstance(to, str | os.PathLike):
-        return CsvFile(Path(to))
-    if callable(to):
-
-        def call(records: Sequence[Record]) -> None:
-            for record in records:
-                to(record)
-
-        return call
-    raise OptionError(
-        f"a Monitor cannot write to {to!r}; give it a TensorBoard SummaryWriter (any object with "
-        "add_scalar), the path of a CSV file, a function of one record, or a list of these"
-    )
-
-
-class _TensorBoard:
-    """One scalar per number, such as ``fp8_amax/layers.0.wq.input``; counts once they are not 0."""
-
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-
-    def __call__(self, records: Sequence[Record]) -> None:
-        for record in records:
-            for name, value in record.numbers().items():
-                if value or name not in Events._fields:
-                    tag = f"fp8_{name}/{record.site}.{record.operand}"
-                    self._writer.add_scalar(tag, value, record.step)
-
-
-class CsvFile:
-    """A row per record, appended; the header stands in the file once, whoever goes on with it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.last_step = _last_step(path)  # 0 if there is none
-
-    def __call__(self, records: Sequence[Record]) -> None:
-        with self.path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if file.tell() == 0:
-                writer.writerow(COLUMNS)
-            writer.writerows(map(_row, records))
-
-
-def _row(record: Record) -> Iterable[object]:
-    numbers = record.numbers()
-    yield from (record.step, record.site, record.operand, record.format)
-    for name in COLUMNS[4:]:
-        value = numbers.get(name, "")
-        yield f"{value:.9g}" if isinstance(value, float) else value  # every float32 has its own
-
-
-def _last_step(path: Path) -> int:
-    """The step of the last row; cuts off a row that whoever wrote it did not finish."""
-    if not path.exists() or not path.stat().st_size:
-        return 0
-    with path.open("r+b") as file:
-        header = file.readline().decode(errors="replace")
-        if not header.endswith("\n") and _HEADER.startswith(header):
-            file.truncate(0)
-            return 0
-        if header.rstrip() != _HEADER:
-            raise OptionError(
-                f"{path} is not of this kind: it does not begin with the columns "
-                f"{', '.join(COLUMNS)}; give the Monitor another path, or move the file away"
-            )
-        start = max(file.tell(), file.seek(0, os.SEEK_END) - 2**16)
-        file.seek(start)
-        whole, end, _ = file.read().rpartition(b"\n")
-        file.truncate(start + len(whole + end))
-        last = whole.decode(errors="replace").splitlines()[-1:] if whole else []
-    return int(last[0].split(",")[0]) if last else 0

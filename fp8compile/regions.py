@@ -224,6 +224,7 @@ POINTWISE = {
         "abs": ("default",),
         "exp": ("default",),
         "log": ("default",),
+        "log1p": ("default",),
         "sqrt": ("default",),
         "rsqrt": ("default",),
         "reciprocal": ("default",),

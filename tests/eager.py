@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from fp8compile.compile import compile_graph
 from fp8compile.options import parse_options
 from fp8compile.report import Row
-from tests.helpers import interpret
+from tests.helpers import Rows, interpret
 from tests.models import sqnr_db
 
 
@@ -44,14 +44,15 @@ def assert_as_eager(
 
     ``chained``: of how many GEMMs, one behind the other, the output has the noise.
     """
-    rows: list[Row] = []
+    observer = Rows()
 
     def backend(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         parsed = parse_options(options)
-        return compile_graph(gm, examples, parsed, inner_compile=interpret, on_joint=rows.extend)
+        return compile_graph(gm, examples, parsed, inner_compile=interpret, observer=observer)
 
     expected = run(model, model, inputs)
     actual = run(torch.compile(model, backend=backend), model, inputs)
+    rows = observer.rows
     assert sum(row.is_fp8 for row in rows) == fp8_gemms, rows
     assert actual.keys() == expected.keys()
     deep = fp8_gemms > 3  # noise adds up from GEMM to GEMM

@@ -18,13 +18,25 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fp8compile.compile import GraphCompiler, compile_graph
 from fp8compile.internals import last_inputs
 from fp8compile.ir import Site
+from fp8compile.observer import Observer
 from fp8compile.options import parse_options
 from fp8compile.passes import StateNodes, drop_unused_outputs
+from fp8compile.report import Row
 
 
 def interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     """In place of Inductor's code generation: run the final graph node by node."""
     return make_boxed_func(gm.forward)
+
+
+class Rows(Observer):
+    """Keeps what the passes decide, of all graphs together."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def on_rows(self, rows: Sequence[Row]) -> None:
+        self.rows += rows
 
 
 def compile_interpreted(

@@ -20,15 +20,12 @@ LAYERS = (
     {"profiles", "untouched"},
     {"ir", "modules", "options"},
     {"scaling", "dump", "report", "regions", "moments"},
-    {"frozen", "named_state", "static", "quantized_weights", "seen", "explanation_tables"},
-    {"records", "explanation_html"},
-    {"samples", "compiled_graph"},
+    {"frozen", "named_state", "static", "quantized_weights"},
+    {"records", "compiled_graph", "observer"},
     {"passes", "backends"},
-    {"compile", "explanation", "timed"},
-    {"explaining", "profiling", "doctor", "viewer"},
-    {"measured"},
-    {"monitor_plots"},
-    {"monitor"},
+    {"compile"},
+    {"explanation", "profiling", "doctor", "viewer"},
+    {"monitoring"},
     {"cli"},
     {"__main__"},
 )
@@ -153,7 +150,7 @@ def _is_kernel(node: ast.FunctionDef) -> bool:
 
 def test_only_known_packages_are_imported() -> None:
     always = {"torch", "triton", "networkx", "sympy", "numpy", "rich", "fp8compile"}
-    optional = {"monitor_plots": {"matplotlib"}}
+    optional = {"monitoring.plots": {"matplotlib"}}
     for module, file in MODULES.items():
         known = always | optional.get(module, set())
         for node in ast.walk(ast.parse(file.read_text())):

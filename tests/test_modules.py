@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 import fp8compile
 from fp8compile.compile import compile_graph
 from fp8compile.modules import SiteNames, calling_module, owners_of
+from fp8compile.observer import Observer
 from fp8compile.options import Options
 from tests.helpers import interpret
 from tests.models import Llama
@@ -175,11 +176,12 @@ def test_arguments_have_the_names_that_they_have_when_compiled() -> None:
     assert names == ["first", "rest.0", "rest.1", "named", "more.other"]
     found: list[str] = []
 
-    def backend(gm: fx.GraphModule, examples: Any) -> Any:
-        def note(sites: Any) -> None:
+    class Names(Observer):
+        def on_sites(self, sites: Any) -> None:
             found.extend(site.fqn for site in sites)
 
-        return compile_graph(gm, examples, Options(), inner_compile=interpret, on_sites=note)
+    def backend(gm: fx.GraphModule, examples: Any) -> Any:
+        return compile_graph(gm, examples, Options(), inner_compile=interpret, observer=Names())
 
     torch.compile(model, backend=backend)(x, *args, **kwargs)
     assert found == names

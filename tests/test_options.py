@@ -356,7 +356,7 @@ def test_where_slower_gemms_are_declined(
 
 
 def test_other_constants_are_other_code() -> None:
-    keys = {GraphCompiler(Options(), [], "triton", None, d).cache_key() for d in (H100, H200, None)}
+    keys = {GraphCompiler(Options(), [], "triton", d).cache_key() for d in (H100, H200, None)}
     assert len(keys) == 3
 
 

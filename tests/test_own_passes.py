@@ -126,9 +126,9 @@ def test_all_passes_can_be_named() -> None:
     assert [pass_name(run) for run in passes] == names
 
 
-def test_the_readme_writes_one(capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"### Write a pass\n.*?```python\n(.*?)```", readme, re.DOTALL)
+def test_the_guide_writes_one(capsys: pytest.CaptureFixture[str]) -> None:
+    guide = Path(__file__).parents[1] / "examples" / "guides" / "write_a_pass.md"
+    code = re.search(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
     assert code
     exec(code[1], {})
     assert "the first layer's gradient matters" in capsys.readouterr().out

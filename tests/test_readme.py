@@ -64,3 +64,31 @@ def test_commands(
         assert main(command) == 0
     assert "2 sites, 5 of 5 GEMMs in FP8" in capsys.readouterr().out
     assert (tmp_path / "tiny.html").exists()
+
+
+def test_how_a_kernel_is_added(capsys: pytest.CaptureFixture[str]) -> None:
+    """The code of the guide runs, and the lines that it names are where it says."""
+    root = Path(__file__).parents[1]
+    guide = (root / "examples" / "guides" / "add_a_kernel.md").read_text(encoding="utf-8")
+    operator, gemm = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    exec(operator, {})
+    assert "def fp8_" in capsys.readouterr().out
+    exec(gemm, {})
+    lines = re.findall(r"^\| `(\S+\.py)` \| `(.*?)` \|", guide, re.MULTILINE)
+    assert len(lines) == 4
+    for file, line in lines:
+        source = (root / file).read_text(encoding="utf-8").splitlines()
+        assert line in map(str.strip, source), f"{file}: {line}"
+
+
+def test_links_lead_somewhere() -> None:
+    root = Path(__file__).parents[1]
+    pages = [root / "README.md", root / "tests/zoo/README.md", root / "examples/bench/README.md"]
+    for page in (*pages, *(root / "examples/guides").glob("*.md")):
+        for link in re.findall(r"\]\((?!http)(.*?)\)", page.read_text(encoding="utf-8")):
+            file, _, anchor = link.partition("#")
+            target = (page.parent / file).resolve() if file else page
+            assert target.exists(), f"{page}: {link}"
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+            assert not anchor or anchor in slugs, f"{page}: {link}"

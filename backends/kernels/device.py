@@ -41,6 +41,13 @@ def sigmoid(x):
 
 
 @triton.jit
+def log1p(x):
+    """`log(1 + x)` to 17 bits, also where 1 + x rounds most of x away: there, its Taylor series."""
+    series = x * (1.0 - x * (0.5 - x * 0.33333334))
+    return tl.where(tl.abs(x) < 0.015625, series, tl.log(1.0 + x))
+
+
+@triton.jit
 def magnitude_bits(x):
     """|x| as an integer. The order of these integers is that of |x|, with NaN above infinity."""
     return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF

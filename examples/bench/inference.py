@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from timing import (
     versions,
 )
 from torch import Tensor, nn
+
+from fp8compile.progress import progress
 
 WARMUP_CALLS = 5
 Forward = Callable[..., Tensor]
@@ -122,21 +125,20 @@ def measure_all(
     load_compiler(device)
     results: list[Result] = []
     settings = torch._inductor.config.save_config()  # torchao changes them for all that follow
-    for job in jobs:
-        for name in names:
-            with equal_conditions(device):
-                try:
-                    results.append(measure(name, job, shape, layers, steps, device))
-                    print_result(results[-1], results)
-                except ImportError as error:
-                    print(f"{job}, {name} is left out: {error}")
-                except Exception:
-                    print(f"{job}, {name} failed:\n{traceback.format_exc()}")
-            torch._inductor.config.load_config(settings)
-            torch.compiler.reset()
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+    for job, name in progress(list(itertools.product(jobs, names)), "jobs of contenders"):
+        with equal_conditions(device):
+            try:
+                results.append(measure(name, job, shape, layers, steps, device))
+                print_result(results[-1], results)
+            except ImportError as error:
+                print(f"{job}, {name} is left out: {error}")
+            except Exception:
+                print(f"{job}, {name} failed:\n{traceback.format_exc()}")
+        torch._inductor.config.load_config(settings)
+        torch.compiler.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return results
 
 

@@ -32,7 +32,7 @@ import triton
 from gemms import ROUNDS, SETS, Choice, GemmCase, call, compilers_choice, random_operands
 from gemms import median_ms as median_ms_of_turns
 from llama_layers import LlamaShape
-from models import clear, progress_bar
+from models import clear
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -72,6 +72,7 @@ from fp8compile.ir import (
 )
 from fp8compile.ops import GROUP
 from fp8compile.passes import grow_regions
+from fp8compile.progress import progress
 
 WAYS = ("forward", "backward")
 TIMED = ("fp8", "inductor")  # our kernels, Inductor's code
@@ -448,20 +449,14 @@ def measure_all(job: Job, console: Console) -> Results:
     """Compile the model, then measure its parts, one after the other."""
     on_gpu = job.device.type == "cuda"
     load_compiler(job.device)
-    with progress_bar(console) as (progress, task):
-        progress.update(task, description="compiling", total=None)
-        parts = take_apart(job)
-        clear(job.device)
-        results = Results(copy_roof(job.device) if on_gpu else None, parts.launches, [], [])
-        progress.update(task, total=len(parts.regions) + len(parts.gemms))
-        for found in parts.regions.values():
-            results.rows.append(row_of(found, job.layers))
-            progress.update(task, description=str(results.rows[-1]))
-            measure_or_report(results.rows[-1], found.gm, job.device, console)
-            progress.advance(task)
-        for case in parts.gemms if on_gpu else ():
-            results.gemms.append(measure_gemm(case))
-            progress.advance(task)
+    (parts,) = progress(map(take_apart, [job]), "compiling")
+    clear(job.device)
+    results = Results(copy_roof(job.device) if on_gpu else None, parts.launches, [], [])
+    for found in progress(parts.regions.values(), "measuring regions"):
+        results.rows.append(row_of(found, job.layers))
+        measure_or_report(results.rows[-1], found.gm, job.device, console)
+    for case in progress(parts.gemms, "measuring GEMMs") if on_gpu else ():
+        results.gemms.append(measure_gemm(case))
     return results
 
 

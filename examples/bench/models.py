@@ -22,7 +22,7 @@ import copy
 import gc
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,6 @@ from typing import Any
 import torch
 from llama_layers import LlamaLayers, LlamaShape, rope_tables
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from rich.table import Table
 from timing import (
     append_csv,
@@ -46,6 +45,7 @@ from timing import (
 from torch import Tensor, nn
 
 import fp8compile
+from fp8compile.progress import progress
 
 WARMUP_STEPS = 5
 ROUNDS = 5
@@ -218,12 +218,15 @@ class Contender:
 BACKENDS = {"bf16": "inductor", "fp8": "fp8"}
 
 
-def measure(name: str, job: Job, advance: Callable[[], None]) -> Result:
-    """Compile both contenders, compare what they compute, then time them in turns."""
+def measure(name: str, job: Job) -> Iterator[Result]:
+    """Compile both contenders, compare what they compute, then time them in turns.
+
+    Gives the result after each of the PHASES; it is complete after the last.
+    """
     workload = job.build(name)
     result = Result(workload.title)
     count_gemms(workload, result)
-    advance()
+    yield result
     with ExitStack() as stack:
         contenders = {}
         for who, backend in BACKENDS.items():
@@ -232,14 +235,13 @@ def measure(name: str, job: Job, advance: Callable[[], None]) -> Result:
             result.compile_s[who] = seconds(contenders[who].step, job.device)
             for _ in range(WARMUP_STEPS if job.device.type == "cuda" else 1):
                 contenders[who].step()
-            advance()
+            yield result
         result.sqnr_db = sqnr_db(*(each.output() for each in contenders.values()))
         if not result.sqnr_db >= MIN_SQNR_DB:
             raise ValueError(f"FP8's output has an SQNR of {result.sqnr_db:.1f} dB against bf16")
         steps = {who: each.step for who, each in contenders.items()}
         result.ms = median_ms_in_turns(steps, job.steps, ROUNDS, job.device)
-    advance()
-    return result
+    yield result
 
 
 def count_gemms(workload: Workload, result: Result) -> None:
@@ -260,25 +262,15 @@ def measure_all(
     """
     load_compiler(job.device)
     results = []
-    with progress_bar(console) as (progress, task):
-        progress.update(task, total=PHASES * len(names))
-        for done, name in enumerate(names):
-            progress.update(task, description=name, completed=PHASES * done)
-            try:
-                results.append(measure(name, job, partial(progress.advance, task)))
-                found(results[-1])
-            except Exception:
-                console.print(f"{name} failed:\n{traceback.format_exc()}", markup=False)
-            clear(job.device)
+    for name in names:
+        try:
+            *_, result = progress(measure(name, job), name, total=PHASES)
+            results.append(result)
+            found(result)
+        except Exception:
+            console.print(f"{name} failed:\n{traceback.format_exc()}", markup=False)
+        clear(job.device)
     return results
-
-
-@contextmanager
-def progress_bar(console: Console) -> Iterator[tuple[Progress, TaskID]]:
-    """On a terminal, gone at the end; elsewhere nothing is printed."""
-    disable = not console.is_terminal
-    with Progress(console=console, transient=True, disable=disable) as progress:
-        yield progress, progress.add_task("")
 
 
 def clear(device: torch.device) -> None:

@@ -22,12 +22,11 @@ from pathlib import Path
 
 import torch
 from llama_layers import LlamaShape
-from rich.console import Console
-from rich.progress import track
 from timing import append_csv, device_name, equal_conditions, seconds, versions
 from training_step import Contender, Job, fp8, input_and_grad_output
 
 import fp8compile
+from fp8compile.progress import progress
 
 # Not a multiple of 10: what the last steps record is then written within the block.
 WARMUP_STEPS, SHORTEST_BLOCK = 5, 10
@@ -69,12 +68,10 @@ def measure(intervals: Sequence[int], rounds: int, job: Job) -> dict[str, float]
     step = training_step(contender, job)
     times: dict[str, list[float]] = defaultdict(list)
     contenders = {WITHOUT: None} | {f"every {interval}": interval for interval in intervals}
-    console = Console(stderr=True)
     with equal_conditions(job.device), tempfile.TemporaryDirectory() as folder:
         step()  # compiles
         turns = [(name, every) for _ in range(rounds) for name, every in contenders.items()]
-        hidden = {"disable": not console.is_terminal, "transient": True}
-        for name, every in track(turns, "taking turns", console=console, **hidden):
+        for name, every in progress(turns, "taking turns"):
             path = Path(folder) / "records.csv"
             times[name].append(ms_per_step(step, contender.model, every, job, path))
     return {name: statistics.median(values) for name, values in times.items()}

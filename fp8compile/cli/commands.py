@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 from ..doctor import examine
-from ..explaining import explain as explain_model
+from ..explanation import explain as explain_model
+from ..explanation.timed import time_step
 from ..internals import cache_folder
-from ..timed import time_step
 from .targets import load, parse_json
 
 

@@ -15,7 +15,6 @@ from .. import internals
 from ..compile import compile_graph
 from ..modules import cleaned, module_path
 from ..options import Options, parse_options
-from ..report import Row
 from ..untouched import fresh, left_as_it_was
 from .collect import Collector
 from .page import write_page
@@ -43,7 +42,6 @@ def view(
     """
     parsed = replace(parse_options(options), strict=False)
     collectors: list[Collector] = []
-    rows: list[Row] = []
     target = internals.uncompiled(model)
     root = target if isinstance(target, nn.Module) else None
     own = _names_of_weights(root)
@@ -57,14 +55,14 @@ def view(
             example_inputs,
             _for_meta(parsed) if _on_meta(example_inputs) else parsed,
             inner_compile=internals.only_final_graphs,
-            on_joint=rows.extend,
-            watch=collector,
+            observer=collector,
             root=root,
         )
         return gm.forward
 
     with left_as_it_was(target), internals.backward_compiled_early():
         torch.compile(fresh(target), backend=backend, dynamic=False)(*inputs, **kwargs)
+    rows = [row for collector in collectors for row in collector.rows]
     return write_page(Path(path), collectors, rows, title=_title(target), recipe=str(parsed.recipe))
 
 

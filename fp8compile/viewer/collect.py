@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from ..cost import COSTS
 from ..ir import gemms
+from ..observer import Observer
+from ..report import Row
 from .paths import Fold, folds
 from .reader import Reader
 from .records import Names, Record
@@ -26,10 +29,13 @@ class Snapshot:
 
 
 @dataclass
-class Collector:
+class Collector(Observer):
     """The snapshots of one compiled graph; ``sources``: the regions' Triton source by its key."""
 
+    only_looks = True
+
     names: Names
+    rows: list[Row] = field(default_factory=list)
     snapshots: list[Snapshot] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
 
@@ -37,7 +43,10 @@ class Collector:
         self._outputs: int | None = None
         self._forward: Reader | None = None
 
-    def graph(self, name: str, gm: fx.GraphModule) -> None:
+    def on_rows(self, rows: Sequence[Row]) -> None:
+        self.rows += rows
+
+    def on_graph(self, name: str, gm: fx.GraphModule) -> None:
         """Take a snapshot; forward and backward become one."""
         self._learn(gm)
         forward = self._forward if name == "backward" else None

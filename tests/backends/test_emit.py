@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fp8compile.backends.emit import emit
 from fp8compile.backends.fused import tiles
+from fp8compile.regions import POINTWISE, POWERS
 from tests.backends.common import E5M2, Case, assert_close, only_region, quantize
 from tests.models import rotate
 
@@ -98,6 +99,10 @@ def gelu_backward(x: Tensor, g: Tensor, scale: Tensor | None) -> Outputs:
 def gelu_tanh_backward(x: Tensor, g: Tensor, scale: Tensor | None) -> Outputs:
     (dx,) = gradients(lambda x: F.gelu(x, approximate="tanh"), (x,), g)
     return (*quantize(dx, scale, 1, E5M2), dx.sum([0]))
+
+
+def mish(x: Tensor, scale: Tensor | None) -> Outputs:
+    return quantize(F.mish(x), scale)
 
 
 def merged_swiglu(gate_up: Tensor, scale: Tensor | None) -> Outputs:
@@ -187,6 +192,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Outputs], dict[str, tuple[int, ...]]]] 
     "gelu_tanh": (gelu_tanh, {"x": (16, 48)}),
     "gelu_backward": (gelu_backward, {"x": (50, 80), "g": (50, 80)}),
     "gelu_tanh_backward": (gelu_tanh_backward, {"x": (48, 80), "g": (48, 80)}),
+    "mish": (mish, {"x": (50, 80)}),
     "merged_swiglu": (merged_swiglu, {"gate_up": (50, 192)}),
     "swiglu_backward": (swiglu_backward, {"gate": (64, 80), "up": (64, 80), "g": (64, 80)}),
     "bias_gradient": (bias_gradient, {"g": (2, 24, 80)}),
@@ -226,6 +232,48 @@ def make(name: str, scales: list[float] | None, dtype: torch.dtype = torch.bfloa
     inputs: dict[str, Any] = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
     inputs = {n: x > 0 if n == "mask" else x.to(dtype) for n, x in inputs.items()}
     return only_region(fn, **inputs, scale=None if scales is None else torch.tensor(scales))
+
+
+def calls_of(op: Any) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """What an operator is tested with: two matrices, or a matrix and a number."""
+    if op is torch.ops.aten.pow.Tensor_Scalar:
+        return [lambda x, y, power=power: op(x, power) for power in POWERS]
+    if op is torch.ops.aten.where.self:
+        return [lambda x, y: op(x > y, x, y)]
+    if op._overloadname == "Scalar" or "clamp" in op.name():
+        return [lambda x, y: op(x, 0.5)]
+    takes = sum(str(argument.type) == "Tensor" for argument in op._schema.arguments)
+    return [lambda x, y: op(*(x, y)[:takes])]
+
+
+ONLY_POSITIVE = ("log", "log1p", "sqrt", "rsqrt", "pow")
+
+
+@pytest.mark.parametrize("op", sorted(POINTWISE, key=str), ids=str)
+def test_every_operator(op: Any) -> None:
+    """Each is computed in the kernel, which else would take its result as an input."""
+    x, y = 3 * torch.rand(32, 48) + 0.01, torch.rand(32, 48) + 0.5
+    y[31] = x[31]
+    if op._opname not in ONLY_POSITIVE:
+        x[::2] *= -1
+    for call in calls_of(op):
+
+        def fn(x: Tensor, y: Tensor, scale: Tensor) -> Outputs:
+            value = call(x, y)  # noqa: B023
+            value = torch.where(value, 2.0, y) if value.dtype == torch.bool else value
+            return quantize(value, scale)
+
+        given = {"x": x, "y": y, "scale": torch.tensor([0.0])}
+        case = only_region(fn, **given)
+        for taken in case.inputs.values():
+            assert any(torch.equal(taken.cpu(), value) for value in given.values())
+        assert_close(case.run(), case.oracle())
+
+
+def test_log1p_of_what_an_addition_of_1_rounds_away() -> None:
+    x = torch.randn(32, 48) * 1e-6
+    case = only_region(lambda x, scale: quantize(x.log1p(), scale), x=x, scale=torch.tensor([0.0]))
+    assert_close(case.run(), case.oracle())
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

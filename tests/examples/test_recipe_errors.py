@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.examples.test_examples import EXAMPLES
+from tests.examples.common import EXAMPLES
 
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
 SEEDS = range(3)

@@ -39,7 +39,7 @@ from fp8compile.compile import compile_graph
 from fp8compile.options import parse_options
 from fp8compile.recipe import Gemm
 from fp8compile.report import Row
-from tests.helpers import interpret
+from tests.helpers import Rows, interpret
 from tests.models import sqnr_db
 
 from .models import DYNAMIC, build
@@ -169,7 +169,7 @@ def check(name: str, settings: Settings = Settings()) -> Report:
     model = model.to(settings.device, settings.dtype)
     inputs = {key: _moved(value, settings.device, settings.dtype) for key, value in inputs.items()}
 
-    rows: list[Row] = []
+    observer = Rows()
     graphs: list[fx.GraphModule] = []
     # The passes, which report what they do, would not run for a graph that is in the cache.
     no_cache = {"fx_graph_cache": False} if settings.inductor else {}
@@ -178,12 +178,12 @@ def check(name: str, settings: Settings = Settings()) -> Report:
     def backend(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         graphs.append(gm)
         inner = None if settings.inductor else interpret
-        return compile_graph(gm, examples, options, inner_compile=inner, on_joint=rows.extend)
+        return compile_graph(gm, examples, options, inner_compile=inner, observer=observer)
 
     compiled = copy.deepcopy(model)
     call = torch.compile(compiled, backend=backend, dynamic=True if name in DYNAMIC else None)
     actual = step(call, compiled, inputs)
-    simulated = _simulated(model, inputs, rows)
+    simulated = _simulated(model, inputs, observer.rows)
     plain = _compiled_in_own_precision(model, inputs) if settings.inductor else None
     reference, precise = (_eager(model, inputs, d) for d in (torch.float32, torch.float64))
     assert actual.keys() == simulated.keys() == reference.keys() == precise.keys()
@@ -199,9 +199,9 @@ def check(name: str, settings: Settings = Settings()) -> Report:
         for key in reference
     ]
     if any(quality.problem(settings.is_exact) for quality in qualities) and settings.is_exact:
-        stable = _stability(model, inputs, rows, simulated)
+        stable = _stability(model, inputs, observer.rows, simulated)
         qualities = [replace(quality, stable=stable[quality.name]) for quality in qualities]
-    return Report(name, len(graphs), tuple(rows), tuple(qualities), settings.is_exact)
+    return Report(name, len(graphs), tuple(observer.rows), tuple(qualities), settings.is_exact)
 
 
 def step(call: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Any]) -> Step:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from .backends import why_not_triton
-from .errors import OptionError
-from .options import parse_options
-from .progress import progress
-from .report import KernelRow, Measured, Row
-from .scaling import states_left_as_they_were
-from .untouched import fresh, left_as_it_was
+from ..backends import why_not_triton
+from ..errors import OptionError
+from ..options import parse_options
+from ..progress import progress
+from ..report import KernelRow, Measured, Row
+from ..scaling import states_left_as_they_were
+from ..untouched import fresh, left_as_it_was
 
 HIGH, FP8 = "its own precision", "FP8"
 _WARMUP, _ROUNDS, _STEPS, _PROFILED = 3, 5, 10, 3

@@ -15,15 +15,16 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from .errors import MonitorError, OptionError
-from .internals import uncompiled
+from ..errors import MonitorError, OptionError
+from ..internals import uncompiled
+from ..options import parse_options
+from ..recipe import Operand
+from ..records import Record
+from ..scaling import ScalingState, listen, states_of, unlisten
 from .measured import EdgeName, Measured, measure
-from .monitor_plots import draw_edge, draw_records
-from .options import parse_options
-from .recipe import Operand
-from .records import CsvFile, Record, sinks_of
+from .plots import draw_edge, draw_records
 from .samples import Looked, Sample, Slot, is_static, sample_of, slots_in, what_is_missing
-from .scaling import ScalingState, listen, states_of, unlisten
+from .sinks import CsvFile, sinks_of
 
 
 class Monitor:

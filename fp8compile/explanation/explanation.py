@@ -14,12 +14,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .backends import REFERENCE
-from .explanation_html import page
-from .explanation_tables import Cells, edge_cells, gemm_cells, kernel_cells, rich_table
-from .passes.choose_precision import SLOWER
-from .recipe import Recipe
-from .report import EdgeRow, KernelRow, Measured, Row, SavedRow
+from ..backends import REFERENCE
+from ..passes.choose_precision import SLOWER
+from ..recipe import Recipe
+from ..report import EdgeRow, KernelRow, Measured, Row, SavedRow
+from .page import page
+from .tables import Cells, edge_cells, gemm_cells, kernel_cells, rich_table
 
 SCHEMA, VERSION = "fp8compile.explanation", 1
 PathLike = str | os.PathLike[str]

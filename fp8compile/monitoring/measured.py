@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import OptionError
-from .formats import Format
-from .ir import Edge, GemmInfo
-from .named_state import named_states, site_of
-from .ops import SATURATED, current_scale
-from .options import Options
-from .profiling import dequantized, watch
-from .recipe import Granularity, Operand, Recipe, Scaling
-from .records import Record
-from .scaling import slots_of
+from ..errors import OptionError
+from ..formats import Format
+from ..ir import Edge, GemmInfo
+from ..named_state import named_states, site_of
+from ..ops import SATURATED, current_scale
+from ..options import Options
+from ..profiling import dequantized, watch
+from ..recipe import Granularity, Operand, Recipe, Scaling
+from ..records import Record
+from ..scaling import slots_of
 
 BINS_PER_OCTAVE = 4
 OCTAVES = range(-160, 129)  # below float32's smallest denormal, 2^-149, to above its largest

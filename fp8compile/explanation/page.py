@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from string import Template
 
-from .explanation_tables import Cells
-from .report import KernelRow
+from ..report import KernelRow
+from .tables import Cells
 
 _PAGE = Template("""<!doctype html>
 <html lang="en">

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from .report import EdgeRow, KernelRow, Row
+from ..report import EdgeRow, KernelRow, Row
 
 _SIZES = ("M", "N", "K")
 _PREDICTED = ("high -> fp8 us", "pays from")

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import MonitorError
-from .formats import Format
+from ..errors import MonitorError
+from ..formats import Format
+from ..recipe import Operand
+from ..records import Record
 from .measured import BINS, BINS_PER_OCTAVE, OCTAVES, Measured
-from .recipe import Operand
-from .records import Record
 
 COLORS = {"input": "#0072B2", "weight": "#009E73", "grad_output": "#D55E00"}
 SATURATES, REPRESENTABLE, VANISHES = "#CC3311", "#4477AA", "#999999"

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .formats import Format
-from .named_state import Events, named_states, site_of
-from .recipe import Operand, Scaling
-from .records import Record
-from .scaling import ScalingState, slots_of, states_of
+from ..formats import Format
+from ..named_state import Events, named_states, site_of
+from ..recipe import Operand, Scaling
+from ..records import Record
+from ..scaling import ScalingState, slots_of, states_of
 
 
 @dataclass(frozen=True)

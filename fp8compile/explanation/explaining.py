@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from . import internals
-from .backends import kernel_rows
-from .compile import FinalGraphs, compile_graph
+from .. import internals
+from ..backends import kernel_rows
+from ..compile import compile_graph
+from ..observer import FinalGraphs, Observer
+from ..options import parse_options
+from ..passes import drop_unused_outputs, grow_regions, naming_errors
+from ..recipe import Gemm
+from ..report import EdgeRow, KernelRow, Row, SavedRow
+from ..untouched import fresh, left_as_it_was, without_data
 from .explanation import Explanation
-from .options import parse_options
-from .passes import drop_unused_outputs, grow_regions, naming_errors
-from .recipe import Gemm
-from .report import EdgeRow, KernelRow, Row, SavedRow
 from .seen import edge_rows, saved_rows
 from .timed import measure_step, with_gemm_times, with_kernel_times
-from .untouched import fresh, left_as_it_was, without_data
 
 
 def explain(
@@ -50,18 +50,17 @@ def explain(
     ``measure`` without a GPU that has FP8.
     """
     parsed = replace(parse_options(options), strict=False)
-    rows: list[Row] = []
-    found = _Found()
+    graphs: list[_Graph] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        graphs.append(_Graph(example_inputs))
         compile_graph(
             gm,
             example_inputs,
             parsed,
             inner_compile=_no_code,
-            on_joint=rows.extend,
+            observer=graphs[-1],
             root=target if isinstance(target, nn.Module) else None,
-            on_final=partial(found.add, example_inputs),
         )
         return gm.forward
 
@@ -70,11 +69,11 @@ def explain(
     with left_as_it_was(target), without_data(target, (inputs, kwargs)) as (args, named):
         torch.compile(fresh(target), backend=backend, dynamic=False)(*args, **named)
     explanation = Explanation(
-        tuple(_by_site(rows)),
+        tuple(_by_site([row for graph in graphs for row in graph.rows])),
         parsed.recipe,
-        tuple(found.kernels),
-        found.saved_rows(),
-        tuple(found.edges),
+        tuple(row for graph in graphs for row in graph.kernels),
+        _by_format([row for graph in graphs for row in graph.saved]),
+        tuple(row for graph in graphs for row in graph.edges),
     )
     if times is None:
         return explanation
@@ -87,17 +86,22 @@ def explain(
 
 
 @dataclass
-class _Found:
-    """What the final graphs of a model showed."""
+class _Graph(Observer):
+    """What one graph of a model showed."""
 
+    example_inputs: Sequence[Any]
+    rows: list[Row] = field(default_factory=list)
     kernels: list[KernelRow] = field(default_factory=list)
     saved: list[SavedRow] = field(default_factory=list)
     edges: list[EdgeRow] = field(default_factory=list)
 
-    def add(self, example_inputs: Sequence[Any], final: FinalGraphs) -> None:
+    def on_rows(self, rows: Sequence[Row]) -> None:
+        self.rows += rows
+
+    def on_final(self, final: FinalGraphs) -> None:
         graphs = [gm for gm in (final.forward, final.backward) if gm is not None]
         self.saved += saved_rows(final.forward, final.saved)
-        self.edges += edge_rows(graphs, final.sites, example_inputs)
+        self.edges += edge_rows(graphs, final.sites, self.example_inputs)
         for gm, direction in zip(graphs, ("forward", "backward"), strict=False):
             gm = fx.GraphModule(gm, internals.copy_of(gm.graph))
             with naming_errors(f"grow_regions ({direction})"):
@@ -105,10 +109,11 @@ class _Found:
                 grow_regions(gm)
                 self.kernels += kernel_rows(gm, direction, final.predict_for)
 
-    def saved_rows(self) -> tuple[SavedRow, ...]:
-        """One row per format over all graphs."""
-        formats = dict.fromkeys(row.format for row in self.saved)
-        return tuple(_sum([r for r in self.saved if r.format == name]) for name in formats)
+
+def _by_format(rows: Sequence[SavedRow]) -> tuple[SavedRow, ...]:
+    """One row per format over all graphs."""
+    formats = dict.fromkeys(row.format for row in rows)
+    return tuple(_sum([r for r in rows if r.format == name]) for name in formats)
 
 
 def _sum(rows: Sequence[SavedRow]) -> SavedRow:

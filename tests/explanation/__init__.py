@@ -1,0 +1,1 @@
+"""explain: what is found, and how it is shown."""

@@ -1,0 +1,1 @@
+"""The Monitor: what it records, measures, writes and draws."""
