@@ -14,6 +14,7 @@ from torch import nn
 import fp8compile
 from fp8compile.cli import main
 from fp8compile.cli.parser import parser
+from fp8compile.frozen import FrozenWeight
 
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -64,6 +65,17 @@ def test_commands(
         assert main(command) == 0
     assert "2 sites, 5 of 5 GEMMs in FP8" in capsys.readouterr().out
     assert (tmp_path / "tiny.html").exists()
+
+
+def test_code_about_serving() -> None:
+    torch._dynamo.reset()
+    names: dict[str, Any] = {}
+    blocks = code_of("Serve")
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+    assert not isinstance(names["model"][2], FrozenWeight)
+    assert isinstance(names["model"][0], FrozenWeight)
 
 
 def test_how_a_kernel_is_added(capsys: pytest.CaptureFixture[str]) -> None:
