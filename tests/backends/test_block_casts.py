@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fp8compile.backends.block_gemms import (
     is_scaled_mm,
@@ -18,6 +18,7 @@ from fp8compile.backends.block_gemms import (
 from fp8compile.backends.fused import emit_once, tiles
 from fp8compile.backends.triton import lower_to_triton
 from fp8compile.compile import compile_graph
+from fp8compile.frozen import freeze
 from fp8compile.ir import SCALED_MM_BLOCKS, args_of, aten, emit
 from fp8compile.options import parse_options
 from fp8compile.passes import drop_unused_outputs, grow_regions
@@ -274,30 +275,38 @@ def test_a_few_rows_are_scaled_after_their_product(
     assert ((got - want).abs().float() <= 2 * 96 * 2**-24 * sizes + rounding).all()
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("recipe", ["rowwise", "blockwise", "mx"])
-def test_whole_graphs_are_lowered(recipe: str, dynamic: bool) -> None:
+def lowered(
+    model: nn.Module, x: Tensor, recipe: str, dynamic: bool = False
+) -> list[tuple[int, fx.GraphModule]]:
+    """How many regions the graphs of a call and its backward have, and what they are lowered to."""
     torch._dynamo.reset()
     found = []
 
     def keep(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Callable[..., Any]:
         graph = fx.Graph()
         graph.output(graph.graph_copy(gm.graph, {}))
-        lowered = fx.GraphModule(gm, graph)
-        drop_unused_outputs(lowered)
-        regions = grow_regions(lowered)
-        lower_to_triton(lowered)
-        found.append((regions, lowered))
+        copy = fx.GraphModule(gm, graph)
+        drop_unused_outputs(copy)
+        regions = grow_regions(copy)
+        lower_to_triton(copy)
+        found.append((regions, copy))
         return interpret(gm, example_inputs)
 
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         options = parse_options({"recipe": recipe})
         return compile_graph(gm, example_inputs, options, inner_compile=keep)
 
+    result = torch.compile(model, backend=backend, dynamic=dynamic)(x)
+    if result.requires_grad:
+        result.sum().backward()
+    return found
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("recipe", ["rowwise", "blockwise", "mx"])
+def test_whole_graphs_are_lowered(recipe: str, dynamic: bool) -> None:
     model = MLP(128, 256, bias=True).bfloat16()
-    torch.compile(model, backend=backend, dynamic=dynamic)(
-        torch.randn(48, 128).bfloat16()
-    ).sum().backward()
+    found = lowered(model, torch.randn(48, 128).bfloat16(), recipe, dynamic)
     assert len(found) == 2
     for regions, gm in found:
         gm.graph.lint()
@@ -306,3 +315,19 @@ def test_whole_graphs_are_lowered(recipe: str, dynamic: bool) -> None:
         assert not [n for n in gm.graph.nodes if "fp8." in str(n.target)]
         arithmetic = [n for n in gm.graph.nodes if n.target in vars(operator).values()]
         assert all("val" in n.meta for n in arithmetic)
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "blockwise"])
+def test_graphs_with_frozen_weights_are_lowered(recipe: str) -> None:
+    """Nothing is left of FP8's operators but that which puts weights together, once."""
+    model = MLP(128, 256, bias=True).bfloat16()
+    freeze(model, recipe)
+    x = torch.randn(48, 128).bfloat16()
+    with torch.no_grad():
+        found = lowered(model, x, recipe)
+    left = [str(n.target) for _, gm in found for n in gm.graph.nodes if "fp8." in str(n.target)]
+    assert left == ["fp8.cat_rows.default"]
+    for _, gm in lowered(model, x.requires_grad_(), recipe):  # backward dequantizes
+        gm.graph.lint()
+        left = [str(n.target) for n in gm.graph.nodes if "fp8." in str(n.target)]
+        assert set(left) <= {"fp8.cat_rows.default"}
