@@ -201,15 +201,12 @@ class GraphCompiler:
         internals.trace_artifact("fp8_joint_after_passes", lambda: format_graph(gm))
         self.static = gm.meta.pop(STATIC_SCALES, None)
         self._report(gm)
-        if not training:
-            self.split(gm, None, 0)
 
-    def split(self, forward: fx.GraphModule, backward: fx.GraphModule | None, outputs: int) -> None:
+    def split(self, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int) -> None:
         """Tell of the final graphs; ``outputs``: how many are not kept for backward."""
-        saved = args_of(forward.graph.output_node())[0][outputs:] if backward else ()
+        saved = args_of(forward.graph.output_node())[0][outputs:]
         sites = tuple(self.sites)
-        final = FinalGraphs(forward, backward, tuple(saved), sites, self.predict_for)
-        self.observer.on_final(final)
+        self.observer.on_final(FinalGraphs(forward, sites, self.predict_for, backward, saved))
 
     def _measured_among(self, inputs: Sequence[fx.Node]) -> dict[fx.Node, int] | None:
         """The inputs whose statistics static scales are found from, with their positions."""
@@ -253,9 +250,13 @@ class GraphCompiler:
         """Inductor's code generation, with the weights of an inference graph cast outside of it."""
 
         def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+            if not kwargs.get("is_inference"):
+                return inner(gm, inputs, **kwargs)
             static = kwargs.get("static_input_idxs", ())
-            inference = kwargs.get("is_inference") and not self.observer.only_looks
-            split = split_weights(gm, static) if inference else None
+            split = None if self.observer.only_looks else split_weights(gm, static)
+            weights_graph = None if split is None else split.weights
+            sites = tuple(self.sites)
+            self.observer.on_final(FinalGraphs(gm, sites, self.predict_for, weights=weights_graph))
             if split is None:
                 return inner(gm, inputs, **kwargs)
             taken = [inputs[i] for i in split.positions]

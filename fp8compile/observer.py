@@ -14,17 +14,19 @@ from .report import Row
 
 @dataclass(frozen=True)
 class FinalGraphs:
-    """What a Dynamo graph became, before kernels are put in. ``backward``: None in inference.
+    """What a Dynamo graph became, before kernels are put in.
 
-    ``saved``: the outputs of ``forward`` that it keeps for ``backward``. ``predict_for``: the
-    device that costs are predicted for.
+    ``predict_for``: the device that costs are predicted for. ``backward``, and ``saved``, the
+    outputs of ``forward`` that it keeps for it: of training. ``weights``: of inference, what casts
+    weights, once, whose results are the last inputs of ``forward``; None if nothing does.
     """
 
     forward: fx.GraphModule
-    backward: fx.GraphModule | None
-    saved: tuple[fx.Node, ...]
     sites: tuple[Site, ...]
     predict_for: Device | None
+    backward: fx.GraphModule | None = None
+    saved: Sequence[fx.Node] = ()
+    weights: fx.GraphModule | None = None
 
 
 class Observer:
@@ -50,4 +52,4 @@ class Observer:
         """What the passes decided about every GEMM, and the matmuls that belong to no site."""
 
     def on_final(self, final: FinalGraphs) -> None:
-        """The forward and the backward that the joint graph became."""
+        """The forward and the backward that the joint graph became, or what inference runs."""

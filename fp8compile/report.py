@@ -56,13 +56,16 @@ class Row:
         return self.decision == "fp8"
 
 
+WEIGHTS = "weights"  # the direction of kernels that inference launches once, for all calls
+
+
 @dataclass(frozen=True)
 class KernelRow:
     """A fused Triton kernel, and how often a step launches it.
 
-    ``direction``: "forward" or "backward". ``functions``: the names that its launches have in a
-    profile, more than one where sums or scales are found first. ``size``: the matrix that it walks
-    over. ``fused``: the operators that it computes, in order, without views; of a bundle, those of
+    ``direction``: "forward", "backward" or "weights". ``functions``: the names that its launches
+    have in a profile, more than one where sums or scales are found first. ``size``: the matrix that
+    it walks over. ``fused``: the operators that it computes, in order, without views; of a bundle, those of
     all its ``regions``. ``writes``: what it leaves in memory. ``feeds``: the GEMMs that take it in
     the same direction, over all ``launches``. ``mb_read`` and ``mb_written``: megabytes per launch,
     as text where sizes are symbolic. ``predicted_us`` and ``measured_us``: microseconds per launch,
@@ -90,6 +93,11 @@ class KernelRow:
         if isinstance(self.mb_read, str) or isinstance(self.mb_written, str):
             return None
         return self.mb_read + self.mb_written
+
+    @property
+    def per_step(self) -> int:
+        """How often a step launches it: not at all, if it casts weights that stay."""
+        return 0 if self.direction == WEIGHTS else self.launches
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ..observer import FinalGraphs, Observer
 from ..options import parse_options
 from ..passes import drop_unused_outputs, grow_regions, naming_errors
 from ..recipe import Gemm
-from ..report import EdgeRow, KernelRow, Row, SavedRow
+from ..report import WEIGHTS, EdgeRow, KernelRow, Row, SavedRow
 from ..untouched import fresh, left_as_it_was, without_data
 from .explanation import Explanation
 from .seen import edge_rows, saved_rows
@@ -99,10 +99,11 @@ class _Graph(Observer):
         self.rows += rows
 
     def on_final(self, final: FinalGraphs) -> None:
-        graphs = [gm for gm in (final.forward, final.backward) if gm is not None]
+        found = {WEIGHTS: final.weights, "forward": final.forward, "backward": final.backward}
+        graphs = {direction: gm for direction, gm in found.items() if gm is not None}
         self.saved += saved_rows(final.forward, final.saved)
-        self.edges += edge_rows(graphs, final.sites, self.example_inputs)
-        for gm, direction in zip(graphs, ("forward", "backward"), strict=False):
+        self.edges += edge_rows(list(graphs.values()), final.sites, self.example_inputs)
+        for direction, gm in graphs.items():
             gm = fx.GraphModule(gm, internals.copy_of(gm.graph))
             with naming_errors(f"grow_regions ({direction})"):
                 drop_unused_outputs(gm)

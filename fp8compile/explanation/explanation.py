@@ -61,7 +61,7 @@ class Explanation:
     def megabytes(self) -> float | None:
         """What all GEMMs and fused kernels move per step; None like ``gflops``."""
         gemms = _sum(row.megabytes for row in self.rows if row.megabytes != "")
-        fused = [(row.megabytes, row.launches) for row in self.kernels]
+        fused = [(row.megabytes, row.per_step) for row in self.kernels]
         if gemms is None or any(moved is None for moved, _ in fused):
             return None
         return gemms + sum(moved * launches for moved, launches in fused if moved is not None)
@@ -112,8 +112,9 @@ class Explanation:
             fused = " and the fused kernels" * bool(self.kernels)
             lines.append(f"{flop}FLOP in GEMMs, {moved}B moved by them{fused}")
         if self.kernels:
-            launches = sum(row.launches for row in self.kernels)
-            line = f"{launches} launches of {len(self.kernels)} fused kernels"
+            launches = sum(row.per_step for row in self.kernels)
+            kernels = sum(row.per_step > 0 for row in self.kernels)
+            line = f"{launches} launches of {kernels} fused kernels"
             emulated = any(row.kernel == REFERENCE for row in self.rows)
             lines.append(line + " on a GPU; here FP8 is emulated" * emulated)
         if self.saved:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from ..report import EdgeRow, KernelRow, Row
+from ..report import WEIGHTS, EdgeRow, KernelRow, Row
 
 _SIZES = ("M", "N", "K")
 _PREDICTED = ("high -> fp8 us", "pays from")
-_SHORT = {"forward": "fwd", "backward": "bwd"}
+_SHORT = {"forward": "fwd", "backward": "bwd", WEIGHTS: "once"}
 
 
 @dataclass(frozen=True)

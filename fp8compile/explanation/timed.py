@@ -206,7 +206,7 @@ def with_kernel_times(kernels: Sequence[KernelRow], times: StepTimes) -> tuple[K
 
 
 def _weight(kernel: KernelRow) -> float:
-    return kernel.launches * (kernel.megabytes or 0.0)
+    return kernel.per_step * (kernel.megabytes or 0.0)
 
 
 def with_gemm_times(rows: Sequence[Row], times: StepTimes) -> tuple[Row, ...]:

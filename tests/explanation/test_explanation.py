@@ -130,10 +130,16 @@ def test_kernels_are_those_of_the_final_graphs(monkeypatch: pytest.MonkeyPatch) 
     assert len(found) == 2 and explained == found
 
 
-def test_inference_has_forward_kernels_and_keeps_nothing() -> None:
+def test_inference_casts_weights_once_and_keeps_nothing() -> None:
     with torch.no_grad():
         explanation = fp8compile.explain(MLP(), torch.randn(16, 64))
-    assert explanation.kernels and {row.direction for row in explanation.kernels} == {"forward"}
+    assert [(row.direction, row.per_step) for row in explanation.kernels] == [
+        ("weights", 0), ("forward", 1), ("forward", 1),
+    ]  # fmt: skip
+    assert "2 launches of 2 fused kernels" in str(explanation) and " once " in str(explanation)
+    moved = [row.megabytes for row in explanation.kernels[1:]]
+    gemms = sum(float(row.megabytes) for row in explanation.rows)
+    assert explanation.megabytes == pytest.approx(sum(filter(None, moved)) + gemms)
     assert explanation.saved == () and explanation.saved_bytes == 0
 
 
