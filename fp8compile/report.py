@@ -65,11 +65,11 @@ class KernelRow:
 
     ``direction``: "forward", "backward" or "weights". ``functions``: the names that its launches
     have in a profile, more than one where sums or scales are found first. ``size``: the matrix that
-    it walks over. ``fused``: the operators that it computes, in order, without views; of a bundle, those of
-    all its ``regions``. ``writes``: what it leaves in memory. ``feeds``: the GEMMs that take it in
-    the same direction, over all ``launches``. ``mb_read`` and ``mb_written``: megabytes per launch,
-    as text where sizes are symbolic. ``predicted_us`` and ``measured_us``: microseconds per launch,
-    or None.
+    it walks over. ``fused``: the operators that it computes, in order, without views; of a bundle,
+    those of all its ``regions``. ``writes``: what it leaves in memory. ``feeds``: the GEMMs that
+    take it in the same direction, over all ``launches``. ``mb_read`` and ``mb_written``: megabytes
+    per launch, as text where sizes are symbolic. ``predicted_us`` and ``measured_us``: microseconds
+    per launch, or None.
     """
 
     name: str
