@@ -1,6 +1,7 @@
 """FP8 for PyTorch, done by a compiler: ``torch.compile(model, backend="fp8")``."""
 
 from .errors import (
+    CheckpointError,
     Fp8CompileError,
     MonitorError,
     OptionError,
@@ -22,7 +23,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    # These need the compiler, and with it Inductor: loaded when they are first asked for.
+    # These need the compiler, and with it Inductor, or safetensors: loaded when first asked for.
     if name == "explain":
         from .explanation import explain
 
@@ -35,6 +36,10 @@ def __getattr__(name: str) -> object:
         from .monitoring import Monitor
 
         return Monitor
+    if name in ("load", "save_pretrained"):
+        from . import checkpoints
+
+        return getattr(checkpoints, name)
     if name == "view":
         from .viewer import view
 
@@ -44,6 +49,7 @@ def __getattr__(name: str) -> object:
 
 __all__ = [
     "RECIPES",
+    "CheckpointError",
     "Events",
     "Format",
     "Fp8CompileError",
@@ -65,9 +71,11 @@ __all__ = [
     "events",
     "explain",
     "freeze",
+    "load",
     "load_state_dict",
     "profile",
     "refresh",
+    "save_pretrained",
     "state_dict",
     "update_scales",
     "view",

@@ -21,6 +21,10 @@ class ScalingStateError(Fp8CompileError, ValueError):
     """A scaling state dict does not fit the model it is loaded into."""
 
 
+class CheckpointError(Fp8CompileError, ValueError):
+    """A checkpoint cannot be written, cannot be read, or does not fit the model."""
+
+
 class MonitorError(Fp8CompileError, RuntimeError):
     """A Monitor is asked for what it has not recorded, or cannot."""
 

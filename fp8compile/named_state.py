@@ -99,7 +99,19 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """
     model = _unwrapped(model)
     parameters = dict(model.named_parameters())
-    loaded, problems = _parse(state_dict, parameters)
+    for fqn, uses in check_state_dict(model, state_dict).items():
+        _apply(parameters[fqn], uses)
+    for state in states_of(model):
+        state.observed = False
+        state.keep_changed_weights()
+
+
+def check_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor]
+) -> dict[str, dict[int, dict[str, Tensor]]]:
+    """What ``load_state_dict`` would restore, by parameter and use; it raises as that does."""
+    model = _unwrapped(model)
+    loaded, problems = _parse(state_dict, dict(model.named_parameters()))
     expected = {key.rpartition(".")[0] for key in _entries(model)}
     present = {_key(fqn, use) for fqn, uses in loaded.items() for use in uses}
     if expected:
@@ -109,11 +121,7 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         raise ScalingStateError(
             "the scaling state does not fit this model:\n  " + "\n  ".join(problems)
         )
-    for fqn, uses in loaded.items():
-        _apply(parameters[fqn], uses)
-    for state in states_of(model):
-        state.observed = False
-        state.keep_changed_weights()
+    return loaded
 
 
 def _apply(parameter: Tensor, uses: Mapping[int, Mapping[str, Tensor]]) -> None:

@@ -21,7 +21,7 @@ LAYERS = (
     {"ir", "modules", "options"},
     {"scaling", "dump", "report", "regions", "moments"},
     {"frozen", "named_state", "static", "quantized_weights"},
-    {"records", "compiled_graph", "observer"},
+    {"records", "compiled_graph", "observer", "checkpoints"},
     {"passes", "backends"},
     {"compile"},
     {"explanation", "profiling", "doctor", "viewer"},
@@ -149,7 +149,7 @@ def _is_kernel(node: ast.FunctionDef) -> bool:
 
 
 def test_only_known_packages_are_imported() -> None:
-    always = {"torch", "triton", "networkx", "sympy", "numpy", "rich", "fp8compile"}
+    always = {"torch", "triton", "networkx", "sympy", "numpy", "rich", "safetensors", "fp8compile"}
     optional = {"monitoring.plots": {"matplotlib"}}
     for module, file in MODULES.items():
         known = always | optional.get(module, set())

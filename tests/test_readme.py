@@ -1,4 +1,6 @@
-"""The README about explain and the command line: its code runs, and shows what it says."""
+"""The README about explain, checkpoints and the command line: its code runs, and shows what it
+says.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +48,17 @@ def test_code_about_explain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert (tmp_path / "explanation.html").exists() and (tmp_path / "explanation.json").exists()
     exec(large, names)
     assert names["large"][0].weight.is_meta
+
+
+def test_code_about_checkpoints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    (code,) = code_of("Checkpoints")
+    exec(code, names)
+    assert names["left"] == eval(re.search(r'"mlp-fp8"\)  # (\{.*\})', code)[1])  # type: ignore[index]
+    x = torch.randn(4, 64).bfloat16()
+    assert torch.equal(names["again"](x), names["model"](x))
 
 
 def test_commands(

@@ -1,0 +1,1 @@
+"""What save_pretrained writes and load reads."""
