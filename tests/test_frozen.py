@@ -147,6 +147,17 @@ def test_freezing_takes_no_more_memory_than_one_layer(recipe: str) -> None:
     assert less > 1.8 * layer, f"{less} kB less, of {4 * layer}"
 
 
+def test_batch_sizes_change_without_a_recompile() -> None:
+    model = Block().bfloat16()
+    fp8compile.freeze(model)
+    x = inputs(64)
+    compiled = compile_interpreted(model, {"recipe": "rowwise"}, dynamic=True)
+    whole = served(compiled, x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in range(2, 65):
+            assert torch.allclose(served(compiled, x[:rows]), whole[:rows], rtol=2**-6, atol=2**-6)
+
+
 def test_eager_multiplies_with_the_same_weights() -> None:
     model, x = Block().bfloat16(), inputs()
     want = model(x)
