@@ -26,6 +26,10 @@ def __getattr__(name: str) -> object:
         from .explaining import explain
 
         return explain
+    if name == "calibrate":
+        from .calibration import calibrate
+
+        return calibrate
     if name == "profile":
         from .profiling import profile
 
@@ -61,6 +65,7 @@ __all__ = [
     "ScalingStateError",
     "StrictError",
     "__version__",
+    "calibrate",
     "events",
     "explain",
     "load_state_dict",

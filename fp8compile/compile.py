@@ -84,13 +84,15 @@ def compile_graph(
     on_sites: Callable[[Sequence[Site]], None] | None = None,
     root: nn.Module | None = None,
     on_final: Callable[[FinalGraphs], None] | None = None,
+    weights_once: bool = True,
 ) -> Callable[..., Any]:
     """``fp8`` with parsed options, and what ``explain``, ``view`` and the tests need besides.
 
     ``inner_compile`` replaces Inductor's code generation; ``on_joint`` is given the rows of each
     graph, ``on_sites`` its sites, also those that have no GEMM in it; ``watch`` is shown every
     graph; ``root`` is the model that names come from, if it is not to be looked for; ``on_final``
-    is given what each graph became, before kernels are put in.
+    is given what each graph became, before kernels are put in; ``weights_once``: whether a graph
+    without gradients keeps its cast weights, which all graphs of a model share.
     """
     gm = internals.clone_dynamo_graph(gm)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -117,6 +119,7 @@ def compile_graph(
         inference,
         watch=watch,
         on_final=on_final,
+        weights_once=weights_once,
     )
     recipes = [site.recipe or options.recipe for site in sites]
     rule = rule_of(recipes)
@@ -182,6 +185,7 @@ class GraphCompiler:
     rows: list[Row] = field(default_factory=list)
     fell_back: bool = False
     on_final: Callable[[FinalGraphs], None] | None = None
+    weights_once: bool = True
 
     def __post_init__(self) -> None:
         self.dump = Dump(self.options.dump) if self.options.dump else None
@@ -282,8 +286,8 @@ class GraphCompiler:
 
         def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
             static = kwargs.get("static_input_idxs", ())
-            inference = kwargs.get("is_inference") and self.watch is None
-            split = split_weights(gm, static) if inference else None
+            once = self.weights_once and kwargs.get("is_inference") and self.watch is None
+            split = split_weights(gm, static) if once else None
             if split is None:
                 return inner(gm, inputs, **kwargs)
             taken = [inputs[i] for i in split.positions]
