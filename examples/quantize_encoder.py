@@ -75,6 +75,7 @@ def minilm() -> tuple[Encoder, Tokenize]:
         raise SystemExit(f"the weights are in a package: {INSTALL}\nor see --tiny")
     folder = Path(spec.origin).parent / "model"
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def tokenize(sentences: Sequence[str]) -> Batch:
@@ -177,7 +178,9 @@ def variants(found: fp8compile.Profile) -> Iterator[tuple[str, float, dict[str, 
     for name, recipe in (("token", "rowwise"), ("tensor", "current"), ("1x128", "blockwise")):
         yield f"dynamic, per {name}", DYNAMIC, {"recipe": recipe}
     yield "static", STATIC, {}
-    budgets = {target: {"profile": found, "error_budget_db": budget_db(target)} for target in TARGETS}
+    budgets = {
+        target: {"profile": found, "error_budget_db": budget_db(target)} for target in TARGETS
+    }
     yield "dynamic, per token, budget", DYNAMIC, {"recipe": "rowwise", **budgets[DYNAMIC]}
     yield "static, max, budget", STATIC, budgets[STATIC]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -64,3 +65,33 @@ def test_commands(
         assert main(command) == 0
     assert "2 sites, 5 of 5 GEMMs in FP8" in capsys.readouterr().out
     assert (tmp_path / "tiny.html").exists()
+
+
+def test_code_about_serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for code in code_of("Serve"):
+        exec(code, names)
+    assert list(names["amaxes"]) == ["0.weight.input", "2.weight.input"]
+    state = fp8compile.state_dict(names["model"])
+    loaded = torch.load(tmp_path / "scales.pt")
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+    groups = [group.sites for group in names["found"].groups]
+    assert groups == [("0",), ("2",)]
+    with torch.no_grad():
+        x = torch.randn(128, 64)
+        exact, out = names["model"](x), names["careful"](x)
+    noise = float((out - exact).square().sum() / exact.square().sum())
+    assert noise < 10 ** (-27.0 / 10)
+
+
+def test_the_table_of_the_encoder_is_its_results() -> None:
+    """examples/quantize_encoder.csv, which the example writes, and the README say the same."""
+    path = Path(__file__).parents[1] / "examples" / "quantize_encoder.csv"
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        numbers = f"{row['mean cosine']} | {row['worst cosine']} | {float(row['same top 5']):.1%}"
+        sites = f"{row['sites in fp8']} of {row['sites']}"
+        assert f"| {row['scales']} | {sites} | {numbers} |" in section("Serve"), row["scales"]
