@@ -60,8 +60,8 @@ def profile(
     place of the model and returns the loss. Without a scalar loss, the result of ``step``, there is
     no backward, and nothing is known of gradients. A model in eval mode without a ``step`` is run
     without gradients, as are all under ``torch.no_grad()``: the profile is then for inference, of
-    which only outputs count, and in which weights are cast once. ``options``: those of the compile that the
-    profile is for; its recipe, ``overrides``, ``skip`` and ``logits`` count.
+    which only outputs count, and in which weights are cast once. ``options``: those of the compile
+    that the profile is for; its recipe, ``overrides``, ``skip`` and ``logits`` count.
 
     Parameters, gradients, buffers, scaling state and random number generators are left as they
     were. Raises OptionError for wrong options, and where there is no batch or nothing to profile.

@@ -287,7 +287,7 @@ def test_percentile_saves_what_rare_outliers_make_underflow() -> None:
 
 
 def test_mse_finds_the_scale_at_which_most_values_lie_on_the_grid() -> None:
-    """Clamped activations: most are at the limit, and rare outliers decide where that is cast to."""
+    """Most activations are at a clamp, and rare outliers decide how well that is cast."""
     linear, x = nn.Linear(512, 256, bias=False), (3 * torch.randn(1024, 512)).clamp(-1, 1)
     x = torch.where(torch.rand(x.shape) < 3e-5, x * 3, x)
     found = {each: lost_db(linear, x, each, x) for each in ("max", "mse")}
