@@ -28,6 +28,10 @@ def __getattr__(name: str) -> object:
         from .explanation import explain
 
         return explain
+    if name == "calibrate":
+        from .calibration import calibrate
+
+        return calibrate
     if name == "profile":
         from .profiling import profile
 
@@ -68,6 +72,7 @@ __all__ = [
     "ScalingStateError",
     "StrictError",
     "__version__",
+    "calibrate",
     "events",
     "explain",
     "freeze",

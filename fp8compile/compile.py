@@ -82,11 +82,13 @@ def compile_graph(
     inner_compile: Callable[..., Any] | None = None,
     observer: Observer | None = None,
     root: nn.Module | None = None,
+    weights_once: bool = True,
 ) -> Callable[..., Any]:
     """``fp8`` with parsed options, and what ``explain``, ``view`` and the tests need besides.
 
     ``inner_compile`` replaces Inductor's code generation; ``observer`` is told what happens;
-    ``root`` is the model that names come from, if it is not to be looked for.
+    ``root`` is the model that names come from, if it is not to be looked for; ``weights_once``:
+    whether a graph without gradients keeps its cast weights, which all graphs of a model share.
     """
     gm = internals.clone_dynamo_graph(gm)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -105,7 +107,13 @@ def compile_graph(
     predict_for = _predict_for(options, kernels, device, report=observer is not None)
     inference = not torch.is_grad_enabled() or not any(map(_requires_grad, example_inputs))
     compiler = GraphCompiler(
-        options, sites, kernels, predict_for, inference, observer=observer or Observer()
+        options,
+        sites,
+        kernels,
+        predict_for,
+        inference,
+        observer=observer or Observer(),
+        weights_once=weights_once,
     )
     recipes = [site.recipe or options.recipe for site in sites]
     rule = rule_of(recipes)
@@ -154,6 +162,7 @@ class GraphCompiler:
     observer: Observer = field(default_factory=Observer)
     rows: list[Row] = field(default_factory=list)
     fell_back: bool = False
+    weights_once: bool = True
 
     def __post_init__(self) -> None:
         self.dump = Dump(self.options.dump) if self.options.dump else None
@@ -253,7 +262,8 @@ class GraphCompiler:
             if not kwargs.get("is_inference"):
                 return inner(gm, inputs, **kwargs)
             static = kwargs.get("static_input_idxs", ())
-            split = None if self.observer.only_looks else split_weights(gm, static)
+            once = self.weights_once and not self.observer.only_looks
+            split = split_weights(gm, static) if once else None
             weights_graph = None if split is None else split.weights
             sites = tuple(self.sites)
             self.observer.on_final(FinalGraphs(gm, sites, self.predict_for, weights=weights_graph))

@@ -44,7 +44,7 @@ class CompiledGraph:
         self._state: ScalingState | None = None
 
     def __call__(self, *args: Any) -> Any:
-        state = self._find_state(args)
+        state = self.state_of(args)
         if state.rule.scaling is Scaling.STATIC:
             scale = state.scale if self._static is None else self._static.scale_of(state, args)
             return self._run(*args, scale)
@@ -54,7 +54,8 @@ class CompiledGraph:
             state.replicas = calling_replicas()
         return self._run(*args, *(state.observing() if training else state.reading()))
 
-    def _find_state(self, args: Sequence[Any]) -> ScalingState:
+    def state_of(self, args: Sequence[Any]) -> ScalingState:
+        """The state of the weights among the arguments of a call."""
         weights = [None if i is None else args[i] for i in self._weights]
         # Another thread may replace it meanwhile: one graph serves many modules.
         state = self._state

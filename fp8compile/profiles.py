@@ -173,6 +173,24 @@ class Profile:
                 first = ["", ""]
         return table
 
+    def sensitivity(self) -> Table:
+        """A row per group, those first that outputs lose most by.
+
+        ``alone``: the SQNR of outputs if only this group is in FP8. ``all below in FP8``: what they
+        have if this one and those above stay in high precision, and noise adds up. So the rows down
+        to the first that is good enough are the fewest to keep.
+        """
+        table = Table(caption=self._summary(), caption_justify="left")
+        for name in ("sites", "alone", "all below in FP8"):
+            table.add_column(name, justify="left" if name == "sites" else "right")
+        ordered = sorted(self.groups, key=lambda group: -(group.output_noise or 0.0))
+        for number, group in enumerate(ordered, 1):
+            noise = group.output_noise
+            alone = "not measured" if noise is None else _db(noise)
+            below = _db(_total(ordered[number:])[0]) if noise is not None else ""
+            table.add_row(", ".join(group.sites), alone, below)
+        return table
+
     def __rich__(self) -> Table:
         return self.table()
 

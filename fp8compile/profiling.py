@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,21 +19,25 @@ from torch import Tensor, fx, nn
 
 from . import internals
 from .compile import compile_graph
+from .compiled_graph import CompiledGraph
 from .errors import OptionError
 from .formats import Format
-from .ir import CASTS, QUANTIZE_BLOCKS, SCALED_MMS, Edge, GemmInfo, Site, gemm_info
+from .ir import CASTS, QUANTIZE, QUANTIZE_BLOCKS, SCALED_MMS, Edge, GemmInfo, Site, gemm_info
 from .observer import Observer
 from .ops import current_scale, in_blocks, per_row
-from .options import Options, parse_options
+from .options import RECIPE, Options, parse_options
 from .profiles import Group, Profile, Seen
 from .progress import progress
 from .recipe import Gemm, Granularity, Operand, Recipe, Scaling
 from .report import Row
+from .scaling import ScalingState
 from .untouched import fresh, left_as_it_was
 
 Step = Callable[[Callable[..., Any], Any], Any]
 # Given the graph's number, a GEMM, one of its edges, the recipe, and the operand as ``[rows, K]``.
 Look = Callable[[int, GemmInfo, Edge, Recipe, Tensor], None]
+# Given the state that a cast has its scale from, the slot, and the value that it casts.
+LookAtCast = Callable[[ScalingState, int, Tensor], None]
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 _SAMPLE = 2**20  # elements that quantiles are found from, at most
 
@@ -54,8 +59,10 @@ def profile(
     ``batches``: what ``model`` is called with: a tensor, a tuple of arguments or a dict of keyword
     arguments. ``step(call, batch)``: how to use a batch, if not like that: it calls ``call`` in
     place of the model and returns the loss. Without a scalar loss, the result of ``step``, there is
-    no backward, and nothing is known of gradients. ``options``: those of the compile that the
-    profile is for; its recipe, ``overrides``, ``skip`` and ``logits`` count.
+    no backward, and nothing is known of gradients. A model in eval mode without a ``step`` is run
+    without gradients, as are all under ``torch.no_grad()``: the profile is then for inference, of
+    which only outputs count, and in which weights are cast once. ``options``: those of the compile
+    that the profile is for; its recipe, ``overrides``, ``skip`` and ``logits`` count.
 
     Parameters, gradients, buffers, scaling state and random number generators are left as they
     were. Raises OptionError for wrong options, and where there is no batch or nothing to profile.
@@ -65,7 +72,7 @@ def profile(
     given = list(batches)
     if not given:
         raise OptionError("profile needs at least one batch")
-    with left_as_it_was(runs.model):
+    with left_as_it_was(runs.model), _gradients(runs.model, step):
         runs.observe(given)
         if not runs.records:
             raise OptionError("no GEMM of this model can run in FP8: there is nothing to profile")
@@ -83,6 +90,31 @@ def watch(
     runs = _Runs(internals.uncompiled(model), step or _plain_step, options, look)
     with left_as_it_was(runs.model):
         runs.observe([batch])
+
+
+def look_at_casts(
+    model: nn.Module,
+    batches: Iterable[Any],
+    look: LookAtCast,
+    *,
+    step: Step | None,
+    options: Options,
+) -> None:
+    """Run batches in the model's own precision, without gradients, and let ``look`` see what every
+    cast takes whose scale is kept in a state.
+
+    ``batches`` and ``step`` are as in ``profile``, and as much is left as it was, but that the
+    model has the states that the same calls of the compiled model would have given it.
+    """
+    runs = _Runs(internals.uncompiled(model), step or _plain_step, options, look_at_cast=look)
+    with left_as_it_was(runs.model), torch.no_grad():
+        for batch in progress(batches, "calibrating"):
+            runs.run(batch)
+
+
+def _gradients(model: Any, step: Step | None) -> AbstractContextManager[Any]:
+    serves = step is None and isinstance(model, nn.Module) and not model.training
+    return torch.set_grad_enabled(torch.is_grad_enabled() and not serves)
 
 
 def _plain_step(call: Callable[..., Any], batch: Any) -> Any:
@@ -103,10 +135,17 @@ class _Runs(Observer):
     """A model, compiled for looking at it."""
 
     def __init__(
-        self, model: Callable[..., Any], step: Step, options: Options, look: Look | None = None
+        self,
+        model: Callable[..., Any],
+        step: Step,
+        options: Options,
+        look: Look | None = None,
+        look_at_cast: LookAtCast | None = None,
     ) -> None:
         self.model, self.step, self.options = model, step, options
         self.look = look  # in place of making records
+        self.look_at_cast = look_at_cast
+        self.state: ScalingState | None = None  # of the graph that runs
         # A group goes by the name of its first site: other sizes may be another graph.
         self.records: dict[str, _Record] = defaultdict(_Record)
         self.names: dict[tuple[int, int], str] = {}  # by graph and leader
@@ -132,14 +171,21 @@ class _Runs(Observer):
             return internals.boxed(_WithoutCasts(gm, number, self).run)
 
         root = self.model if isinstance(self.model, nn.Module) else None
-        return compile_graph(
+        run = compile_graph(
             gm,
             example_inputs,
-            _stateless(self.options),
+            _all_in_fp8(self.options) if self.look_at_cast else _stateless(self.options),
             inner_compile=interpret,
             observer=self,
             root=root,
+            weights_once=False,  # they are not cast
         )
+
+        def call(*args: Any) -> Any:
+            self.state = run.state_of(args) if isinstance(run, CompiledGraph) else None
+            return run(*args)
+
+        return call
 
     def on_sites(self, sites: Sequence[Site]) -> None:
         self.sites |= dict.fromkeys(site.fqn for site in sites)
@@ -149,6 +195,10 @@ class _Runs(Observer):
 
     def recipe_of(self, fqn: str) -> Recipe:
         return self.options.own_recipe(fqn) or self.options.recipe
+
+    def cast(self, slot: int, x: Tensor) -> None:
+        if self.look_at_cast is not None and self.state is not None:
+            self.look_at_cast(self.state, slot, x.detach())
 
     def observe(self, batches: Sequence[Any]) -> None:
         self.observing = True
@@ -217,6 +267,8 @@ class _WithoutCasts(fx.Interpreter):
         if n.target not in (*CASTS, *SCALED_MMS):
             return super().run_node(n)
         args, _ = self.fetch_args_kwargs_from_env(n)
+        if n.target is QUANTIZE and args[1] is not None:
+            self._runs.cast(args[2], args[0])
         if n.target in CASTS:  # what fold_scales has made of a scale_inv is then a factor
             one = args[0].new_ones(1, dtype=torch.float32)
             return args[0], args[0].t(), one, one
@@ -352,6 +404,20 @@ def _quantized(x: Tensor, edge: Edge, recipe: Recipe) -> tuple[Tensor, Tensor]:
 
 
 # --- small things -------------------------------------------------------------------------------
+
+
+def _all_in_fp8(options: Options) -> Options:
+    """The same choices, with every legal GEMM in FP8 and every scale kept that may be."""
+    return replace(
+        options,
+        strict=False,
+        dump=None,
+        kernels="reference",
+        inductor={},
+        decline_slower=False,
+        scaling=RECIPE,
+        own_passes=(),
+    )
 
 
 def _stateless(options: Options) -> Options:

@@ -199,6 +199,12 @@ class ScalingState:
         self.amax_fwd[slots] = 0.0
         self.amax_bwd[slots] = 0.0
 
+    def forget_weights(self) -> None:
+        """Let casts of weights find their own scales: what is known is of weights as they were."""
+        with torch.autograd._unsafe_preserve_version_counter(self.scale):
+            self.scale[Operand.WEIGHT.value :: SLOTS_PER_SITE] = 0.0
+        self._moved()
+
     def _moved(self) -> None:
         _generations[self.scale] = _generations.get(self.scale, 0) + 1
 

@@ -436,3 +436,96 @@ def test_strict_accepts_what_the_budget_keeps() -> None:
 def test_what_is_wrong_with_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         parse_options(options)
+
+
+# --- for inference ------------------------------------------------------------------------------
+
+
+def served(call: Callable[..., Tensor], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return call(x)
+
+
+def blocks() -> nn.Sequential:
+    """Four layers; the second one's weights, and what they add, are large."""
+    model = nn.Sequential(*(MLP() for _ in range(4))).eval()
+    with torch.no_grad():
+        model[1].down.weight.mul_(8)
+    return model
+
+
+@pytest.mark.parametrize("how", ["eval", "no_grad"])
+def test_a_profile_for_inference_runs_without_gradients(how: str) -> None:
+    """Nobody asks for a backward, whose GEMMs would count in what FP8 saves."""
+    model, x, enabled = MLP().train(how != "eval"), torch.randn(512, 64), []
+    model.register_forward_hook(lambda *_: enabled.append(torch.is_grad_enabled()))
+    with torch.set_grad_enabled(how == "eval"):
+        found = fp8compile.profile(model, [x])
+    trained = fp8compile.profile(model.train(), [x], step=squares, sensitivity=False)
+    assert enabled[0] is False and enabled[-1] is True
+    assert torch.is_grad_enabled()
+    for group, other in zip(found.groups, trained.groups, strict=True):
+        assert group.gradient_noise is None and group.output_noise
+        assert list(group.edges) == ["input", "weight"]
+        assert group.saved_us != other.saved_us
+    assert "gradients not measured" in str(found)
+
+
+def test_what_inference_loses_by_each_group() -> None:
+    """The SQNR of outputs with a group alone in FP8 is what serves when all others are skipped."""
+    model, x = blocks(), torch.randn(48, 64)
+    found = fp8compile.profile(model, [x], options={"recipe": "current"})
+    assert len(found.groups) == 8
+    exact = served(model, x)
+    for group in (found.groups[0], found.groups[3]):
+        options = {"recipe": "current", "skip": lambda fqn, group=group: fqn not in group.sites}
+        torch._dynamo.reset()
+        alone = sqnr_db(exact, served(compile_interpreted(model, options), x))
+        assert -10 * torch.tensor(group.output_noise).log10() == pytest.approx(alone, abs=0.1)
+
+
+def test_the_budget_of_inference_is_kept_by_the_fewest_groups() -> None:
+    model, x = blocks(), torch.randn(48, 64)
+    found = fp8compile.profile(model, [x], options={"recipe": "current"})
+    found = replace(found, groups=tuple(replace(g, saved_us=None) for g in found.groups))
+    exact = served(model, x)
+    options = {"recipe": "current", "profile": found}
+    all_fp8 = sqnr_db(exact, served(compile_interpreted(model, options), x))
+    budget = all_fp8 + 3
+    kept = found.kept_for(budget)
+    assert 0 < len(kept) < 12
+    torch._dynamo.reset()
+    options["error_budget_db"] = budget
+    out = served(compile_interpreted(model, options), x)
+    assert sqnr_db(exact, out) > budget - 0.5
+    noise = sorted((g.output_noise for g in found.groups), reverse=True)
+    count = sum(g.sites[0] in kept for g in found.groups)
+    assert sum(noise[count:]) <= 10 ** (-budget / 10) < sum(noise[count - 1 :])
+
+
+def test_which_groups_cost_most() -> None:
+    noise = {"a": 1e-4, "b": 1e-2, "c": 1e-3}
+    groups = tuple(Group((name,), {}, each) for name, each in noise.items())
+    table = Profile(groups).sensitivity()
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows == [
+        ("b", "20.0 dB", "29.6 dB"),
+        ("c", "30.0 dB", "40.0 dB"),
+        ("a", "40.0 dB", "exact"),
+    ]
+    unmeasured = Profile((Group(("a",), {}),)).sensitivity()
+    assert [list(c.cells) for c in unmeasured.columns] == [["a"], ["not measured"], [""]]
+
+
+@pytest.mark.parametrize("first", ["serve", "profile"])
+def test_a_profile_and_what_serves_do_not_share_weights(first: str) -> None:
+    """Both have the same graph of casts; only one of them casts."""
+    model, x = blocks(), torch.randn(48, 64)
+    alone = served(compile_interpreted(copy.deepcopy(model), {"recipe": "current"}), x)
+    compiled = compile_interpreted(model, {"recipe": "current"})
+    if first == "serve":
+        assert torch.equal(served(compiled, x), alone)
+    found = fp8compile.profile(model, [x], options={"recipe": "current"})
+    assert torch.equal(served(compiled, x), alone)
+    again = fp8compile.profile(copy.deepcopy(model), [x], options={"recipe": "current"})
+    assert found == again

@@ -4,6 +4,7 @@ says.
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -19,7 +20,10 @@ from fp8compile.cli.parser import parser
 from fp8compile.frozen import FrozenWeight
 
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = ROOT / "examples" / "guides"
+QUANTIZE = (GUIDES / "quantize_for_inference.md").read_text(encoding="utf-8")
 
 
 def section(title: str) -> str:
@@ -91,10 +95,31 @@ def test_code_about_serving() -> None:
     assert isinstance(names["model"][0], FrozenWeight)
 
 
+def test_code_about_quantizing_for_inference(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"torch": torch}
+    exec(code_of("Serve")[0], names)
+    for code in re.findall(r"```python\n(.*?)```", QUANTIZE, re.DOTALL):
+        exec(code, names)
+    assert list(names["amaxes"]) == ["0.weight.input", "2.weight.input"]
+    state = fp8compile.state_dict(names["model"])
+    loaded = torch.load(tmp_path / "scales.pt")
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+    groups = [group.sites for group in names["found"].groups]
+    assert groups == [("0",), ("2",)]
+    with torch.no_grad():
+        x = torch.randn(128, 64)
+        exact, out = names["model"](x), names["careful"](x)
+    noise = float((out - exact).square().sum() / exact.square().sum())
+    assert noise < 10 ** (-27.0 / 10)
+
+
 def test_how_a_kernel_is_added(capsys: pytest.CaptureFixture[str]) -> None:
     """The code of the guide runs, and the lines that it names are where it says."""
-    root = Path(__file__).parents[1]
-    guide = (root / "examples" / "guides" / "add_a_kernel.md").read_text(encoding="utf-8")
+    guide = (GUIDES / "add_a_kernel.md").read_text(encoding="utf-8")
     operator, gemm = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     exec(operator, {})
     assert "def fp8_" in capsys.readouterr().out
@@ -102,14 +127,13 @@ def test_how_a_kernel_is_added(capsys: pytest.CaptureFixture[str]) -> None:
     lines = re.findall(r"^\| `(\S+\.py)` \| `(.*?)` \|", guide, re.MULTILINE)
     assert len(lines) == 4
     for file, line in lines:
-        source = (root / file).read_text(encoding="utf-8").splitlines()
+        source = (ROOT / file).read_text(encoding="utf-8").splitlines()
         assert line in map(str.strip, source), f"{file}: {line}"
 
 
 def test_links_lead_somewhere() -> None:
-    root = Path(__file__).parents[1]
-    pages = [root / "README.md", root / "tests/zoo/README.md", root / "examples/bench/README.md"]
-    for page in (*pages, *(root / "examples/guides").glob("*.md")):
+    pages = [ROOT / "README.md", ROOT / "tests/zoo/README.md", ROOT / "examples/bench/README.md"]
+    for page in (*pages, *GUIDES.glob("*.md")):
         for link in re.findall(r"\]\((?!http)(.*?)\)", page.read_text(encoding="utf-8")):
             file, _, anchor = link.partition("#")
             target = (page.parent / file).resolve() if file else page
@@ -117,3 +141,14 @@ def test_links_lead_somewhere() -> None:
             titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
             assert not anchor or anchor in slugs, f"{page}: {link}"
+
+
+def test_the_table_of_the_encoder_is_its_results() -> None:
+    """examples/quantize_encoder.csv, which the example writes, and the README say the same."""
+    path = ROOT / "examples" / "quantize_encoder.csv"
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        numbers = f"{row['mean cosine']} | {row['worst cosine']} | {float(row['same top 5']):.1%}"
+        sites = f"{row['sites in fp8']} of {row['sites']}"
+        assert f"| {row['scales']} | {sites} | {numbers} |" in QUANTIZE, row["scales"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..formats import Format
+from ..histogram import OCTAVES, places_of
 from ..ir import Edge, GemmInfo
 from ..named_state import named_states, site_of
 from ..ops import SATURATED, current_scale
@@ -22,7 +23,6 @@ from ..records import Record
 from ..scaling import slots_of
 
 BINS_PER_OCTAVE = 4
-OCTAVES = range(-160, 129)  # below float32's smallest denormal, 2^-149, to above its largest
 BINS = BINS_PER_OCTAVE * len(OCTAVES)
 
 EdgeName = tuple[str, str]  # site and operand
@@ -60,9 +60,7 @@ class Measured:
         self.underflowed += int(((x != 0) & (y == 0)).sum())
         self.power += float(x.double().square().sum())
         self.error += float((y - x).double().square().sum())
-        places = (x.abs().log2() - OCTAVES[0]) * BINS_PER_OCTAVE
-        places = places[places.isfinite()].long()  # not those of zeros
-        self.counts += places.bincount(minlength=BINS).cpu()
+        self.counts += places_of(x.abs(), BINS_PER_OCTAVE).bincount(minlength=BINS).cpu()
 
     @property
     def sqnr_db(self) -> float | None:
