@@ -92,6 +92,24 @@ def test_the_served_forward_is_that_of_training_bit_for_bit(recipe: str) -> None
     assert torch.equal(served(compiled, x), want)
 
 
+@pytest.mark.parametrize("called", ["before", "after"])
+def test_calibrated_scales_stay(called: str) -> None:
+    """Whether a compiled call has taken them over before the weights are frozen, or not yet."""
+    model, x = Block().bfloat16(), inputs()
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        fp8compile.calibrate(each, [4 * x])
+    want = served(compile_interpreted(twin), x)
+    if called == "before":
+        served(compile_interpreted(model), x)
+    fp8compile.freeze(model, "delayed")
+    torch._dynamo.reset()
+    assert torch.equal(served(compile_interpreted(model), x), want)
+    current = copy.deepcopy(model)  # which has no scaling state
+    torch._dynamo.reset()
+    assert not torch.equal(served(compile_interpreted(current), x), want)
+
+
 def test_the_recipe_is_known_by_the_weights() -> None:
     model, x = Block().bfloat16(), inputs()
     want = served(compile_interpreted(model, {"recipe": "rowwise"}), x)
