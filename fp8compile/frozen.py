@@ -107,8 +107,8 @@ def freeze(
             other tensorwise ones.
         skip: as the option of ``torch.compile``: names, with wildcards, of modules to leave alone.
 
-    Returns the names of the ``nn.Linear`` that were left as they are, each with the reason; those
-    that are frozen already are not among them. Raises RecipeError for a recipe that weights cannot
+    Returns the names of the modules whose matrices were left as they are, each with the reason; of
+    what is frozen already nothing is said. Raises RecipeError for a recipe that weights cannot
     be kept in.
     """
     granularity = frozen_granularity(get_recipe(recipe))
@@ -141,7 +141,10 @@ def frozen_granularity(recipe: Recipe) -> Granularity:
 def left_out(
     model: nn.Module, granularity: Granularity, skip: Sequence[str] | Callable[[str], bool] = ()
 ) -> dict[str, str]:
-    """The ``nn.Linear`` whose weights cannot, or shall not, be FP8, each with the reason."""
+    """The modules whose matrices cannot, or shall not, be FP8, each with the reason.
+
+    Those of embeddings, convolutions and positions, which no GEMM multiplies with, do not count.
+    """
     multiple = max(granularity.block[1], ALIGNMENT)
     names: dict[int, list[str]] = {}
     for module_name, module in model.named_modules():
@@ -164,7 +167,12 @@ def left_out(
         return None
 
     found = {name: reason(name, m) for name, m in linears(model) if not is_frozen(m)}
-    return {name: why for name, why in found.items() if why is not None}
+    left = {name: why for name, why in found.items() if why is not None}
+    return left | {
+        name: f"{type(module).__name__} is no nn.Linear"
+        for name, module in model.named_modules()
+        if _has_other_matrices(module)
+    }
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -172,6 +180,16 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             yield name, module
+
+
+def _has_other_matrices(module: nn.Module) -> bool:
+    """Whether GEMMs may multiply with a parameter of the module that ``freeze`` does not know, such
+    as the ``Conv1D`` of GPT-2 in transformers, or experts of which all are in one parameter.
+    """
+    if isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag | nn.modules.conv._ConvNd):
+        return False
+    own = [p for p in module._parameters.values() if p is not None and p.is_floating_point()]
+    return any(p.dim() >= 2 and p.shape[0] > 1 for p in own)
 
 
 def is_frozen(module: nn.Module) -> bool:

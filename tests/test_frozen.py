@@ -266,6 +266,8 @@ def test_what_is_left_alone_is_told() -> None:
             self.head.weight = self.embed.weight
             self.odd, self.kept, self.wide = nn.Linear(20, 64), nn.Linear(64, 64), nn.Linear(64, 8)
             self.whole = nn.Linear(64, 64, dtype=torch.float64)
+            self.attention, self.conv = nn.MultiheadAttention(64, 4), nn.Conv2d(16, 16, 3)
+            self.norm, self.position = nn.LayerNorm(64), nn.Parameter(torch.zeros(1, 8, 64))
 
     model = Tied()
     assert fp8compile.freeze(model, skip=["kep*"]) == {
@@ -273,8 +275,10 @@ def test_what_is_left_alone_is_told() -> None:
         "odd": "in_features, 20, is not divisible by 16",
         "kept": "skipped by the user",
         "whole": "its weight is float64",
+        "attention": "MultiheadAttention is no nn.Linear",
     }
-    assert [name for name, m in linears(model) if is_frozen(m)] == ["wide"]
+    frozen = [name for name, m in linears(model) if is_frozen(m)]
+    assert frozen == ["wide", "attention.out_proj"]
     left = fp8compile.freeze(model, skip=lambda name: name == "kept")
     assert "wide" not in left and left["kept"] == "skipped by the user"
     assert "divisible by 128" in fp8compile.freeze(model, "blockwise")["kept"]
