@@ -102,7 +102,8 @@ def test_code_about_quantizing_for_inference(
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"torch": torch}
     exec(code_of("Serve")[0], names)
-    for code in re.findall(r"```python\n(.*?)```", QUANTIZE, re.DOTALL):
+    *before, freeze = re.findall(r"```python\n(.*?)```", QUANTIZE, re.DOTALL)
+    for code in before:
         exec(code, names)
     assert list(names["amaxes"]) == ["0.weight.input", "2.weight.input"]
     state = fp8compile.state_dict(names["model"])
@@ -115,6 +116,9 @@ def test_code_about_quantizing_for_inference(
         exact, out = names["model"](x), names["careful"](x)
     noise = float((out - exact).square().sum() / exact.square().sum())
     assert noise < 10 ** (-27.0 / 10)
+    exec(freeze, names)
+    frozen = {n for n, m in names["model"].named_modules() if isinstance(m, FrozenWeight)}
+    assert frozen == {"0", "2"} - set(names["found"].kept_for(27.0))
 
 
 def test_how_a_kernel_is_added(capsys: pytest.CaptureFixture[str]) -> None:
