@@ -22,9 +22,10 @@ from .named_state import named_states
 from .observers import MAX, OBSERVERS, Observed, chosen_amax
 from .ops import current_scale
 from .options import Options, parse_options
-from .profiling import Step, look_at_casts
+from .profiling import look_at_casts
 from .recipe import RECIPES, Operand, Recipe, Scaling
 from .scaling import HISTORY, SCALE, ScalingState, parked_entries, states_by_weight
+from .untouched import Step
 
 
 def calibrate(

@@ -31,9 +31,8 @@ from .progress import progress
 from .recipe import Gemm, Granularity, Operand, Recipe, Scaling
 from .report import Row
 from .scaling import ScalingState
-from .untouched import fresh, left_as_it_was
+from .untouched import Step, fresh, left_as_it_was, plain_step
 
-Step = Callable[[Callable[..., Any], Any], Any]
 # Given the graph's number, a GEMM, one of its edges, the recipe, and the operand as ``[rows, K]``.
 Look = Callable[[int, GemmInfo, Edge, Recipe, Tensor], None]
 # Given the state that a cast has its scale from, the slot, and the value that it casts.
@@ -68,7 +67,7 @@ def profile(
     were. Raises OptionError for wrong options, and where there is no batch or nothing to profile.
     """
     chosen = parse_options(options)
-    runs = _Runs(internals.uncompiled(model), step or _plain_step, chosen)
+    runs = _Runs(internals.uncompiled(model), step or plain_step, chosen)
     given = list(batches)
     if not given:
         raise OptionError("profile needs at least one batch")
@@ -87,7 +86,7 @@ def watch(
 
     ``batch`` and ``step`` are as in ``profile``, and as much is left as it was.
     """
-    runs = _Runs(internals.uncompiled(model), step or _plain_step, options, look)
+    runs = _Runs(internals.uncompiled(model), step or plain_step, options, look)
     with left_as_it_was(runs.model):
         runs.observe([batch])
 
@@ -106,7 +105,7 @@ def look_at_casts(
     ``batches`` and ``step`` are as in ``profile``, and as much is left as it was, but that the
     model has the states that the same calls of the compiled model would have given it.
     """
-    runs = _Runs(internals.uncompiled(model), step or _plain_step, options, look_at_cast=look)
+    runs = _Runs(internals.uncompiled(model), step or plain_step, options, look_at_cast=look)
     with left_as_it_was(runs.model), torch.no_grad():
         for batch in progress(batches, "calibrating"):
             runs.run(batch)
@@ -115,12 +114,6 @@ def look_at_casts(
 def _gradients(model: Any, step: Step | None) -> AbstractContextManager[Any]:
     serves = step is None and isinstance(model, nn.Module) and not model.training
     return torch.set_grad_enabled(torch.is_grad_enabled() and not serves)
-
-
-def _plain_step(call: Callable[..., Any], batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return call(**batch)
-    return call(*batch) if isinstance(batch, tuple | list) else call(batch)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .internals import has_no_data, stand_ins
 
 _calls = itertools.count()
+Step = Callable[[Callable[..., Any], Any], Any]  # what is done with a model and a batch
 ARGS, KWARGS = "fresh_args", "fresh_kwargs"  # how Dynamo calls what ``fresh`` passes on
 
 
@@ -29,6 +30,13 @@ def fresh(target: Callable[..., Any]) -> Callable[..., Any]:
     copy = types.FunctionType(code, function.__globals__, closure=function.__closure__)
     copy.__defaults__, copy.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     return copy
+
+
+def plain_step(call: Callable[..., Any], batch: Any) -> Any:
+    """Call with a batch: a mapping gives keyword arguments, a tuple or list positional ones."""
+    if isinstance(batch, Mapping):
+        return call(**batch)
+    return call(*batch) if isinstance(batch, tuple | list) else call(batch)
 
 
 @contextlib.contextmanager
