@@ -9,6 +9,7 @@ mean over the tokens, normalised) are compared with those in float32: the cosine
 on average and at worst, and how many of a sentence's five nearest neighbours stay the same.
 
 Dynamic scales are found at every call, static ones by `fp8compile.calibrate` on other sentences.
+Weights are rounded to the nearest, or by `fp8compile.freeze` on still more sentences.
 An embedding with cosine c to its reference has lost `2 (1 - c)` of its power, so a target for the
 mean cosine is an error budget in dB, and a profile says which sites to keep for it in the model's
 own precision.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import csv
 import importlib.util
 import math
@@ -116,10 +118,10 @@ def docstrings() -> Iterator[str]:
 
 
 def sentences(count: int) -> tuple[list[str], list[str]]:
-    """As many sentences, and half as many others to calibrate with."""
+    """As many sentences, and four times as many others, of which to learn."""
     found = sorted(set(docstrings()))
     random.Random(0).shuffle(found)
-    return found[:count], found[count : count + count // 2]
+    return found[:count], found[count : 5 * count]
 
 
 def batches_of(
@@ -201,6 +203,30 @@ def variants(found: fp8compile.Profile) -> Iterator[tuple[str, float, dict[str, 
     yield "static, max, budget", STATIC, budgets[STATIC]
 
 
+def rounded(
+    model: Encoder,
+    found: fp8compile.Profile,
+    held_out: Sequence[Batch],
+    others: Sequence[Batch],
+    batches: Sequence[Batch],
+) -> Iterator[Result]:
+    """The same with frozen weights, rounded for ``others``; the last with the sites of the smaller
+    budget kept.
+    """
+    exact, kept = embed(model, batches), list(found.kept_for(budget_db(STATIC)))
+    for name, target, recipe, skip in (
+        ("dynamic, per token, rounded", DYNAMIC, "rowwise", []),
+        ("static, max, rounded", STATIC, "delayed", []),
+        ("dynamic, per token, rounded, small budget", DYNAMIC, "rowwise", kept),
+    ):
+        frozen = copy.deepcopy(model)
+        if recipe == "delayed":
+            fp8compile.calibrate(frozen, held_out)
+        fp8compile.freeze(frozen, recipe, skip=skip, batches=others)
+        embeddings = embed(compiled(frozen, {"recipe": recipe, "skip": skip}), batches)
+        yield compare(name, target, len(skip), exact, embeddings)
+
+
 def results(
     model: Encoder, found: fp8compile.Profile, held_out: Sequence[Batch], batches: Sequence[Batch]
 ) -> list[Result]:
@@ -264,10 +290,13 @@ def main() -> None:
     model.to(device)
     texts, others = sentences(args.sentences)
     batches = batches_of(texts, tokenize, args.batch, device)
-    held_out = calibration_batches(others, tokenize, args.batch, device)
+    held_out = calibration_batches(others[: len(texts) // 2], tokenize, args.batch, device)
+    learned = batches_of(others, tokenize, args.batch, device)
     found = profiled(model, held_out[0])
     rows = results(model, found, held_out, batches)
-    console = Console(width=max(100, Console().width))
+    last = rounded(model, found, held_out, learned, batches)
+    rows += progress(last, "rounding weights, embedding", total=3)
+    console = Console(width=max(112, Console().width))
     console.print(found.sensitivity())
     sites = sum(len(group.sites) for group in found.groups)
     console.print(table_of(rows, sites, len(texts)))

