@@ -88,7 +88,8 @@ def compile_graph(
 
     ``inner_compile`` replaces Inductor's code generation; ``observer`` is told what happens;
     ``root`` is the model that names come from, if it is not to be looked for; ``weights_once``:
-    whether a graph without gradients keeps its cast weights, which all graphs of a model share.
+    whether a graph without gradients keeps its cast weights, which all graphs of a model share, and
+    takes frozen ones as they are; or has a cast in front of every operand.
     """
     gm = internals.clone_dynamo_graph(gm)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -202,6 +203,7 @@ class GraphCompiler:
             choose_scales=self.options.scaling == AUTO,
             store_in_fp8=self.options.save_activations == "fp8",
             statistics_of=statistics_of,
+            take_frozen=self.weights_once,
         )
         passes = with_own_passes(passes, self.options.own_passes)
         self._show("joint", gm)

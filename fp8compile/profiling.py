@@ -171,7 +171,7 @@ class _Runs(Observer):
             inner_compile=interpret,
             observer=self,
             root=root,
-            weights_once=False,  # they are not cast
+            weights_once=False,  # the casts are what is looked at
         )
 
         def call(*args: Any) -> Any:

@@ -79,11 +79,13 @@ def joint_passes(
     choose_scales: bool = False,
     store_in_fp8: bool = False,
     statistics_of: Mapping[fx.Node, int] | None = None,
+    take_frozen: bool = True,
 ) -> list[Pass]:
     """The passes for a joint graph (``training``) or an inference graph, in order.
 
     ``choose_scales``: delayed or current scaling by its cost on ``device``, instead of what the
     recipe says. ``statistics_of``: for static scaling, the ``inputs`` of ``derive_scales``.
+    ``take_frozen``: or dequantize frozen weights and cast them anew, as others.
     """
     passes: list[Pass] = [
         partial(find_gemms, sites=sites),
@@ -105,7 +107,7 @@ def joint_passes(
         )
     passes += [
         partial(insert_casts, recipe=recipe, scale=state.scale if state else None),
-        take_frozen_weights,  # instead of the casts of them
+        *([take_frozen_weights] if take_frozen else []),  # instead of the casts of them
         fold_scales,  # needs the casts; gives share_casts more of one value
         share_casts,  # needs all casts of a value in place
         drop_unused_outputs,  # knows what is used only now

@@ -337,3 +337,35 @@ def test_a_parameter_that_the_user_puts_there_is_that() -> None:
     module.weight = nn.Parameter(torch.ones(16, 32))
     assert torch.equal(module.weight, torch.ones(16, 32))
     assert torch.equal(module(torch.ones(1, 32)), 32 + module.bias[None])
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "delayed", "blockwise"])
+def test_a_profile_says_what_is_left_to_lose(recipe: str) -> None:
+    """Inputs, above all: the weights are what they are."""
+    model, x = Block().eval(), torch.randn(32, 128)
+    frozen = copy.deepcopy(model)
+    fp8compile.freeze(frozen, recipe)
+    found, left = (
+        fp8compile.profile(each, [x], options={"recipe": recipe}) for each in (model, frozen)
+    )
+    assert [group.sites for group in left.groups] == [group.sites for group in found.groups]
+    for before, after in zip(found.groups, left.groups, strict=True):
+        assert before.output_noise is not None and after.output_noise is not None
+        assert 0 < after.output_noise < 0.8 * before.output_noise
+    assert all(is_frozen(module) for _, module in linears(frozen))
+
+
+def test_calibration_and_monitor_look_at_a_frozen_model() -> None:
+    model, x = Block().eval(), torch.randn(32, 128)
+    want = fp8compile.calibrate(copy.deepcopy(model), [x])
+    fp8compile.freeze(model, "delayed")
+    found = fp8compile.calibrate(model, [x])
+    assert found.keys() == want.keys()
+    assert all(found[name] == pytest.approx(want[name], rel=0.1) for name in want)
+    compiled = compile_interpreted(model)
+    assert 24 < sqnr_db(served(model, x), served(compiled, x)) < 40
+    fp8compile.load_state_dict(model, fp8compile.state_dict(model))
+    with fp8compile.Monitor(model) as monitor:
+        measured = {(record.site, str(record.operand)): record for record in monitor.measure(x)}
+    assert measured[("up", "weight")].sqnr_db > 60  # the cast of what was cast
+    assert 25 < measured[("up", "input")].sqnr_db < 40
