@@ -19,7 +19,7 @@ from .errors import RecipeError
 from .formats import FP8_DTYPES, Format
 from .ops import ALIGNMENT, current_scale
 from .progress import progress
-from .recipe import Granularity, Operand, Recipe, get_recipe
+from .recipe import Granularity, Operand, Recipe, Scaling, get_recipe
 from .rounding import gram_matrices, in_groups, rounded
 from .scaling import known_weight_scale, replace_weight
 from .untouched import Step, plain_step
@@ -150,6 +150,11 @@ def frozen_granularity(recipe: Recipe) -> Granularity:
     """How many elements of a weight share a scale; RecipeError if none can be frozen so."""
     granularity = recipe.granularity_of(Operand.WEIGHT)
     fmt = recipe.format_of(Operand.WEIGHT)
+    if recipe.scaling is Scaling.STATIC:
+        raise RecipeError(
+            f"recipe {recipe.name!r} derives scales from weights in high precision, of which "
+            "nothing is left; freeze with 'current', or with 'delayed' after fp8compile.calibrate"
+        )
     if granularity not in GRANULARITIES or fmt is not Format.E4M3 or recipe.power_of_two:
         raise RecipeError(
             f"recipe {recipe.name!r} casts weights to {fmt} {granularity}"

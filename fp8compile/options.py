@@ -81,11 +81,16 @@ class Options:
         """The recipe that the site of that name has of its own, if it has one.
 
         ``frozen``: the block that shares a scale in its weight, if that is FP8 already. Then the
-        recipe has to be one of such weights.
+        recipe has to be one of such weights; OptionError if static scales are asked for.
         """
         found = (recipe for glob, recipe in self.overrides if fnmatchcase(fqn, glob))
         own = next(found, None)
         recipe = own or self.recipe
+        if frozen is not None and recipe.scaling is Scaling.STATIC:
+            raise OptionError(
+                f"{fqn} has a frozen weight, and static scales are derived from weights in high "
+                "precision; choose recipe 'current', or 'delayed' after fp8compile.calibrate"
+            )
         if frozen is not None and not _casts_weights_to(recipe, frozen):
             return next(r for r in RECIPES.values() if _casts_weights_to(r, frozen))
         if self.formats != AUTO or self.profile is None:

@@ -114,7 +114,7 @@ def test_the_recipe_is_known_by_the_weights() -> None:
     model, x = Block().bfloat16(), inputs()
     want = served(compile_interpreted(model, {"recipe": "rowwise"}), x)
     fp8compile.freeze(model)
-    for options in ({}, {"recipe": "blockwise"}, {"recipe": "static"}):
+    for options in ({}, {"recipe": "blockwise"}, {"recipe": "current"}):
         torch._dynamo.reset()
         assert torch.equal(served(compile_interpreted(model, options), x), want)
     found = fp8compile.explain(model, x)
@@ -284,12 +284,21 @@ def test_what_is_left_alone_is_told() -> None:
     assert "divisible by 128" in fp8compile.freeze(model, "blockwise")["kept"]
 
 
-@pytest.mark.parametrize("recipe", ["mx", "no such"])
-def test_a_recipe_whose_weights_cannot_be_kept_is_refused(recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "instead"), [("mx", "rowwise"), ("no such", "rowwise"), ("static", "calibrate")]
+)
+def test_a_recipe_whose_weights_cannot_be_kept_is_refused(recipe: str, instead: str) -> None:
     model = Block()
-    with pytest.raises(RecipeError, match="rowwise"):
+    with pytest.raises(RecipeError, match=instead):
         fp8compile.freeze(model, recipe)
     assert not any(is_frozen(module) for module in model.modules())
+
+
+def test_static_scales_cannot_be_derived_from_them() -> None:
+    model = Block().bfloat16()
+    fp8compile.freeze(model, "current")
+    with pytest.raises(Exception, match=r"has a frozen weight.*'current'"):
+        served(compile_interpreted(model, {"recipe": "static"}), inputs())
 
 
 def test_frozen_weights_are_not_declined_and_may_be_skipped() -> None:
