@@ -11,7 +11,6 @@ from .errors import (
     StrictError,
 )
 from .formats import Format
-from .frozen import freeze
 from .named_state import Events, events, load_state_dict, state_dict
 from .profiles import Profile
 from .quantized_weights import refresh
@@ -32,6 +31,10 @@ def __getattr__(name: str) -> object:
         from .calibration import calibrate
 
         return calibrate
+    if name == "freeze":
+        from .frozen import freeze
+
+        return freeze
     if name == "profile":
         from .profiling import profile
 
