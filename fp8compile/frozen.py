@@ -8,15 +8,16 @@ which finds that dequantization in front of a GEMM, takes the FP8 weight instead
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import RecipeError
+from .errors import OptionError, RecipeError
 from .formats import FP8_DTYPES, Format
+from .internals import uncompiled
 from .ops import ALIGNMENT, current_scale
 from .progress import progress
 from .recipe import Granularity, Operand, Recipe, Scaling, get_recipe
@@ -93,15 +94,15 @@ def freeze(
     recipe: str | Recipe = "rowwise",
     *,
     skip: Sequence[str] | Callable[[str], bool] = (),
-    batches: Sequence[Any] | None = None,
+    batches: Iterable[Any] | None = None,
     step: Step = plain_step,
 ) -> dict[str, str]:
     """Keep the weights of every ``nn.Linear`` in FP8 only, for inference; changes the model.
 
     They are cast as the compiler casts them under that recipe, so that compiled results stay the
     same bit by bit, with scales that a training left, if it left some. The parameters then take
-    half of the memory of bfloat16. Layers are cast one after the other: at no time is more needed
-    than the model took before, and a layer.
+    half of the memory of bfloat16. Layers are cast one after the other, some rows at a time: at no
+    time is more needed than the model took before, and a layer or 100 MB.
 
     Compile and call it as before: the recipe is known by the scales of the weights, be the option
     ``recipe`` what it may. Gradients for inputs and other parameters still work; an optimizer that
@@ -120,27 +121,34 @@ def freeze(
 
     Returns the names of the modules whose matrices were left as they are, each with the reason; of
     what is frozen already nothing is said. Raises RecipeError for a recipe that weights cannot
-    be kept in, OptionError for batches with which a layer's input is not finite.
+    be kept in, OptionError for names to skip that match nothing, for no batch, and for batches with
+    which a layer's input is not finite.
     """
-    granularity = frozen_granularity(get_recipe(recipe))
+    model, recipe = uncompiled(model), get_recipe(recipe)
+    granularity = frozen_granularity(recipe)
     left = left_out(model, granularity, skip)
     before = _bytes(model)
     chosen = {n: m for n, m in linears(model) if n not in left and not is_frozen(m)}
     if batches is None:
         for module in chosen.values():
-            _freeze(module, granularity)
+            _freeze(module, recipe)
     else:
+        given = list(batches)  # each group runs them
+        if not given:
+            raise OptionError("to round weights for batches takes at least one; or leave them out")
         for group in in_groups(chosen):
-            grams = gram_matrices(model, group, batches, step)
+            grams = gram_matrices(model, group, given, step)
             for name in progress(list(group), "rounding weights"):
-                _freeze(group[name], granularity, grams.pop(name, None))
+                _freeze(group[name], recipe, grams.pop(name, None))
     log.info("froze a model: %.4g MB, now %.4g MB", before / 1e6, _bytes(model) / 1e6)
     return left
 
 
-def _freeze(module: nn.Linear, granularity: Granularity, gram: Tensor | None = None) -> None:
-    weight = module.weight.detach()
-    q, weight_scale = quantize_weight(weight, granularity, known_weight_scale(module.weight))
+def _freeze(module: nn.Linear, recipe: Recipe, gram: Tensor | None = None) -> None:
+    weight, granularity = module.weight.detach(), frozen_granularity(recipe)
+    is_delayed = recipe.scaling is Scaling.DELAYED
+    scale = known_weight_scale(module.weight) if is_delayed else None
+    q, weight_scale = quantize_weight(weight, granularity, scale)
     if gram is not None:
         q = rounded(weight, weight_scale, granularity, gram)
     set_frozen(module, q, weight_scale, granularity, weight.dtype)
@@ -171,7 +179,9 @@ def left_out(
     """The modules whose matrices cannot, or shall not, be FP8, each with the reason.
 
     Those of embeddings, convolutions and positions, which no GEMM multiplies with, do not count.
+    Raises OptionError for a glob in ``skip`` that matches no module, and no site's name.
     """
+    _check_globs(model, () if callable(skip) else skip)
     multiple = max(granularity.block[1], ALIGNMENT)
     names: dict[int, list[str]] = {}
     for module_name, module in model.named_modules():
@@ -200,6 +210,15 @@ def left_out(
         for name, module in model.named_modules()
         if _has_other_matrices(module)
     }
+
+
+def _check_globs(model: nn.Module, globs: Sequence[str]) -> None:
+    known = {name for name, _ in model.named_modules()}
+    known |= {name.removesuffix(".weight") for name, _ in model.named_parameters()}
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in known):
+            names = [name for name, _ in linears(model)]
+            raise OptionError(f"skip={glob!r} matches nothing; the nn.Linear are {names}")
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -31,6 +31,7 @@ from ..ir import (
 )
 from ..ops import ALIGNMENT
 from ..recipe import Gemm, Operand
+from .take_frozen_weights import can_be_joined
 
 # Which operands a GEMM takes, and which of them transposed: how nn.Linear and x @ w.t() are traced.
 _LAYOUTS = {
@@ -196,11 +197,7 @@ def _are_alike(weights: Sequence[fx.Node]) -> bool:
     frozen = [weight for weight in weights if weight.target is DEQUANTIZE]
     if not frozen:
         return True
-    blocks = {tuple(args_of(weight)[2]) for weight in frozen}
-    if len(frozen) < len(weights) or len(blocks) > 1:
-        return False
-    ((rows, _),) = blocks  # 0: there is one scale for each weight, and a GEMM takes only one
-    return rows > 0 and all(weight.meta["val"].shape[0] % rows == 0 for weight in weights[:-1])
+    return len(frozen) == len(weights) and can_be_joined(weights)
 
 
 def _has_one_grad(site: _SiteGemms) -> bool:

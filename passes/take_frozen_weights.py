@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
 
 from ..ir import (
@@ -36,14 +38,15 @@ def take_frozen_weights(gm: fx.GraphModule) -> int:
     Ensures: what backward still casts, the transposed weight, is dequantized again there, so that
         it is not kept in high precision.
     Leaves alone: casts to another format, with other blocks, whose rows are padded, or of the
-        transposed copy, whose blocks lie otherwise.
+        transposed copy, whose blocks lie otherwise; several weights that cannot be put together.
     Numerics: exact (the weight is what it is; casting it anew could only round it again).
     """  # noqa: E501
     rewrites = 0
     for cast in [node for node in gm.graph.nodes if is_cast(node)]:
         parts = _frozen(args_of(cast)[0])
-        if parts and cast.meta.get("partitioner_tag") == "must_be_in_backward":
-            _dequantize_there(cast, parts)
+        if parts and _is_in_backward(cast):
+            if not all(map(_is_in_backward, parts)):
+                _dequantize_there(cast, parts)
         elif parts and _is_like(cast, parts):
             _take(gm.graph, cast, parts)
             rewrites += 1
@@ -57,6 +60,21 @@ def _frozen(value: fx.Node) -> list[fx.Node]:
     return parts if all(part.target is DEQUANTIZE for part in parts) else []
 
 
+def can_be_joined(weights: Sequence[fx.Node]) -> bool:
+    """Whether frozen weights, by the nodes that dequantize them, may be put below each other with
+    their scales: not with one scale each, nor if a block would begin in one and end in another.
+    """
+    if len(weights) == 1:
+        return True
+    block = args_of(weights[0])[2]
+    whole = block[0] > 0 and all(w.meta["val"].shape[0] % block[0] == 0 for w in weights[:-1])
+    return whole and all(args_of(weight)[2] == block for weight in weights)
+
+
+def _is_in_backward(node: fx.Node) -> bool:
+    return node.meta.get("partitioner_tag") == "must_be_in_backward"
+
+
 def _is_like(cast: fx.Node, parts: list[fx.Node]) -> bool:
     """Whether it makes of the weights, in forward, what they were made of."""
     block = [0, 0] if cast.target is QUANTIZE else args_of(cast)[1]
@@ -67,7 +85,8 @@ def _is_like(cast: fx.Node, parts: list[fx.Node]) -> bool:
     )
     fp8 = quantize_output(cast, "fp8")
     is_padded = fp8 is not None and fp8.meta["val"].shape[1] != parts[0].meta["val"].shape[1]
-    return same and quantize_output(cast, "fp8_t") is None and not is_padded
+    row_major = quantize_output(cast, "fp8_t") is None
+    return same and row_major and not is_padded and can_be_joined(parts)
 
 
 def _take(graph: fx.Graph, cast: fx.Node, parts: list[fx.Node]) -> None:
@@ -90,12 +109,11 @@ def _take(graph: fx.Graph, cast: fx.Node, parts: list[fx.Node]) -> None:
 
 def _dequantize_there(cast: fx.Node, parts: list[fx.Node]) -> None:
     graph, value = cast.graph, args_of(cast)[0]
-    is_cat = value.target is aten.cat.default
-    with graph.inserting_before(value if is_cat else cast):
-        again = [emit(graph, DEQUANTIZE, p.args, f"{p.name}_again", like=cast) for p in parts]
-    for node in again:
+    with graph.inserting_before(cast):
+        new = [emit(graph, DEQUANTIZE, p.args, f"{p.name}_again", like=cast) for p in parts]
+        if value.target is aten.cat.default:
+            args = (list(new), *args_of(value)[1:])
+            new.append(emit(graph, aten.cat.default, args, f"{value.name}_again", like=cast))
+    for node in new:
         node.meta["partitioner_tag"] = "must_be_in_backward"
-    if is_cat:
-        value.update_arg(0, again)
-    else:
-        cast.replace_input_with(value, again[0])
+    cast.replace_input_with(value, new[-1])

@@ -96,3 +96,15 @@ def sqnr_db(reference: Tensor, other: Tensor) -> float:
     """Signal to quantization noise in dB: ``10 log10(|ref|^2 / |ref - other|^2)``."""
     reference, other = reference.double(), other.double()
     return float(10 * torch.log10(reference.square().sum() / (reference - other).square().sum()))
+
+
+class SharedInput(nn.Module):
+    """Two sites with one input, and one behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(48, 64), nn.Linear(48, 32)
+        self.out = nn.Linear(96, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.cat([self.q(x), self.k(x)], -1).relu())

@@ -19,7 +19,7 @@ from fp8compile.observers import OBSERVERS, Observed, chosen_amax
 from fp8compile.options import parse_options
 from fp8compile.scaling import states_of
 from tests.helpers import compile_interpreted, interpret
-from tests.models import MLP, sqnr_db
+from tests.models import MLP, SharedInput, sqnr_db
 
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
 BIN = 2 ** (1 / Histogram.PER_OCTAVE)
@@ -99,20 +99,8 @@ def test_mse_is_the_amax_that_loses_least(draw: Callable[..., Tensor], fmt: Form
     assert error(chosen) <= error(float(x.abs().max()))
 
 
-class Net(nn.Module):
-    """Two sites with one input, and one behind them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k = nn.Linear(48, 64), nn.Linear(48, 32)
-        self.out = nn.Linear(96, 48)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(torch.cat([self.q(x), self.k(x)], -1).relu())
-
-
 def test_sites_with_one_input_share_the_scales_of_the_first() -> None:
-    model, x = Net(), torch.randn(32, 48)
+    model, x = SharedInput(), torch.randn(32, 48)
     with torch.no_grad():
         model.k.weight.mul_(5)
     found = fp8compile.calibrate(model, [x])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fp8compile
-from fp8compile import Granularity, RecipeError
+from fp8compile import Granularity, OptionError, RecipeError
 from fp8compile.frozen import is_frozen, linears, quantize_weight
 from tests.helpers import compile_interpreted
 from tests.models import sqnr_db
@@ -108,6 +108,58 @@ def test_calibrated_scales_stay(called: str) -> None:
     current = copy.deepcopy(model)  # which has no scaling state
     torch._dynamo.reset()
     assert not torch.equal(served(compile_interpreted(current), x), want)
+
+
+def test_what_delayed_scaling_left_is_for_delayed_scaling() -> None:
+    model, x = Block().bfloat16(), inputs()
+    compile_interpreted(model)(8 * x).float().square().mean().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.4)
+    fp8compile.update_scales(model)  # found with other weights
+    torch._dynamo.reset()
+    want = served(compile_interpreted(model, {"recipe": "current"}), x)
+    fp8compile.freeze(model, "current")
+    torch._dynamo.reset()
+    assert torch.equal(served(compile_interpreted(model, {"recipe": "current"}), x), want)
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "blockwise", "current"])
+def test_weights_that_the_model_itself_puts_together(recipe: str) -> None:
+    """With blocks that begin in one and end in another, or one scale each, they are cast anew."""
+
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(128, 96, bias=False), nn.Linear(128, 160, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, torch.cat([self.a.weight, self.b.weight]))
+
+    model, x = Joined(), torch.randn(32, 128)
+    with torch.no_grad():
+        model.a.weight.mul_(30)
+    fp8compile.freeze(model, recipe)
+    x.requires_grad_()
+    compiled = compile_interpreted(model, {"recipe": recipe})
+    assert sqnr_db(model(x), served(compiled, x)) > 25
+    (want,) = torch.autograd.grad(model(x).square().sum(), x)
+    (got,) = torch.autograd.grad(compiled(x).square().sum(), x)
+    assert sqnr_db(want, got) > 15
+
+
+def test_a_compiled_model_may_be_given() -> None:
+    model = Block().bfloat16()
+    compiled = torch.compile(model, backend="eager")
+    assert fp8compile.freeze(compiled, skip=["q"]) == {"q": "skipped by the user"}
+    assert is_frozen(model.k) and not is_frozen(model.q)
+
+
+def test_a_name_to_skip_that_matches_nothing_is_refused() -> None:
+    model = Block()
+    with pytest.raises(OptionError, match=r"skip='upp' matches nothing.*'up'"):
+        fp8compile.freeze(model, skip=["upp"])
+    assert not any(is_frozen(module) for module in model.modules())
 
 
 def test_the_recipe_is_known_by_the_weights() -> None:

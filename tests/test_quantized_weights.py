@@ -18,19 +18,8 @@ from fp8compile import quantized_weights
 from fp8compile.ir import is_cast
 from fp8compile.quantized_weights import QuantizedWeights, split_weights
 from tests.helpers import compile_interpreted
+from tests.models import SharedInput
 from tests.passes.common import lines_of, negated_linear
-
-
-class Net(nn.Module):
-    """Two sites with one input, and one behind them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k = nn.Linear(48, 64), nn.Linear(48, 32)
-        self.out = nn.Linear(96, 48)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(torch.cat([self.q(x), self.k(x)], -1).relu())
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +55,7 @@ RECIPES = ["delayed", "current", "static", "rowwise", "blockwise", "mx"]
 def test_the_served_forward_is_that_of_training_bit_for_bit(
     recipe: str, computed: list[int]
 ) -> None:
-    model, x = Net(), torch.randn(32, 48)
+    model, x = SharedInput(), torch.randn(32, 48)
     compiled = compile_interpreted(model, {"recipe": recipe})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
@@ -79,21 +68,23 @@ def test_the_served_forward_is_that_of_training_bit_for_bit(
     assert len(computed) == 1
 
 
-def multiplied(model: Net) -> None:
+def multiplied(model: SharedInput) -> None:
     with torch.no_grad():
         model.q.weight.mul_(3)
 
 
-def loaded(model: Net) -> None:
+def loaded(model: SharedInput) -> None:
     model.load_state_dict({k: 2 * v for k, v in copy.deepcopy(model.state_dict()).items()})
 
 
-def replaced(model: Net) -> None:
+def replaced(model: SharedInput) -> None:
     model.k.weight.data = 2 * model.k.weight.data
 
 
-def stepped(make: Callable[..., torch.optim.Optimizer], **settings: Any) -> Callable[[Net], None]:
-    def step(model: Net) -> None:
+def stepped(
+    make: Callable[..., torch.optim.Optimizer], **settings: Any
+) -> Callable[[SharedInput], None]:
+    def step(model: SharedInput) -> None:
         optimizer = make(model.parameters(), lr=0.3, **settings)
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
@@ -102,7 +93,7 @@ def stepped(make: Callable[..., torch.optim.Optimizer], **settings: Any) -> Call
     return step
 
 
-def written_through_data(model: Net) -> None:
+def written_through_data(model: SharedInput) -> None:
     model.out.weight.data.mul_(2)
     fp8compile.refresh(model)
 
@@ -121,7 +112,7 @@ CHANGES = {
 @pytest.mark.parametrize("recipe", ["rowwise", "delayed"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_weights_are_quantized_again(change: str, recipe: str, computed: list[int]) -> None:
-    model, x = Net(), torch.randn(32, 48)
+    model, x = SharedInput(), torch.randn(32, 48)
     compiled = compile_interpreted(model, {"recipe": recipe})
     before = served(compiled, x)
     CHANGES[change](model)
@@ -135,7 +126,7 @@ def test_changed_weights_are_quantized_again(change: str, recipe: str, computed:
 
 def test_scales_that_move_without_the_weights_count(computed: list[int]) -> None:
     """As those of a checkpoint do."""
-    model, x = Net(), torch.randn(32, 48)
+    model, x = SharedInput(), torch.randn(32, 48)
     compiled = compile_interpreted(model)
     compiled(x).sum().backward()
     fp8compile.update_scales(model)
@@ -149,7 +140,7 @@ def test_scales_that_move_without_the_weights_count(computed: list[int]) -> None
 
 
 def test_the_graphs_of_a_model_share_them(computed: list[int]) -> None:
-    model = Net()
+    model = SharedInput()
     compiled = compile_interpreted(model, {"recipe": "rowwise"}, dynamic=False)
     for tokens in (32, 5, 1):
         served(compiled, torch.randn(tokens, 48))
@@ -186,7 +177,7 @@ def kept() -> int:
 
 def test_they_are_freed_by_training_and_with_the_model() -> None:
     before = kept()
-    model, x = Net(), torch.randn(32, 48)
+    model, x = SharedInput(), torch.randn(32, 48)
     compiled = compile_interpreted(model, {"recipe": "rowwise"})
     served(compiled, x)
     assert kept() == before + 4  # q and k are one
@@ -201,7 +192,7 @@ def test_they_are_freed_by_training_and_with_the_model() -> None:
 
 def test_they_are_freed_with_the_last_graph_that_takes_them() -> None:
     before = kept()
-    model, x = Net(), torch.randn(32, 48)
+    model, x = SharedInput(), torch.randn(32, 48)
     for recipe in ("rowwise", "current"):
         compiled = compile_interpreted(model, {"recipe": recipe})
         served(compiled, x)
@@ -212,13 +203,13 @@ def test_they_are_freed_with_the_last_graph_that_takes_them() -> None:
 
 def test_frozen_models_train_as_before(computed: list[int]) -> None:
     """A graph without gradients of its own may lie in one that has some."""
-    model, x = Net().requires_grad_(False), torch.randn(32, 48, requires_grad=True)
+    model, x = SharedInput().requires_grad_(False), torch.randn(32, 48, requires_grad=True)
     compile_interpreted(model, {"recipe": "rowwise"})(x).sum().backward()
     assert x.grad is not None and computed == []
 
 
 def test_real_code_computes_the_same(computed: list[int]) -> None:
-    model, x = Net(), torch.randn(32, 48)
+    model, x = SharedInput(), torch.randn(32, 48)
     want = served(compile_interpreted(model, {"recipe": "rowwise"}), x)
     torch._dynamo.reset()
     gc.collect()
@@ -268,7 +259,7 @@ def test_the_readme_serves(computed: list[int]) -> None:
 
 def test_a_function_that_turns_gradients_off_itself() -> None:
     """Such a graph looks like one for training when it is compiled."""
-    model, x = Net(), torch.randn(32, 48)
+    model, x = SharedInput(), torch.randn(32, 48)
 
     def without_gradients(x: Tensor) -> Tensor:
         with torch.no_grad():

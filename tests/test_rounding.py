@@ -138,6 +138,16 @@ def test_looking_at_batches_leaves_no_trace() -> None:
     assert calls == [1, 2]
 
 
+def test_no_batch_is_refused_and_an_iterator_is_not() -> None:
+    with pytest.raises(OptionError, match="at least one"):
+        fp8compile.freeze(Net(), batches=[])
+    model, better = frozen(None)[1], Net().eval()
+    better.load_state_dict(frozen(None)[0].state_dict())
+    fp8compile.freeze(better, batches=iter([correlated(64)]))
+    q, other = (m.state_dict()["first.weight"].float() for m in (model, better))
+    assert not torch.equal(q, other)
+
+
 def test_inputs_that_are_not_finite_are_refused() -> None:
     model = Net().eval()
     bad = torch.full((4, 256), torch.inf)

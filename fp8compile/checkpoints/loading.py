@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..frozen import FrozenWeight, frozen_granularity, quantize_weight, set_frozen
+from ..internals import uncompiled
 from ..named_state import load_state_dict
 from ..recipe import Granularity, Recipe, get_recipe
 from .buffers import rebuilt_buffers
@@ -58,7 +59,7 @@ def load(
     Raises CheckpointError, and changes nothing, for a checkpoint that is not whole, has another
     format, or does not fit: it lists what is missing, unexpected, or of the wrong shape or dtype.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     with Checkpoint(Path(path)) as checkpoint, torch.no_grad():
         scheme = scheme_of(checkpoint.config)
         cast_to = None if recipe is None else frozen_granularity(get_recipe(recipe))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..frozen import FrozenWeight, is_frozen
+from ..internals import uncompiled
 from ..named_state import state_dict
 from .reading import CONFIG, GENERATION, SCALES
 from .scales import input_scales, to_json
@@ -44,7 +45,7 @@ def save_pretrained(
     """
     if max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     tensors, scales = _tensors(model), input_scales(model)
     config = _config(model) | {"quantization_config": quantization_config(model, scales)}
     state = state_dict(model)
