@@ -63,7 +63,7 @@ def serve(name: str, model: Any, prompt: Tensor, new_tokens: int, *, fp8: bool) 
         model.forward = torch.compile(forward, backend=backend, mode="reduce-overhead")
     elif fp8:  # there are no times to compare, and eager computes the same in bf16
         model.forward = torch.compile(forward, backend="fp8")
-    cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
+    cache = _cache(model, prompt.shape[0], prompt.shape[1] + new_tokens)
     seconds: dict[int, float] = {}
     try:
         for count in progress([1, new_tokens] * 2, f"{name}: compiling, then generating"):
@@ -75,6 +75,19 @@ def serve(name: str, model: Any, prompt: Tensor, new_tokens: int, *, fp8: bool) 
     decode = (seconds[new_tokens] - seconds[1]) / (new_tokens - 1)
     size = sum(p.nbytes for p in model.parameters())
     return Served(name, size, seconds[1], decode, tokens[:, prompt.shape[1] :].cpu())
+
+
+def _cache(model: Any, batch: int, tokens: int) -> StaticCache:
+    """For that many sequences and tokens, in memory that the compiled forward does not own: made by
+    its first call instead, it would be overwritten by the next replay of that CUDA graph.
+    """
+    config = model.config
+    cache = StaticCache(config=config, max_cache_len=tokens)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache.early_initialization(
+        batch, config.num_key_value_heads, head_dim, model.dtype, model.device
+    )
+    return cache
 
 
 @torch.no_grad()
