@@ -1,8 +1,7 @@
 """GEMMs of operands with a scale per block, in an operator of PyTorch where that takes them.
 
-``aten._scaled_mm`` has CUTLASS for scales per row, and cuBLASLt for blocks of 128. A few rows, such
-as decoding has, are multiplied by cuBLASLt without any scale; then those per row are two factors of
-the result, which Inductor fuses into what follows. Elsewhere our own kernel multiplies.
+``aten._scaled_mm`` has CUTLASS for scales per row, and cuBLASLt for blocks of 128. Elsewhere our
+own kernel multiplies. A few rows with a scale each are not done here: passes/scale_few_rows.py.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from torch import Tensor, fx
 
 from ..internals import traced
 from ..ir import args_of, fake_mode_of, size_expr
-from ..regions import hint, is_aligned
+from ..regions import is_aligned
 
-_FEW_ROWS = 128  # one tile of CUTLASS's kernel, which is too large for fewer
 _FOUR = 4  # numbers of 4 bytes: the alignment that cuBLASLt asks for
 
 
@@ -27,7 +25,7 @@ def is_scaled_mm(node: fx.Node) -> bool:
     """Whether ``aten._scaled_mm`` can do what a ``fp8::scaled_mm_blocks`` node does.
 
     Its outputs' rows are multiples of 16 elements. A bias it adds in bfloat16 only, and so it has
-    rows with a scale, unless they are few. Of blocks, it wants the scales of 1x128 in fours, and
+    rows with a scale. Of blocks, it wants the scales of 1x128 in fours, and
     those of a row of 128x128, which we give it on the right only.
     """
     a, b, _, _, bias, out_dtype, *blocks, _ = args_of(node)
@@ -36,8 +34,6 @@ def is_scaled_mm(node: fx.Node) -> bool:
     adds = bias is None or (plain and bias.meta["val"].dtype is out_dtype)
     if not is_aligned(sizes[1][0]):
         return False
-    if scales_afterwards(node):
-        return True
     if not adds:
         return False
     if not blocks[0][1]:
@@ -48,25 +44,11 @@ def is_scaled_mm(node: fx.Node) -> bool:
     )
 
 
-def scales_afterwards(node: fx.Node) -> bool:
-    """Whether the operands' rows have a scale each, and the left one few of them in the example."""
-    a, block = args_of(node)[0], args_of(node)[6]
-    return not block[1] and hint(a.meta["val"].shape[0]) < _FEW_ROWS
-
-
-def lower_to_scaled_mm(node: fx.Node, one: fx.Node | None = None) -> fx.Node:
-    """``aten._scaled_mm`` for a ``fp8::scaled_mm_blocks`` node that it can do. ``one``: 1 as
-    ``f32[1]``, which those need that are scaled afterwards.
-    """
+def lower_to_scaled_mm(node: fx.Node) -> fx.Node:
+    """``aten._scaled_mm`` for a ``fp8::scaled_mm_blocks`` node that it can do."""
     a, b, a_scale_inv, b_scale_inv, bias, out_dtype, a_block, b_block, fast = args_of(node)
-    values = [a, b, a_scale_inv, b_scale_inv, *([] if bias is None else [bias])]
-    if scales_afterwards(node):
-        assert one is not None
-        fn = partial(_scaled_afterwards, fast=fast, out_dtype=out_dtype)
-        (out,) = inline(node, fn, one, *values)
-    else:
-        fn = partial(_scaled, blocks=(a_block, b_block), fast=fast, out_dtype=out_dtype)
-        (out,) = inline(node, fn, *values)
+    fn = partial(_scaled, blocks=(a_block, b_block), fast=fast, out_dtype=out_dtype)
+    (out,) = inline(node, fn, a, b, a_scale_inv, b_scale_inv, *([] if bias is None else [bias]))
     return out
 
 
@@ -84,22 +66,6 @@ def _scaled(
     left = a_scale_inv.t()
     right = b_scale_inv if blocks[1][0] == 1 else b_scale_inv.t()
     return torch._scaled_mm(a, b.t(), left, right, bias, out_dtype=out_dtype, use_fast_accum=fast)
-
-
-def _scaled_afterwards(
-    one: Tensor,
-    a: Tensor,
-    b: Tensor,
-    a_scale_inv: Tensor,
-    b_scale_inv: Tensor,
-    bias: Tensor | None = None,
-    *,
-    fast: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    sums = torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.float32, use_fast_accum=fast)
-    out = sums * a_scale_inv.t() * b_scale_inv
-    return (out if bias is None else out + bias).to(out_dtype)
 
 
 def inline(before: fx.Node, fn: Callable[..., Any], *values: fx.Node) -> list[fx.Node]:

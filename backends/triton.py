@@ -32,8 +32,8 @@ from ..ir import (
     evaluate,
     size_expr,
 )
-from ..regions import hint, is_aligned
-from .block_gemms import inline, is_scaled_mm, lower_to_scaled_mm, scales_afterwards
+from ..regions import hint, is_aligned, scales_afterwards
+from .block_gemms import inline, is_scaled_mm, lower_to_scaled_mm
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
 from .fused import emit_once, launches, tiles
 from .kernels.launch import Launch
@@ -259,6 +259,9 @@ class _Lowering:
 
     def scaled_mm(self, node: fx.Node) -> None:
         """``fp8::scaled_mm`` -> our kernel or ``aten._scaled_mm``, whichever is faster here."""
+        if args_of(node)[2] is None:
+            one = self._one(node)
+            node.args = (*node.args[:2], one, one, *node.args[4:])
         shape, device = _gemm_shape(node), args_of(node)[0].meta["val"].device.index or 0
         config = choose_gemm(shape, device)
         if config is None:
@@ -278,8 +281,7 @@ class _Lowering:
     def scaled_mm_blocks(self, node: fx.Node) -> None:
         """``fp8::scaled_mm_blocks`` -> ``aten._scaled_mm`` where it can, else our kernel."""
         if is_scaled_mm(node):
-            one = self._one(node) if scales_afterwards(node) else None
-            node.replace_all_uses_with(lower_to_scaled_mm(node, one))
+            node.replace_all_uses_with(lower_to_scaled_mm(node))
             return
         for value in args_of(node)[:4]:
             self._materialize(value)
@@ -371,12 +373,13 @@ class _Lowering:
     def _one(self, before: fx.Node) -> fx.Node:
         """The number 1, as a scale that changes nothing; made in front of the first that needs it.
 
-        Written once: Inductor would have every GEMM that takes it write two of its own.
+        Written once: Inductor would have every GEMM that takes it write two of its own. It
+        materializes nothing that has a single element.
         """
         if self._unit is None:
             with self.graph.inserting_before(before):
-                one = self._empty((1,), torch.float32, before.all_input_nodes[0], 1.0)
-                self._unit = emit_materialized(self.graph, one, [1])
+                ones = self._empty((_ALIGNED,), torch.float32, before.all_input_nodes[0], 1.0)
+                self._unit = self._element(emit_materialized(self.graph, ones, [1]), 0)
         return self._unit
 
     def _element(self, flat: fx.Node, index: int) -> fx.Node:
@@ -453,7 +456,7 @@ def _submodule(gm: fx.GraphModule, call: fx.Node) -> fx.GraphModule:
 
 def gemm_kernel_name(node: fx.Node) -> str:
     """What was, or will be, chosen for a scaled_mm node."""
-    if node.target is SCALED_MM_BLOCKS:
+    if node.target is SCALED_MM_BLOCKS and not scales_afterwards(node):
         return "_scaled_mm" if is_scaled_mm(node) else f"triton {_block_config(node)}"
     device = args_of(node)[0].meta["val"].device
     config = choose_gemm(_gemm_shape(node), device.index or 0)
@@ -467,7 +470,9 @@ def _block_config(node: fx.Node) -> TileConfig:
 
 
 def _gemm_shape(node: fx.Node) -> GemmShape:
-    a, b, _, _, bias, out_dtype, fast_accum = args_of(node)
+    a, b, _, _, bias, out_dtype, *_, fast_accum = args_of(node)
+    if node.target is SCALED_MM_BLOCKS:  # which scales_afterwards
+        bias, out_dtype = None, torch.float32
     (m, k), n = a.meta["val"].shape, b.meta["val"].shape[0]
     return GemmShape(
         m=hint(m),

@@ -1,7 +1,7 @@
 """Generate text with a Hugging Face Llama: bf16 against FP8, in tokens per second and in memory.
 
     python examples/serve_llama.py                                   # small; learns to count first
-    python examples/serve_llama.py --width 4096 --layers 8           # random weights, on a GPU
+    python examples/serve_llama.py --width 4096 --layers 32          # random weights, on a GPU
     python examples/serve_llama.py --model path/or/name              # weights of your own
 
 `fp8compile.freeze(model)` leaves the weights in FP8 only; `torch.compile(..., backend="fp8")`
@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, reason in left.items():
         print(f"in bf16: {name}: {reason}")
     _print(found, prompt)
+    if not args.model and not _counts(args):
+        print("Random weights give logits close to each other: any error soon decides for others.")
 
 
 def serve(name: str, model: Any, prompt: Tensor, new_tokens: int, *, fp8: bool) -> Served:
@@ -114,9 +116,10 @@ def _model_and_prompt(args: argparse.Namespace) -> tuple[Any, Tensor]:
     if args.model:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     else:
-        model = LlamaForCausalLM(_config(args)).bfloat16()
+        with torch.device(DEVICE):
+            model = LlamaForCausalLM(_config(args)).bfloat16()
     model = model.to(DEVICE)
-    if not args.model and args.width <= 256:
+    if _counts(args):
         _learn_to_count(model)
         starts = torch.arange(args.batch)[:, None] * 7
         prompt = (starts + torch.arange(args.prompt)) % VOCAB
@@ -125,11 +128,16 @@ def _model_and_prompt(args: argparse.Namespace) -> tuple[Any, Tensor]:
     return model.eval(), prompt.to(DEVICE)
 
 
+def _counts(args: argparse.Namespace) -> bool:
+    """Whether the model is small enough to learn something first."""
+    return not args.model and args.width <= 256
+
+
 def _config(args: argparse.Namespace) -> LlamaConfig:
     """Llama-3's proportions."""
     head = 128 if args.width >= 1024 else 32
     return LlamaConfig(
-        vocab_size=VOCAB if args.width <= 256 else 128_256,
+        vocab_size=VOCAB if _counts(args) else 128_256,
         hidden_size=args.width,
         intermediate_size=7 * args.width // 2,
         num_hidden_layers=args.layers,

@@ -35,11 +35,10 @@ from .options import AUTO, FALLBACK, HIGH_PRECISION, Options, parse_options
 from .passes import (
     STATIC_SCALES,
     StateNodes,
-    drop_unused_outputs,
-    grow_regions,
     joint_passes,
     keep_logits,
     naming_errors,
+    run_final_passes,
     run_passes,
     tag_sites,
     with_own_passes,
@@ -241,10 +240,8 @@ class GraphCompiler:
             direction = "weights"
         sources: dict[str, str] = {}
         with self._undoing(gm, "runs the reference bodies of its FP8 operators"):
-            drop_unused_outputs(gm)
-            if self.kernels == TRITON or self.observer.only_looks:
-                with naming_errors(f"grow_regions ({direction})"):
-                    grow_regions(gm)
+            fused = self.kernels == TRITON or self.observer.only_looks
+            run_final_passes(gm, direction, fused=fused)
             self._show(direction, gm)
             if not self.observer.only_looks:
                 with naming_errors(f"lowering ({direction})"):

@@ -404,8 +404,9 @@ def verify(
 
     1. The graph lints: topologically sorted, no dangling names.
     2. Every fp8 tensor is an output of a cast and has exactly one scale_inv: the same node's.
-       Only a scaled_mm takes it, with that scale_inv or a constant times it, or the graph
-       returns it. Or it was given to the graph: what forward has cast, or frozen weights.
+       Only a scaled_mm takes it, with that scale_inv, a constant times it, or none (what reads
+       the product scales it), or the graph returns it. Or it was given to the graph: what forward
+       has cast, or frozen weights.
     3. Every ``meta["val"]`` of an ``fp8::`` node equals the re-evaluated fake (shape and dtype).
     4. Nothing is mutated but amax, by at most one ``fp8::track_amax`` per direction.
 
@@ -479,7 +480,7 @@ def _verify_scaled_mm(node: fx.Node, pass_name: str) -> None:
             if is_given_in_fp8(value):
                 continue
             raise PassError(pass_name, f"operand {value} is not an output of a cast", node)
-        if not _is_scale_of(scale_inv, value):
+        if scale_inv is not None and not _is_scale_of(scale_inv, value):
             raise PassError(pass_name, f"{value} is used with {scale_inv}, not its own", node)
     formats = {value.meta["val"].dtype for value in (a, b)}
     if formats == {Format.E5M2.dtype}:

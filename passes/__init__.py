@@ -11,8 +11,16 @@ from .grow_regions import grow_regions
 from .insert_casts import insert_casts
 from .keep_logits import keep_logits
 from .merge_gemms import merge_gemms
-from .pipeline import StateNodes, joint_passes, naming_errors, run_passes, with_own_passes
+from .pipeline import (
+    StateNodes,
+    joint_passes,
+    naming_errors,
+    run_final_passes,
+    run_passes,
+    with_own_passes,
+)
 from .plan_saved import plan_saved
+from .scale_few_rows import scale_few_rows
 from .share_casts import share_casts
 from .store_activations import store_activations
 from .tag_sites import tag_sites
@@ -36,7 +44,9 @@ __all__ = [
     "merge_gemms",
     "naming_errors",
     "plan_saved",
+    "run_final_passes",
     "run_passes",
+    "scale_few_rows",
     "share_casts",
     "store_activations",
     "tag_sites",

@@ -23,9 +23,11 @@ from .derive_scales import derive_scales
 from .drop_unused_outputs import drop_unused_outputs
 from .find_gemms import find_gemms
 from .fold_scales import fold_scales
+from .grow_regions import grow_regions
 from .insert_casts import insert_casts
 from .merge_gemms import merge_gemms
 from .plan_saved import plan_saved
+from .scale_few_rows import scale_few_rows
 from .share_casts import share_casts
 from .store_activations import store_activations
 from .take_frozen_weights import take_frozen_weights
@@ -122,6 +124,15 @@ def joint_passes(
         if store_in_fp8:
             passes.append(store_activations)  # what backward still keeps in high precision
     return passes
+
+
+def run_final_passes(gm: fx.GraphModule, direction: str, *, fused: bool) -> None:
+    """Prepare a graph without the other direction's nodes (``direction``: forward, backward or
+    weights) for its kernels; ``fused``: for those of regions.
+    """
+    for run in (drop_unused_outputs, *((scale_few_rows, grow_regions) if fused else ())):
+        with naming_errors(f"{run.__name__} ({direction})"):
+            run(gm)
 
 
 def with_own_passes(passes: Sequence[Pass], own: Sequence[tuple[str, Pass]]) -> list[Pass]:

@@ -14,7 +14,7 @@ from ..backends import kernel_rows
 from ..compile import compile_graph
 from ..observer import FinalGraphs, Observer
 from ..options import parse_options
-from ..passes import drop_unused_outputs, grow_regions, naming_errors
+from ..passes import run_final_passes
 from ..recipe import Gemm
 from ..report import WEIGHTS, EdgeRow, KernelRow, Row, SavedRow
 from ..untouched import fresh, left_as_it_was, without_data
@@ -105,10 +105,8 @@ class _Graph(Observer):
         self.edges += edge_rows(list(graphs.values()), final.sites, self.example_inputs)
         for direction, gm in graphs.items():
             gm = fx.GraphModule(gm, internals.copy_of(gm.graph))
-            with naming_errors(f"grow_regions ({direction})"):
-                drop_unused_outputs(gm)
-                grow_regions(gm)
-                self.kernels += kernel_rows(gm, direction, final.predict_for)
+            run_final_passes(gm, direction, fused=True)
+            self.kernels += kernel_rows(gm, direction, final.predict_for)
 
 
 def _by_format(rows: Sequence[SavedRow]) -> tuple[SavedRow, ...]:

@@ -17,6 +17,9 @@ from fp8compile.passes import (
     choose_scaling,
     find_gemms,
     grow_regions,
+    joint_passes,
+    run_passes,
+    scale_few_rows,
     store_activations,
     take_frozen_weights,
 )
@@ -33,7 +36,7 @@ from tests.passes.common import (
     pair_joint,
 )
 
-PASSES = [*JOINT_PASSES, grow_regions]
+PASSES = [*JOINT_PASSES, scale_few_rows, grow_regions]
 SECTIONS = ("Before:", "After:", "Requires:", "Ensures:", "Leaves alone:", "Numerics:")
 
 
@@ -66,6 +69,10 @@ def example(name: str) -> tuple[fx.GraphModule, Pass]:
         return gm, partial(choose_scaling, recipe=RECIPES["delayed"], device=H200)
     if name == "take_frozen_weights":
         return frozen_fprop(), take_frozen_weights
+    if name == "scale_few_rows":
+        gm = fprop()
+        run_passes(gm, joint_passes(recipe=RECIPES["rowwise"], training=False))
+        return gm, scale_few_rows
     if name == "grow_regions":
         return negated_linear(), grow_regions
     if name == "store_activations":
