@@ -26,6 +26,7 @@ from .store_activations import store_activations
 from .tag_sites import tag_sites
 from .take_frozen_weights import take_frozen_weights
 from .track_amax import track_amax
+from .unbatch_gemms import unbatch_gemms
 
 __all__ = [
     "STATIC_SCALES",
@@ -52,5 +53,6 @@ __all__ = [
     "tag_sites",
     "take_frozen_weights",
     "track_amax",
+    "unbatch_gemms",
     "with_own_passes",
 ]

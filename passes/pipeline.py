@@ -32,6 +32,7 @@ from .share_casts import share_casts
 from .store_activations import store_activations
 from .take_frozen_weights import take_frozen_weights
 from .track_amax import track_amax
+from .unbatch_gemms import unbatch_gemms
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ Pass = Callable[[fx.GraphModule], int]
 
 # All that may run on a joint graph, in order; ``joint_passes`` chooses.
 JOINT_PASSES = (
+    unbatch_gemms,
     find_gemms,
     choose_precision,
     merge_gemms,
@@ -90,6 +92,7 @@ def joint_passes(
     ``take_frozen``: or dequantize frozen weights and cast them anew, as others.
     """
     passes: list[Pass] = [
+        unbatch_gemms,  # so that find_gemms finds them
         partial(find_gemms, sites=sites),
         partial(  # needs the GEMMs' sizes
             choose_precision,

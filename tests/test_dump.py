@@ -17,8 +17,8 @@ from tests.models import MLP
 
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
 PASSES = [
-    "find_gemms", "choose_precision", "merge_gemms", "choose_formats", "insert_casts",
-    "take_frozen_weights", "fold_scales", "share_casts",
+    "unbatch_gemms", "find_gemms", "choose_precision", "merge_gemms", "choose_formats",
+    "insert_casts", "take_frozen_weights", "fold_scales", "share_casts",
     "drop_unused_outputs",
 ]  # fmt: skip
 

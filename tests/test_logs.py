@@ -66,7 +66,7 @@ def test_torch_logs_takes_the_name_of_the_package(printed: str) -> None:
     info = r"^I.*compile\.py:\d+\] \[0/0\] compiled 1 sites: 2 of 2 GEMMs in FP8 \(reference kern"
     assert len(re.findall(info, printed, re.MULTILINE)) == 1
     debug = re.findall(r"^V.*pipeline\.py:\d+\] \[0/0\] (\w+): \d+ rewrites,", printed, re.M)
-    assert debug[0] == "find_gemms" and len(set(debug)) == len(debug) >= 8
+    assert debug[0] == "unbatch_gemms" and len(set(debug)) == len(debug) >= 8
 
 
 def test_the_structured_trace_has_our_artifacts(printed: str, folder: Path) -> None:

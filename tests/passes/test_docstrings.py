@@ -54,6 +54,20 @@ def scaled_joint() -> Joint:
     return trace_joint(Scaled(), torch.randn(16, 32, dtype=torch.bfloat16))
 
 
+class LastToken(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, -1:])
+
+
+def last_token_joint() -> Joint:
+    model = LastToken().requires_grad_(False)
+    joint = trace_joint(model, torch.randn(4, 8, 32, dtype=torch.bfloat16))
+    names = {"arg0_1": "x", "arg1_1": "w"}
+    for node in joint.gm.graph.find_nodes(op="placeholder"):
+        node._rename(names.get(node.name, node.name))
+    return joint
+
+
 def exponential_joint() -> Joint:
     x = torch.randn(512, 32, dtype=torch.bfloat16, requires_grad=True)
     return trace_joint(Exponential(256), x)
@@ -80,6 +94,7 @@ def example(name: str) -> tuple[fx.GraphModule, Pass]:
         plan(gm)
         return gm, store_activations
     joints = {
+        "unbatch_gemms": last_token_joint,
         "merge_gemms": pair_joint,
         "fold_scales": scaled_joint,
         "derive_scales": partial(linear_joint, recipe="static"),

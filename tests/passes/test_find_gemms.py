@@ -113,14 +113,6 @@ def test_leaves_grouped_matmuls_alone_and_says_why() -> None:
     assert [why for _, why in unsited_matmuls(gm)] == ["grouped matmul of experts"]
 
 
-def test_a_site_that_is_traced_as_a_batched_matmul_says_so() -> None:
-    x = torch.randn(16, 2, 32).transpose(0, 1)  # ATen only folds it if somebody needs a gradient
-    joint = trace_joint(nn.Linear(32, 16, bias=False).requires_grad_(False), x)
-    assert find_gemms(joint.gm, sites=joint.sites) == 0
-    ((_, why),) = unsited_matmuls(joint.gm)
-    assert why.startswith("traced as a batched matmul, for its input is not contiguous")
-
-
 def test_leaves_a_scaled_addmm_alone_and_says_why() -> None:
     gm = trace(
         lambda b, x, w: aten.addmm(b, x, w, beta=0.5),

@@ -16,6 +16,7 @@ def test_the_order() -> None:
     assert joint.state is not None
     passes = joint_passes(recipe=RECIPES["delayed"], sites=joint.sites, state=joint.state)
     assert [pass_name(run) for run in passes] == [
+        "unbatch_gemms",
         "find_gemms",
         "choose_precision",
         "merge_gemms",
