@@ -31,6 +31,8 @@ _FAST_PATH = (
     "PyTorch's fast path for inference is one operator; turn it off with "
     "torch.backends.mha.set_fastpath_enabled(False)"
 )
+# ``matrix @ batch`` where no gradient is needed of the matrix; ``batch @ matrix`` is unbatched.
+_BATCHED_SITE = "traced as a batched matmul: one matrix from the left; transpose the product"
 
 
 def find_gemms(gm: fx.GraphModule, *, sites: Sequence[Site] | None = None) -> int:
@@ -141,7 +143,11 @@ def unsited_matmuls(gm: fx.GraphModule) -> list[tuple[fx.Node, str]]:
         aten._native_multi_head_attention.default: _FAST_PATH,
     }
     return [
-        (node, reasons[node.target])
+        (node, _BATCHED_SITE if _is_batched_site(node) else reasons[node.target])
         for node in gm.graph.nodes
         if node.target in reasons and node.target not in SCALED_MMS and "fp8" not in node.meta
     ]
+
+
+def _is_batched_site(node: fx.Node) -> bool:
+    return node.target is aten.bmm.default and SITE_TAG in (node.meta.get("custom") or {})

@@ -32,8 +32,9 @@ def unbatch_gemms(gm: fx.GraphModule) -> int:
     Rows that do not follow each other in memory are copied first, which becomes part of their cast.
 
     Requires: an ATen graph with ``meta["val"]``.
-    Ensures: no matmul call of which one operand is a matrix is batched.
-    Leaves alone: products of two batches; what is no call of ``linear`` or ``matmul``.
+    Ensures: no matmul call of a batch with one matrix on the right is batched.
+    Leaves alone: products of two batches; one matrix on the left; what is no call of ``linear`` or
+        ``matmul``.
     Numerics: reorders (a batched kernel may add in another order).
     """
     found = 0

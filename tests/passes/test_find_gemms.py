@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fp8compile.ir import gemms
-from fp8compile.passes import find_gemms
+from fp8compile.passes import find_gemms, unbatch_gemms
 from fp8compile.passes.find_gemms import unsited_matmuls
 from tests.helpers import trace, trace_joint
 from tests.passes.common import aten, before, check_pass, fprop, lines_of
@@ -111,6 +111,22 @@ def test_leaves_grouped_matmuls_alone_and_says_why() -> None:
     )  # fmt: skip
     assert check_pass(gm, find_gemms) == 0
     assert [why for _, why in unsited_matmuls(gm)] == ["grouped matmul of experts"]
+
+
+def test_a_matrix_times_a_batch_says_why() -> None:
+    class Left(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(16, 32), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w @ x
+
+    joint = trace_joint(Left(), torch.randn(2, 32, 16))
+    assert unbatch_gemms(joint.gm) == 0
+    assert find_gemms(joint.gm, sites=joint.sites) == 0
+    ((_, why),) = unsited_matmuls(joint.gm)
+    assert why.startswith("traced as a batched matmul: one matrix from the left")
 
 
 def test_leaves_a_scaled_addmm_alone_and_says_why() -> None:
