@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,40 @@ def fresh(target: Callable[..., Any]) -> Callable[..., Any]:
     return copy
 
 
+def modules_behind(target: Any) -> list[nn.Module]:
+    """The modules that a call of ``target`` can use: itself, or those that a function has captured
+    or finds among its globals, and those that belong to a method's object.
+    """
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    left = [target]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found.append(value)
+        elif isinstance(value, functools.partial):
+            left += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, types.MethodType):
+            left += [value.__func__, value.__self__]
+            left += list(getattr(value.__self__, "__dict__", {}).values())
+        elif isinstance(value, types.FunctionType):
+            left += _captured(value)
+    return found
+
+
+def _captured(function: types.FunctionType) -> list[Any]:
+    """What a function's code names of its surroundings; some of it may not be there yet."""
+    known = function.__globals__
+    values = [known[name] for name in function.__code__.co_names if name in known]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            values.append(cell.cell_contents)
+    return values
+
+
 def plain_step(call: Callable[..., Any], batch: Any) -> Any:
     """Call with a batch: a mapping gives keyword arguments, a tuple or list positional ones."""
     if isinstance(batch, Mapping):
@@ -42,9 +77,9 @@ def plain_step(call: Callable[..., Any], batch: Any) -> Any:
 @contextlib.contextmanager
 def left_as_it_was(model: Any) -> Iterator[None]:
     """Put back buffers, gradients and the state of the random number generators."""
-    module = model if isinstance(model, nn.Module) else nn.Module()
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
+    modules = nn.ModuleList(modules_behind(model))
+    buffers = [(buffer, buffer.detach().clone()) for buffer in modules.buffers()]
+    gradients = [(parameter, parameter.grad) for parameter in modules.parameters()]
     with torch.random.fork_rng():
         try:
             yield
@@ -58,14 +93,13 @@ def left_as_it_was(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_data(model: Any, inputs: Any) -> Iterator[Any]:
-    """Where a module or its inputs have no data, put tensors that can be traced in all places.
+    """Where a model or its inputs have no data, put tensors that can be traced in all places.
 
     Yields the inputs. What is put there stands on a GPU, or on a CPU if there is none, which
     decides as what it is traced.
     """
-    module = model if isinstance(model, nn.Module) else nn.Module()
     owners: list[dict[str, Any]] = []
-    for m in module.modules():
+    for m in nn.ModuleList(modules_behind(model)).modules():
         owners += [m._parameters, m._buffers, m.__dict__]
     found = [(held, n, x) for held in owners for n, x in held.items() if isinstance(x, Tensor)]
     if not any(map(has_no_data, [*(x for _, _, x in found), *tree_leaves(inputs)])):

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from .. import internals
 from ..compile import compile_graph
 from ..modules import cleaned, module_path
-from ..options import Options, parse_options
-from ..untouched import fresh, left_as_it_was
+from ..options import parse_options
+from ..untouched import fresh, left_as_it_was, without_data
 from .collect import Collector
 from .page import write_page
 from .records import Names
@@ -33,9 +33,10 @@ def view(
     It shows forward and backward together, by layer, before the passes, after each of them, and
     with the regions that become kernels, whose Triton source it holds; these are shown as on an
     FP8 GPU, whatever the model is on. The page is one file and loads nothing. The model and its
-    inputs may be on the meta device.
+    inputs may be meta or fake tensors.
 
-    The model is traced and run once, in its own precision, and left as it was, as by ``explain``.
+    The model is traced and run once, in its own precision, and left as it was, as by ``explain``;
+    where it or its inputs have no data, nothing is computed.
 
     Returns the path of the page. Raises OptionError and RecipeError for what is wrong with the
     options.
@@ -44,37 +45,31 @@ def view(
     collectors: list[Collector] = []
     target = internals.uncompiled(model)
     root = target if isinstance(target, nn.Module) else None
-    own = _names_of_weights(root)
-    arguments = _names_of_arguments(target, inputs, kwargs)
+    known: dict[int, str] = {}
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        collector = Collector(_names(gm, example_inputs, {**own, **arguments}, root))
+        collector = Collector(_names(gm, example_inputs, known, root))
         collectors.append(collector)
         compile_graph(
             gm,
             example_inputs,
-            _for_meta(parsed) if _on_meta(example_inputs) else parsed,
+            parsed,
             inner_compile=internals.only_final_graphs,
             observer=collector,
             root=root,
         )
         return gm.forward
 
-    with left_as_it_was(target), internals.backward_compiled_early():
-        torch.compile(fresh(target), backend=backend, dynamic=False)(*inputs, **kwargs)
+    with (
+        left_as_it_was(target),
+        without_data(target, (inputs, kwargs)) as (args, named),
+        internals.backward_compiled_early(),
+    ):
+        known.update(_names_of_weights(root))
+        known.update(_names_of_arguments(target, args, named))
+        torch.compile(fresh(target), backend=backend, dynamic=False)(*args, **named)
     rows = [row for collector in collectors for row in collector.rows]
     return write_page(Path(path), collectors, rows, title=_title(target), recipe=str(parsed.recipe))
-
-
-def _on_meta(values: Sequence[Any]) -> bool:
-    return any(isinstance(value, Tensor) and value.is_meta for value in values)
-
-
-def _for_meta(options: Options) -> Options:
-    """Inductor's constant folding would take what a graph returns on the meta device for nothing:
-    such tensors hold no data.
-    """
-    return replace(options, inductor={**options.inductor, "joint_graph_constant_folding": False})
 
 
 def _names_of_weights(root: nn.Module | None) -> dict[int, str]:

@@ -234,6 +234,21 @@ def test_meta_tensors() -> None:
     assert {label: gemms.count(label) for label in gemms} == {"fprop": 9, "dgrad": 9, "wgrad": 9}
 
 
+def test_a_loss_over_meta_tensors() -> None:
+    # On the meta device itself its decomposition leaves no gradients in the joint graph.
+    with torch.device("meta"):
+        model, x = nn.Linear(32, 16), torch.zeros(16, 32)
+        target = torch.zeros(16, dtype=torch.long)
+
+    def loss(x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), target)
+
+    (collector,) = collected(loss, x, target)
+    gemms = [r.label for r in collector.snapshots[-1].records if r.kind == "gemm"]
+    assert sorted(gemms) == ["fprop", "wgrad"]
+    assert model.weight.is_meta and model.weight.grad is None
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model, x = MLP(), torch.randn(4, 16, 64)
     before = {name: value.clone() for name, value in model.state_dict().items()}

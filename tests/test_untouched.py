@@ -1,0 +1,88 @@
+"""A model that was looked at is the model it was before."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fp8compile.untouched import left_as_it_was, modules_behind, without_data
+
+
+class Trainer:
+    """An object with a model, whose method is compiled."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def loss(self, x: Tensor) -> Tensor:
+        return self.model(x).square().mean()
+
+
+def call_with(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)
+
+
+def callables(model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What people compile, each a way to call the model."""
+
+    def inner(x: Tensor) -> Tensor:
+        return model(x)
+
+    return {
+        "module": model,
+        "its method": model.forward,
+        "closure": lambda x: model(x),
+        "closure of a closure": lambda x: inner(x),
+        "partial": functools.partial(call_with, model),
+        "method of another": Trainer(model).loss,
+    }
+
+
+KINDS = tuple(callables(nn.Identity()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_behind(kind: str) -> None:
+    model = nn.BatchNorm1d(4)
+    assert model in modules_behind(callables(model)[kind])
+
+
+def test_functions_that_name_each_other_or_nothing_yet() -> None:
+    def first(x: Tensor, depth: int) -> Tensor:
+        return second(x, depth - 1) if depth else x
+
+    assert modules_behind(first) == []  # the cell of ``second`` is empty
+
+    def second(x: Tensor, depth: int) -> Tensor:
+        return first(model(x), depth)
+
+    model = nn.Identity()
+    assert modules_behind(first) == [model]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_buffers_and_gradients_are_put_back(kind: str) -> None:
+    model = nn.BatchNorm1d(4)
+    call = callables(model)[kind]
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    with left_as_it_was(call):
+        call(torch.randn(8, 4) + 3).sum().backward()
+        assert model.num_batches_tracked == 1 and model.weight.grad is not None
+    for name, value in model.named_buffers():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_meta_tensors_are_replaced_and_put_back(kind: str) -> None:
+    with torch.device("meta"):
+        model, x = nn.BatchNorm1d(4), torch.zeros(8, 4)
+    weight, mean, call = model.weight, model.running_mean, callables(model)[kind]
+    with without_data(call, (x,)) as (given,):
+        assert given.device.type != "meta" and model.weight.device == given.device
+        assert model.running_mean is not mean and call(given).device == given.device
+    assert model.weight is weight and model.running_mean is mean
