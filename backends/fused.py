@@ -43,7 +43,8 @@ class Tile:
 
 
 _SHARED = {"words_ptr", "maxima_ptr"}  # through which programs find scales together
-_SEARCH_PROGRAMS = 4 * 132  # of an H100 SXM's or H200's multiprocessors
+_MULTIPROCESSORS = 132  # of an H100 SXM or H200
+_SEARCH_PROGRAMS = 4 * _MULTIPROCESSORS
 _COLUMN_SUMS = Tile(64, 32, 4)  # of the rows of partial sums
 
 
@@ -91,11 +92,15 @@ def _tiles(region: Region) -> list[Tile]:
 
 
 def _whole_rows(region: Region) -> list[Tile]:
-    """Tiles of whole rows: as few elements as give every thread enough to do."""
+    """Tiles of whole rows: as few elements as give every thread enough to do; fewer for each where
+    there are not enough rows for all multiprocessors, and a row is waited for.
+    """
     whole = triton.next_power_of_2(padded(int(region.space.n)))  # padding is written, too
     rows = max(1, 2048 // whole)
     size = rows * whole
-    warps = [min(16, max(1, size // per_warp)) for per_warp in (1024, 512, 2048)]
+    warps = [min(16, max(1, size // elements)) for elements in (1024, 512, 2048)]
+    if region.space.m.is_number and region.space.m < _MULTIPROCESSORS:
+        warps.insert(0, min(32, max(1, size // 256)))
     return [Tile(rows, whole, count) for count in dict.fromkeys(warps)]
 
 

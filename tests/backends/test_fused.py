@@ -120,3 +120,15 @@ def test_processes_may_write_the_same_file_at_once(tmp_path: Path) -> None:
     assert found == [7] * 16
     files = [*(tmp_path / "cache" / "kernels").glob("*")]
     assert [file.suffix for file in files if file.is_file()] == [".py"]
+
+
+def test_a_row_that_is_waited_for_has_more_threads() -> None:
+    def norm(x: Tensor, scale: Tensor) -> Tensor:
+        return quantize(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1), scale, 0)[0]
+
+    def warps(rows: int) -> int:
+        x = torch.randn(rows, 4096, device=DEVICE)
+        case = only_region(norm, x=x, scale=torch.tensor([1.0]))
+        return fused.tiles(case.region)[0].num_warps
+
+    assert (warps(16), warps(1024)) == (16, 4)
