@@ -102,24 +102,14 @@ class App {
   }
 
   async toggle(item) {
-    const { open, apart } = this.state;
-    let anchor = item.id;
-    if (item.kind === "fold") {
-      apart.add(item.path);
-      anchor = `m:${item.path}`;
-      open.add(anchor);
-      await this.show();
-      this.select(this.itemAt(anchor)); // its panel takes room
-      this.center(anchor);
-    } else if (open.has(item.id)) {
-      open.delete(item.id);
-      apart.delete(item.path); // a layer goes back to those like it
-      await this.show(item.id);
-    } else {
-      open.add(item.id);
-      await this.show(item.id);
-    }
-    this.select(this.itemAt(anchor), false);
+    const { open, apart } = this.state, folded = item.kind === "fold";
+    const id = folded ? `m:${item.path}` : item.id, opens = !open.has(id);
+    if (folded) apart.add(item.path);
+    if (opens) open.add(id);
+    else { open.delete(id); apart.delete(item.path); } // a layer goes back to those like it
+    await this.show(folded ? null : id);
+    this.select(this.itemAt(id), false); // its panel takes room
+    if (opens && (folded || !this.inSight(id))) this.center(id);
   }
 
   async takeApart(item) {
@@ -175,6 +165,12 @@ class App {
       if (found) return found;
     }
     return null;
+  }
+
+  inSight(id) {
+    const place = this.placeOf(id), { at } = this.view, frame = $("picture").getBoundingClientRect();
+    const left = at.x + place.x * at.k, top = at.y + place.y * at.k;
+    return left >= 0 && top >= 0 && left + place.width * at.k <= frame.width && top + place.height * at.k <= frame.height;
   }
 
   center(id) {
