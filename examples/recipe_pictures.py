@@ -50,7 +50,7 @@ def draw_losses(runs: Sequence[Run], path: Path, title: str) -> None:
     smoothed = f",\nmean of {window} steps" if window > 1 else ""
     top.set_ylabel(f"training loss (nats per byte){smoothed}")
     bottom.set(xlabel="step", ylabel=f"against {own.name} (%)")
-    figure.legend(loc="outside right upper", title="loss at the end", frameon=False)
+    figure.legend(loc="outside right center", title="loss at the end", frameon=False)
     figure.savefig(path, dpi=150)
 
 
