@@ -19,18 +19,22 @@ from ..ir import args_of, format_graph
 from ..ops import GROUP
 from ..regions import shape_of
 from .region import Region
-from .values import Values
+from .values import Function, Values
 from .writer import Writer
 
 
 @dataclass(frozen=True)
 class Source:
-    """An emitted file: the names of its kernels, its text, and what a launch has to know."""
+    """An emitted file: the names of its kernels, its text, and what a launch has to know.
+
+    ``totals``: reductions over rows; ``loads``: what the results of an element are computed from.
+    """
 
     name: str
     text: str
     symbols: list[sympy.Symbol]
-    totals: int  # reductions over rows
+    totals: int
+    loads: int
 
     @property
     def sums_name(self) -> str:
@@ -62,7 +66,12 @@ def emit(region: Region) -> Source:
         text="\n\n\n".join(parts) + "\n",
         symbols=sorted(values.symbols, key=str),
         totals=len(values.totals),
+        loads=max(_loads(function, region) for function in values.last),
     )
+
+
+def _loads(function: Function, region: Region) -> int:
+    return sum(node in region.inputs for node, *_ in function.known)
 
 
 def search_apart(region: Region) -> bool:

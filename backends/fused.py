@@ -45,6 +45,7 @@ class Tile:
 _SHARED = {"words_ptr", "maxima_ptr"}  # through which programs find scales together
 _MULTIPROCESSORS = 132  # of an H100 SXM or H200
 _SEARCH_PROGRAMS = 4 * _MULTIPROCESSORS
+_FEW_LOADS = 8  # for each element of a tile
 _COLUMN_SUMS = Tile(64, 32, 4)  # of the rows of partial sums
 
 
@@ -63,9 +64,9 @@ def _of_whole_blocks(region: Region, usual: list[Tile]) -> list[Tile]:
         return _whole_rows(region)
     high, wide = (max(sizes) for sizes in zip(*map(_extent, region.blocks), strict=True))
     if region.transposes and wide == GROUP:
-        several = len(region.results)  # which want more registers
-        warps = (4, 8) if several == 1 else (8, 4) if len(region.blocks) == 1 else (16, 8)
-        return [Tile(GROUP, GROUP, count) for count in warps]
+        # With 4 warps more than one result, or one of many loads, does not fit into registers.
+        light = len(region.results) == 1 and emit_once(region).loads <= _FEW_LOADS
+        return [Tile(GROUP, GROUP, count) for count in ((4, 8) if light else (8, 16))]
     if region.reduces and not region.sums_apart:
         return [replace(tile, block_n=max(tile.block_n, wide)) for tile in usual]
     found = [tile for tile in usual if tile.block_m % high == tile.block_n % wide == 0]

@@ -147,6 +147,24 @@ def fine_launches() -> Iterator[tuple[str, Launch]]:
             for tile in tiles(case.region):
                 yield f"blocks {block} {copies} {tile}", cast_launch(case, tile)
 
+    heads = {name: torch.ones(M, 8, 32, dtype=BF16) for name in "qkv"}
+    case = only_region(rotated, **heads, table=torch.ones(2, M, 1, 16))
+    yield "blocks of a rotation", cast_launch(case, tiles(case.region)[0])
+
+
+def rotated(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Rotary embeddings, the gradient of the input of one projection to q, k and v: many loads."""
+    cos, sin = table
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        left, right = x.float().chunk(2, -1)
+        return torch.cat([left * cos + right * sin, right * cos - left * sin], -1).to(x.dtype)
+
+    joined = torch.cat([turn(q), turn(k), v], 1).flatten(1)
+    return tuple(torch.ops.fp8.quantize_blocks(joined, (1, 128), False, E4M3, True, True))
+
 
 def shared_value(*shape: int) -> Case:
     """A cast of one value, in all rows or all columns or both."""
