@@ -76,7 +76,9 @@ def plain_step(call: Callable[..., Any], batch: Any) -> Any:
 
 @contextlib.contextmanager
 def left_as_it_was(model: Any) -> Iterator[None]:
-    """Put back buffers, gradients and the state of the random number generators."""
+    """Put back the buffers and gradients of all modules behind a model, and the state of the random
+    number generators.
+    """
     modules = nn.ModuleList(modules_behind(model))
     buffers = [(buffer, buffer.detach().clone()) for buffer in modules.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in modules.parameters()]

@@ -132,8 +132,8 @@ def test_a_fold_opens_to_one_layer_or_to_all(page: Any) -> None:
 def test_what_is_opened_is_in_sight(page: Any) -> None:
     press(page, FOLDED)
     press(page, "m:layers.0.attention")
-    page.wait_for_timeout(100)
-    box = page.query_selector('[data-id="m:layers.0.attention"]').bounding_box()
+    opened = page.wait_for_selector('[data-id="m:layers.0.attention"].selected', timeout=30_000)
+    box = opened.bounding_box()
     frame = page.query_selector("#picture").bounding_box()
     assert 0 <= box["y"] - frame["y"] < frame["height"] / 2
     middle = box["x"] + box["width"] / 2 - frame["x"]
