@@ -19,7 +19,7 @@ from ..ir import args_of, format_graph
 from ..ops import GROUP
 from ..regions import shape_of
 from .region import Region
-from .values import Function, Values
+from .values import Values
 from .writer import Writer
 
 
@@ -27,14 +27,14 @@ from .writer import Writer
 class Source:
     """An emitted file: the names of its kernels, its text, and what a launch has to know.
 
-    ``totals``: reductions over rows; ``loads``: what the results of an element are computed from.
+    ``totals``: reductions over rows; ``loads_little``: see ``Values``.
     """
 
     name: str
     text: str
     symbols: list[sympy.Symbol]
     totals: int
-    loads: int
+    loads_little: bool
 
     @property
     def sums_name(self) -> str:
@@ -66,16 +66,12 @@ def emit(region: Region) -> Source:
         text="\n\n\n".join(parts) + "\n",
         symbols=sorted(values.symbols, key=str),
         totals=len(values.totals),
-        loads=max(_loads(function, region) for function in values.last),
+        loads_little=values.loads_little,
     )
 
 
-def _loads(function: Function, region: Region) -> int:
-    return sum(node in region.inputs for node, *_ in function.known)
-
-
 def search_apart(region: Region) -> bool:
-    """Whether a kernel of its own looks for a missing amax, of the whole or of each row.
+    """Whether a kernel of its own looks for a missing amax, of the whole or of rows or blocks.
 
     Transposed copies are made of small tiles: to wait for the scales, before anything else is
     loaded, takes such kernels 12 to 23 % longer (H200). It costs others 2 %, and spares a launch.
@@ -83,7 +79,7 @@ def search_apart(region: Region) -> bool:
     """
     delayed = all(cast.is_delayed for cast in region.casts)
     searches = bool(region.casts) and (region.transposes or not delayed)
-    return searches or region.rows_apart
+    return searches or bool(region.searched)
 
 
 @dataclass(frozen=True)
@@ -168,9 +164,9 @@ def describe(region: Region, name: str) -> str:
     read, written = bytes_read(region), bytes_written(region)
     text = re.sub(r"(fp8\.quantize\(\w+, \w+), \d+", r"\1, slot", format_graph(region.gm))
     body = "\n".join(f"    {line}" for line in text.splitlines())
-    once = "each byte once"
-    if region.sums_apart:
-        once += ", and before that what the sums over rows are made of"
+    before = ["what the sums over rows are made of"] * region.sums_apart
+    before += ["what the scales are found in"] * bool(region.searched)
+    once = f"each byte once, and before that {' and '.join(before)}" if before else "each byte once"
     return f"{name}: reads {_size(read)}, writes {_size(written)}, {once}.\n\n{body}"
 
 

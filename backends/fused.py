@@ -42,17 +42,16 @@ class Tile:
         return f"{self.block_m}x{self.block_n}w{self.num_warps}"
 
 
-_SHARED = {"words_ptr", "maxima_ptr"}  # through which programs find scales together
+_SHARED = {"words_ptr", "found_ptr"}  # through which programs find scales together
 _MULTIPROCESSORS = 132  # of an H100 SXM or H200
 _SEARCH_PROGRAMS = 4 * _MULTIPROCESSORS
-_FEW_LOADS = 8  # for each element of a tile
 _COLUMN_SUMS = Tile(64, 32, 4)  # of the rows of partial sums
 
 
 def tiles(region: Region) -> list[Tile]:
     """The tiles worth timing, best guess first."""
     found = _tiles(region)
-    if region.blocks:
+    if len(region.blocks) > len(region.searched):
         found = _of_whole_blocks(region, found)
     # A program casts whole groups.
     return [tile for tile in found if tile.block_n % GROUP == 0] if region.groups else found
@@ -60,13 +59,14 @@ def tiles(region: Region) -> list[Tile]:
 
 def _of_whole_blocks(region: Region, usual: list[Tile]) -> list[Tile]:
     """Tiles that blocks fill: whole rows, or one block where both copies have blocks of 128."""
-    if region.scales_rows and not region.rows_apart:
+    if region.scales_rows and not region.searched:
         return _whole_rows(region)
-    high, wide = (max(sizes) for sizes in zip(*map(_extent, region.blocks), strict=True))
+    inside = [cast for cast in region.blocks if cast not in region.searched]
+    high, wide = (max(sizes) for sizes in zip(*map(_extent, inside), strict=True))
     if region.transposes and wide == GROUP:
-        # With 4 warps more than one result, or one of many loads, does not fit into registers.
-        light = len(region.results) == 1 and emit_once(region).loads <= _FEW_LOADS
-        return [Tile(GROUP, GROUP, count) for count in ((4, 8) if light else (8, 16))]
+        # With 4 warps a result of many loads does not fit into registers.
+        warps = (4, 8) if emit_once(region).loads_little else (8, 16)
+        return [Tile(GROUP, GROUP, count) for count in warps]
     if region.reduces and not region.sums_apart:
         return [replace(tile, block_n=max(tile.block_n, wide)) for tile in usual]
     found = [tile for tile in usual if tile.block_m % high == tile.block_n % wide == 0]
@@ -107,8 +107,11 @@ def _whole_rows(region: Region) -> list[Tile]:
 
 def _search_tile(region: Region) -> Tile:
     """The tile of the kernel that finds the amax: whole rows where it sums over them itself."""
-    whole = region.reduces and not region.sums_apart
-    return _whole_rows(region)[0] if whole else Tile(32, 128, 4)
+    if region.reduces and not region.sums_apart:
+        return _whole_rows(region)[0]
+    if region.searched:
+        return Tile(16, GROUP, 2 if emit_once(region).loads_little else 4)
+    return Tile(32, GROUP, 4)
 
 
 def launches(
@@ -135,13 +138,15 @@ def launches(
         made.append(_launch(summing, tensors, sizes, rows, _cdiv(m, rows.block_m), writes))
     if search_apart(region):
         found_by = _search_tile(region)
-        grid = _cdiv(m, found_by.block_m) * _cdiv(n, found_by.block_n)
-        programs = min(grid, _SEARCH_PROGRAMS) if isinstance(grid, int) else _SEARCH_PROGRAMS
+        programs = _cdiv(m, region.search_height or found_by.block_m) * _cdiv(n, found_by.block_n)
+        if region.casts:  # whose largest all leave in one place
+            known = isinstance(programs, int)
+            programs = min(programs, _SEARCH_PROGRAMS) if known else _SEARCH_PROGRAMS
         search = getattr(module, source.amax_name)
-        writes = _SHARED & set(search.arg_names)
+        writes = written(region, search.arg_names) - {"totals_ptr"}
         made.append(_launch(search, tensors, sizes, found_by, programs, writes))
-    tiles_m = _cdiv(m, tile.block_m)
-    programs = tiles_m * _cdiv(n, tile.block_n)
+    tiles_m = tiles_down(region, m, tile)
+    programs = tiles_m * _tiles_along(region, n, tile.block_n)
     main = getattr(module, source.name)
     writes = written(region, main.arg_names) - {"totals_ptr"}
     writes -= _SHARED if search_apart(region) else set()
@@ -152,6 +157,18 @@ def launches(
         counted, programs = {**sizes, "tiles_m": tiles_m}, _cdiv(n, _COLUMN_SUMS.block_n)
         made.append(_launch(completing, tensors, counted, _COLUMN_SUMS, programs, writes))
     return made
+
+
+def tiles_down(region: Region, m: Any, tile: Tile) -> Any:
+    """How many tiles of a region lie below each other."""
+    return _tiles_along(region, m, tile.block_m)
+
+
+def _tiles_along(region: Region, size: Any, block: int) -> Any:
+    """How many blocks cover a side of the space, and the padding that tiles fill."""
+    if region.padding <= block:
+        return _cdiv(size, block)
+    return _cdiv(size, region.padding) * (region.padding // block)
 
 
 def written(region: Region, arguments: Iterable[str]) -> set[str]:
@@ -267,7 +284,7 @@ def prepare(
     device = next(iter(inputs.values())).device
     tensors: dict[str, Any] = {node.name: inputs[node.name] for node in region.inputs}
     results: dict[str, Tensor] = {}
-    counts = {"words": word_count(region), "maxima": int(region.maxima_size)}
+    counts = {"words": word_count(region), "found": int(region.found_size)}
     for name, count in counts.items():
         tensors[name] = torch.zeros(count, dtype=torch.int32, device=device)
     for i, cast in enumerate(region.casts):
@@ -284,7 +301,7 @@ def prepare(
         results[node.name] = torch.empty(tuple(value.shape), dtype=value.dtype, device=device)
         tensors[f"value_{i}"] = results[node.name]
     for i, node in enumerate(region.sums):
-        tensors[f"partial_{i}"] = torch.empty(_cdiv(m, tile.block_m), n, device=device)
+        tensors[f"partial_{i}"] = torch.empty(tiles_down(region, m, tile), n, device=device)
         results[node.name] = tensors[f"sum_{i}"] = _empty_like(node, device)
     tensors["totals"] = torch.empty(source.totals * m, device=device)
     return launches(region, source, tensors, {}, m=m, n=n, tile=tile), results

@@ -12,7 +12,9 @@ import torch
 from torch import fx
 
 from ..formats import Format
+from ..internals import FloorDiv
 from ..ir import CASTS, QUANTIZE, QUANTIZE_BLOCKS, QUANTIZE_GROUPS, args_of
+from ..ops import GROUP
 from ..regions import (
     COL,
     ROW,
@@ -152,7 +154,7 @@ class Region:
         Each with the column that it starts at. Empty unless the region only casts a concatenation
         whose parts start at multiples of 128 columns, and not row by row.
         """
-        if not (self.casts or self.blocks) or (self.scales_rows and not self.rows_apart):
+        if not (self.casts or self.blocks) or (self.scales_rows and not self.searched):
             return []
         value = args_of([*self.casts, *self.blocks][0].node)[0]
         alone = len(self.results) == 1 and value.target is torch.ops.aten.cat.default
@@ -175,34 +177,73 @@ class Region:
         """Whether a cast has a scale per row."""
         return any(cast.block[1] == 0 for cast in self.blocks)
 
-    @property
-    def rows_apart(self) -> bool:
-        """Whether a kernel of its own finds the scales of rows: where not only rows are cast, which
-        takes tiles that hold no whole rows, or where one is too long for a program.
+    @cached_property
+    def searched(self) -> list[Cast]:
+        """The casts whose scales a kernel of its own finds the largest elements for.
+
+        Those of rows, where not only rows are cast, which takes tiles that hold no whole rows, or
+        where one is too long for a program. Those of blocks that no fast tile holds, unless so
+        little is computed that a tile of whole blocks is still faster than to read all twice.
         """
-        width = self.space.n
-        short = bool(width.is_number) and width <= _LONGEST_ROW
-        return self.scales_rows and (self.transposes or not short)
+        rows, blocks = self.scales_rows and (self.transposes or self._is_long), self._is_heavy
+        return [
+            cast
+            for cast in self.blocks
+            if (rows and cast.block[1] == 0) or (blocks and cast.block[1] == GROUP)
+        ]
+
+    @property
+    def _is_long(self) -> bool:
+        return not (self.space.n.is_number and self.space.n <= _LONGEST_ROW)
+
+    @property
+    def _is_heavy(self) -> bool:
+        """Whether a tile of 128 rows would hold too much: several results, or what several inputs
+        are combined to (H100: 1.3 to 1.6 times as long; with one or two inputs half as long).
+        """
+        tall = any(cast.block[1] == GROUP and "fp8_t" in cast.outputs for cast in self.blocks)
+        spread = [node for node in self.inputs if not self._is_vector(node)]
+        return tall and (len(self.results) > 1 or len(spread) > 2)
+
+    def _is_vector(self, node: fx.Node) -> bool:
+        """Whether a value has at most one element for each row, or for each column."""
+        size = sympy.prod(shape_of(node))
+        return any(sympy.expand(size - other) == 0 for other in (1, self.space.m, self.space.n))
+
+    @property
+    def padding(self) -> int:
+        """What tiles cover more than the space: they fill multiples of so many rows and columns."""
+        return max((cast.block[1] for cast in self.searched), default=0) or 1
+
+    @property
+    def search_height(self) -> int:
+        """The rows that a program of such a kernel looks at, tile by tile; 0: those of one tile."""
+        return GROUP if self.searched and self.transposes else 0
 
     @cached_property
-    def maxima(self) -> dict[tuple[int, str], sympy.Expr]:
-        """Where, in one buffer, the largest magnitudes of rows lie that such a kernel finds: the
-        first of them, by the index of the block cast and the copy.
+    def found(self) -> dict[tuple[int, str], sympy.Expr]:
+        """Where what such a kernel finds lies in one buffer: the first number, by the index of the
+        block cast and the copy; both copies of blocks of several rows have the same.
         """
-        return {key: first for key, first, _ in self._maxima}
+        return {key: first for key, first, _ in self._found}
 
     @property
-    def maxima_size(self) -> sympy.Expr:
+    def found_size(self) -> sympy.Expr:
         """The length of that buffer; 0 if nothing is looked for."""
-        return sympy.Add(*(size for _, _, size in self._maxima))
+        return sympy.Add(*(size for _, _, size in self._found))
 
     @cached_property
-    def _maxima(self) -> list[tuple[tuple[int, str], sympy.Expr, sympy.Expr]]:
+    def _found(self) -> list[tuple[tuple[int, str], sympy.Expr, sympy.Expr]]:
         found, first = [], sympy.S.Zero
-        for i, cast in enumerate(self.blocks if self.rows_apart else ()):
-            sizes = zip(("fp8", "fp8_t"), cast_shape(cast.node), strict=True)
-            for copy, size in sizes:
-                if cast.block[1] == 0 and copy in cast.outputs:
+        for i, cast in enumerate(self.blocks):
+            if cast not in self.searched:
+                continue
+            (m, n), (high, wide) = cast_shape(cast.node), cast.block
+            sizes = {"fp8": m * _blocks(n, wide), "fp8_t": _blocks(m, wide) * n}
+            if high > 1:
+                sizes = {"fp8": _blocks(m, high) * _blocks(n, wide)}
+            for copy, size in sizes.items():
+                if copy in cast.outputs or high > 1:
                     found.append(((i, copy), first, size))
                     first += size
         return found
@@ -234,6 +275,11 @@ class Region:
     def is_matrix(self, node: fx.Node) -> bool:
         """Whether a value has an element for every element of the space."""
         return bool(sympy.expand(sympy.prod(shape_of(node)) - self.space.size) == 0)
+
+
+def _blocks(length: sympy.Expr, size: int) -> sympy.Expr:
+    """How many blocks a row or column has; ``size`` 0: one."""
+    return FloorDiv(length + size - 1, size) if size else sympy.S.One
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -35,7 +35,7 @@ from ..ir import (
 from ..regions import hint, is_aligned, scales_afterwards
 from .block_gemms import inline, is_scaled_mm, lower_to_scaled_mm
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
-from .fused import emit_once, launches, tiles
+from .fused import emit_once, launches, tiles, tiles_down
 from .kernels.launch import Launch
 from .kernels.scaled_mm import TileConfig, scaled_mm_launch
 from .kernels.scaled_mm_blocks import config_for, scaled_mm_blocks_launch
@@ -112,7 +112,7 @@ class _Lowering:
             m, n = (self._extent(size, call) for size in (region.space.m, region.space.n))
             tensors = self._tensors(call, region, outer, items)
             for i in range(len(region.sums)):
-                rows = (_proxy(m) + tile.block_m - 1) // tile.block_m
+                rows = tiles_down(region, _proxy(m), tile)
                 like = outer[region.inputs[0]]
                 tensors[f"partial_{i}"] = self._empty((_unwrap(rows), n), torch.float32, like)
                 tensors[f"sum_{i}"] = self._buffer(region.sums[i], call)
@@ -158,9 +158,10 @@ class _Lowering:
         tensors: dict[str, Any] = {node.name: outer[node] for node in region.inputs}
         if _padded_words(region):
             tensors["words"] = self._words(region)
-        if region.rows_apart:
-            size = self._extent(region.maxima_size, call)
-            tensors["maxima"] = self._empty((size,), torch.int32, call.all_input_nodes[0], 0)
+        if region.searched:
+            size = self._extent(region.found_size, call)
+            zero = 0 if region.scales_rows else None  # what several programs add to
+            tensors["found"] = self._empty((size,), torch.int32, call.all_input_nodes[0], zero)
         for i, cast in enumerate(region.casts):
             tensors |= self._cast_tensors(i, cast, call, outer, items)
         for i, block in enumerate(region.blocks):

@@ -62,6 +62,7 @@ class Function:
         return head + "".join(f"\n    {line}" for line in lines)
 
 
+_FEW_BYTES = 16
 PLACES = ("rows", "cols", "in_m", "in_n")
 
 
@@ -99,6 +100,17 @@ class Values:
             self.last = [self._branch(i, node) for i, (_, node) in enumerate(region.branches)]
         else:
             self.last = [self._results(Function(f"_values{suffix}", depth))]
+
+    @property
+    def loads_little(self) -> bool:
+        """Whether the results of an element are computed from so few bytes, each load counted, that
+        a program can hold those of many elements.
+        """
+        loaded = [
+            sum(n.meta["val"].dtype.itemsize for n, *_ in function.known if n in self.region.inputs)
+            for function in self.last
+        ]
+        return max(loaded) <= _FEW_BYTES
 
     def _results(self, function: Function) -> Function:
         for result in self.region.results:

@@ -16,7 +16,7 @@ from ..regions import is_aligned, shape_of
 from .block_cast import BlockCast
 from .pieces import named, padded_text, plus
 from .region import Cast, Region, Result
-from .row_cast import RowCast
+from .searched_cast import INVERSES, SearchedCast
 from .values import Function, Values, expr_text
 
 
@@ -55,8 +55,8 @@ class Writer:
 
     def sums(self, name: str) -> str:
         """The kernel that sums over whole rows, for one that computes tiles of columns."""
-        lines = [*self._extent(), "tile_m = tl.program_id(0)", "tile_n = 0"]
-        lines += [*self._first(), *self._rows(("",)), *self._cols()]
+        lines = [*self._extent(), "first_m = tl.program_id(0) * BLOCK_M", "first_n = 0"]
+        lines += [*self._rows(("",)), *self._cols()]
         lines += [self._call(function, "", function.returns) for function in self.values.sums]
         for i, total in enumerate(self.values.totals.values()):
             lines.append(f"tl.store(totals_ptr + {i} * M + rows, {total.name}, mask=in_m)")
@@ -65,22 +65,42 @@ class Writer:
     def amax(self, name: str) -> str:
         """The kernel that finds the amax of the casts, unless all scales are known, and of rows."""
         casts = range(len(self.region.casts))
-        lines = [*self._extent(), *self._tile_counts()]
+        height = self.region.search_height or "BLOCK_M"
+        lines = [*self._extent(height), *self._tile_counts(height)]
         if self._known():
             lines.append(f"tiles = tl.where({self._known()}, 0, tiles)")
-        zeros = "tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)"
-        lines += [f"bits_{i} = {zeros}" for i in casts]
+        lines += [f"bits_{i} = {_ZEROS}" for i in casts]
         lines.append("for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):")
-        lines += [f"    {line}" for line in self._values_of_tile()]
-        for i in casts:
-            lines += [f"    {line}" for line in self._bits(i, ("",))]
-            lines.append(f"    bits_{i} = tl.maximum(bits_{i}, bits)")
-        for result, variable in self._outputs():
-            if result.kind == "block" and self._has_rows_apart(result):
-                lines += [f"    {line}" for line in self._search_rows(result, variable)]
+        lines += [f"    {line}" for line in self._search_tile()]
         for i in casts:
             lines += self._leave_amax(i, f"bits_{i}")
-        return _function(name, [*self._read(), *self._scales()], lines)
+        return _function(name, [*self._read(), *self._scales(), *self._inverses()], lines)
+
+    def _search_tile(self) -> list[str]:
+        """Look at a tile, or at those that make a block of rows."""
+        found = self._searched()
+        wait = [cast for _, cast in found if cast.waits]
+        look = []
+        for i in range(len(self.region.casts)):
+            look += [*self._bits(i, ("",)), f"bits_{i} = tl.maximum(bits_{i}, bits)"]
+        for variable, cast in found:
+            look.append(f"bits = inside(magnitude_bits({variable}), in_m & in_n, EVEN)")
+            look += cast.search("bits")
+        height = self.region.search_height
+        if not height:
+            return [*self._values_of_tile(), *look]
+        lines = [*self._place(height), *self._cols()]
+        lines += [f"{cast.largest} = {_ZEROS}" for cast in wait]
+        lines.append(f"for strip in tl.range(0, {height}, BLOCK_M, num_stages={self._stages()}):")
+        inner = [*self._rows(("",), "strip"), *self._totals(("",)), *self._results(("",))]
+        lines += [f"    {line}" for line in (*inner, *look)]
+        return lines + [line for cast in wait for line in cast.leave()]
+
+    def _stages(self) -> int:
+        """How many strips the loads of a search are ahead: two more, a fifth faster, unless they
+        take so much shared memory that few programs run at a time.
+        """
+        return 3 if self.values.loads_little else 1
 
     def column_sums(self, name: str) -> str:
         """The kernel that adds up the rows of partial sums, of all sums over columns at once."""
@@ -113,9 +133,13 @@ class Writer:
 
     def _tile(self) -> list[str]:
         """Compute the results of one tile and store them."""
-        lines = [*self._extent(), "tiles_n = tl.cdiv(N, BLOCK_N)"]
-        lines += ["tile_m = tile // tiles_n", "tile_n = tile % tiles_n"]
-        lines += [*self._first(), *self._rows(self.sets), *self._cols()]
+        padding = self.region.padding
+        if padding == 1:
+            lines = [*self._extent(), "tiles_n = tl.cdiv(N, BLOCK_N)"]
+        else:
+            width = padded_text("N", padding)
+            lines = [*self._extent(padding, padding), f"tiles_n = tl.cdiv({width}, BLOCK_N)"]
+        lines += [*self._place(), *self._rows(self.sets), *self._cols()]
         if self.region.casts and not self.search_apart:
             lines += self._search_if_needed()
         for i, cast in enumerate(self.region.casts):
@@ -134,6 +158,8 @@ class Writer:
         one result: what several are computed from is loaded again for each, from the cache.
         """
         found = self._outputs()
+        if self.region.searched:
+            return [found]
         alone = [[output] for output in found if output[0].kind == "block"]
         if len(alone) < 2 or not self.region.transposes:
             return [found]
@@ -174,21 +200,26 @@ class Writer:
                 lines.append("    " + call.replace("cols", f"cols - {start}" if start else "cols"))
         return lines
 
-    def _extent(self) -> list[str]:
+    def _extent(self, height: int | str = "BLOCK_M", width: int | str = "BLOCK_N") -> list[str]:
+        """The space, and whether what a program computes, so high and wide, never leaves it."""
         m, n = self.region.space.m, self.region.space.n
         lines = []
         for name, size in (("M", m), ("N", n)):
             kind = ": tl.constexpr" if size.is_number else ""
             lines.append(f"{name}{kind} = {expr_text(size)}")
         static = m.is_number and n.is_number
-        even = "(M % BLOCK_M == 0) and (N % BLOCK_N == 0)" if static else "False"
+        even = f"(M % {height} == 0) and (N % {width} == 0)" if static else "False"
         return [*lines, f"EVEN: tl.constexpr = {even}"]
 
-    def _first(self) -> list[str]:
-        return ["first_m = tile_m * BLOCK_M", "first_n = tile_n * BLOCK_N"]
+    def _place(self, height: int | str = "BLOCK_M") -> list[str]:
+        """Where the tile lies."""
+        lines = ["tile_m = tile // tiles_n", "tile_n = tile % tiles_n"]
+        return [*lines, f"first_m = tile_m * {height}", "first_n = tile_n * BLOCK_N"]
 
-    def _rows(self, sets: Sequence[str]) -> list[str]:
+    def _rows(self, sets: Sequence[str], below: str = "") -> list[str]:
+        """The tile's rows; ``below``: how far below its place."""
         first = "first_m.to(tl.int64)" if self.region.is_large else "first_m"
+        first += f" + {below}" if below else ""
         lines = []
         for j, letter in enumerate(sets):
             row = "tl.arange(0, BLOCK_M)[:, None]"
@@ -275,26 +306,27 @@ class Writer:
 
     def _store_block(self, result: Result, variable: str) -> list[str]:
         cast = self.region.blocks[result.index]
-        if self._has_rows_apart(result):
-            return self._row_cast(result, f"x_{variable}").store()
+        if cast in self.region.searched:
+            return self._searched_cast(result, variable).store()
         return BlockCast(result, cast, f"x_{variable}", self.sets).store()
 
-    def _has_rows_apart(self, result: Result) -> bool:
-        """Whether a kernel before this one has looked for the largest of its rows."""
-        return self.region.rows_apart and self.region.blocks[result.index].block[1] == 0
-
-    def _row_cast(self, result: Result, x: str) -> RowCast:
-        maxima = self.region.maxima.items()
+    def _searched_cast(self, result: Result, variable: str) -> SearchedCast:
+        """A cast for which a kernel before this one has looked for the largest elements."""
         found = {
-            copy: f"maxima_ptr + {expr_text(first)}" if first != 0 else "maxima_ptr"
-            for (index, copy), first in maxima
+            copy: f"found_ptr + {expr_text(first)}" if first != 0 else "found_ptr"
+            for (index, copy), first in self.region.found.items()
             if index == result.index
         }
-        return RowCast(result, self.region.blocks[result.index], x, self.sets, found)
+        cast = self.region.blocks[result.index]
+        return SearchedCast(result, cast, f"x_{variable}", self.sets, found)
 
-    def _search_rows(self, result: Result, variable: str) -> list[str]:
-        bits = f"bits = inside(magnitude_bits({variable}), in_m & in_n, EVEN)"
-        return [bits, *self._row_cast(result, variable).search("bits")]
+    def _searched(self) -> list[tuple[str, SearchedCast]]:
+        """All such casts, with the variables that hold their values."""
+        return [
+            (variable, self._searched_cast(result, variable))
+            for result, variable in self._outputs()
+            if result.kind == "block" and self.region.blocks[result.index] in self.region.searched
+        ]
 
     def _store_group(self, result: Result, variable: str) -> list[str]:
         """A cast with a scale per group of a row; the tile holds whole groups."""
@@ -338,8 +370,8 @@ class Writer:
         """What the values of a tile are computed from, and the words that programs share."""
         totals = ["totals_ptr"] if self.region.sums_apart else []
         words = ["words_ptr"] if self.region.casts else []
-        maxima = ["maxima_ptr"] if self.region.rows_apart else []
-        return [*self._inputs(), *totals, *words, *maxima]
+        found = ["found_ptr"] if self.region.searched else []
+        return [*self._inputs(), *totals, *words, *found]
 
     def _scales(self) -> list[str]:
         casts = enumerate(self.region.casts)
@@ -350,12 +382,23 @@ class Writer:
         names = self._read() + self._scales()
         for i, cast in enumerate(self.region.casts):
             names += [f"{output}_{i}_ptr" for output in cast.outputs]
+        searched = self._inverses()
         for i, block in enumerate(self.region.blocks):
-            names += [f"block_{output}_{i}_ptr" for output in block.outputs]
+            pointers = [f"block_{output}_{i}_ptr" for output in block.outputs]
+            names += [pointer for pointer in pointers if pointer not in searched]
         for i in range(len(self.region.groups)):
             names += [f"q_{i}_ptr", f"group_scale_inv_{i}_ptr"]
         names += [f"value_{i}_ptr" for i in range(len(self.region.values))]
         return names + [f"partial_{i}_ptr" for i in range(len(self.region.sums))]
+
+    def _inverses(self) -> list[str]:
+        """The inverse scales that the kernel that finds them stores."""
+        return [
+            f"block_{output}_{i}_ptr"
+            for i, cast in enumerate(self.region.blocks)
+            for output in INVERSES.values()
+            if cast in self.region.searched and cast.block[1] and output in cast.outputs
+        ]
 
     def _sum_arguments(self) -> list[str]:
         sums = range(len(self.region.sums))
@@ -365,7 +408,7 @@ class Writer:
 
     def _known(self) -> str:
         """Whether every cast has a scale from earlier steps; "" where that is never so."""
-        if self.region.rows_apart or not all(cast.is_delayed for cast in self.region.casts):
+        if self.region.searched or not all(cast.is_delayed for cast in self.region.casts):
             return ""
         return " & ".join(f"(tl.load(scale_{i}_ptr) > 0)" for i in range(len(self.region.casts)))
 
@@ -397,12 +440,11 @@ class Writer:
         ]
         return _function(self._search_name, self._read(), lines)
 
-    def _tile_counts(self) -> list[str]:
-        return ["tiles_n = tl.cdiv(N, BLOCK_N)", "tiles = tl.cdiv(M, BLOCK_M) * tiles_n"]
+    def _tile_counts(self, height: int | str = "BLOCK_M") -> list[str]:
+        return ["tiles_n = tl.cdiv(N, BLOCK_N)", f"tiles = tl.cdiv(M, {height}) * tiles_n"]
 
     def _values_of_tile(self) -> list[str]:
-        lines = ["tile_m = tile // tiles_n", "tile_n = tile % tiles_n", *self._first()]
-        lines += [*self._rows(("",)), *self._cols()]
+        lines = [*self._place(), *self._rows(("",)), *self._cols()]
         return [*lines, *self._totals(("",)), *self._results(("",))]
 
     def _leave_amax(self, i: int, bits: str) -> list[str]:
@@ -411,6 +453,7 @@ class Writer:
 
 
 _DONE = "words_ptr + 1"
+_ZEROS = "tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)"
 
 
 def word_count(region: Region) -> int:

@@ -44,7 +44,7 @@ HEAD_DIM = 32
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the model and of its training."""
+    """Sizes of the model and of its training; ``seed``: of its weights and of the batches."""
 
     layers: int
     width: int
@@ -52,6 +52,7 @@ class Config:
     batch: int
     steps: int
     learning_rate: float
+    seed: int = 0
 
 
 ON_CPU = Config(layers=3, width=128, context=128, batch=12, steps=300, learning_rate=2e-3)
@@ -179,7 +180,7 @@ class Run:
 
 
 def new_model(config: Config, device: torch.device) -> GPT:
-    torch.manual_seed(0)
+    torch.manual_seed(config.seed)
     return GPT(config).to(device)
 
 
@@ -213,7 +214,7 @@ def training_steps(
 ) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
     """Train, and give each step's loss and batch when the gradients are there to be looked at."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95))
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(config.seed + 1)
     for step in range(config.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
         tokens, targets = (t.to(device) for t in random_batch(text, config, generator))

@@ -121,12 +121,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="one layer, 64 wide")
     parser.add_argument("--steps", type=int, help="default: 1000, tiny: 300")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     parser.add_argument("--logits", choices=["high_precision", "fp8"], default="high_precision")
     parser.add_argument("--recipe", choices=sorted(fp8compile.RECIPES), default="delayed")
     parser.add_argument("--csv", type=Path, help="append the numbers to this file")
     args = parser.parse_args()
     config = TINY if args.tiny else LARGE
-    config = replace(config, steps=args.steps or config.steps)
+    config = replace(config, steps=args.steps or config.steps, seed=args.seed)
     if config.steps <= WARMUP_STEPS:
         parser.error(f"--steps must be more than {WARMUP_STEPS}, got {config.steps}")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,29 @@ def fine_launches() -> Iterator[tuple[str, Launch]]:
 
     heads = {name: torch.ones(M, 8, 32, dtype=BF16) for name in "qkv"}
     case = only_region(rotated, **heads, table=torch.ones(2, M, 1, 16))
-    yield "blocks of a rotation", cast_launch(case, tiles(case.region)[0])
+    yield from searched("blocks of a rotation", case)
+    gated = {name: torch.ones(M, N, dtype=BF16) for name in ("gate", "up", "g")}
+    for block in ((1, 0), (1, 128)):
+        yield from searched(f"gated {block}", only_region(partial(gate_backward, block), **gated))
+
+
+def searched(name: str, case: Case) -> Iterator[tuple[str, Launch]]:
+    """The launches of casts whose scales a kernel before finds."""
+    search, main = prepare(case.gm, case.inputs)[0]
+    yield f"region {name} search", search
+    yield f"region {name}", main
+
+
+def gate_backward(
+    block: tuple[int, int], gate: torch.Tensor, up: torch.Tensor, g: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The casts behind the gradients of a gated layer, and of what its gate and value make."""
+    opened = gate.sigmoid()
+    joined = torch.cat([g * up * opened * (1 - opened), g * opened], 1)
+    _, q_t, _, scale_inv_t = torch.ops.fp8.quantize_blocks(
+        opened * up, block, False, E4M3, False, True
+    )
+    return q_t, scale_inv_t, *torch.ops.fp8.quantize_blocks(joined, block, False, E4M3, True, True)
 
 
 def rotated(
@@ -480,6 +503,18 @@ def test_regions_store_transposed_copies_in_wide_stores(reports: dict[str, Repor
         )
         stores = _accesses(main["ptx"], "st")
         assert sum(s for s in stores if s == 16) >= main["elements_per_thread"], name
+
+
+def test_searches_read_each_value_once_in_wide_loads_that_are_under_way_early(
+    reports: dict[str, Report],
+) -> None:
+    for block in ((1, 0), (1, 128)):
+        ptx = reports[f"region gated {block} search"]["ptx"]
+        early = re.findall(
+            r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], (0x\w+|\d+)", ptx
+        )
+        assert early and {int(size, 0) for size in early} == {16}, block
+        assert not [size for size in _accesses(ptx, "ld") if size < 16], block
 
 
 def test_casts_are_hardware_casts(reports: dict[str, Report]) -> None:
