@@ -299,7 +299,9 @@ def print_sqnr(results: list[Result]) -> None:
 
 
 def print_categories(results: list[Result]) -> None:
-    """Where a step's time goes. Kernels of one stream do not overlap, so the rest is idle time."""
+    """Where a step's time goes. Left over are gaps between kernels, and what the clock is lower by
+    in the timed steps, which follow each other for longer than those that kernels are timed in.
+    """
     results = [r for r in results if r.kernels]
     if not results:
         return
@@ -309,8 +311,8 @@ def print_categories(results: list[Result]) -> None:
     for category in tables[0]:
         cells = [f"{t[category].ms:.2f} ({t[category].launches:.0f})" for t in tables]
         print(f"{category:<22}" + "".join(f"{cell:>18}" for cell in cells))
-    idle = [r.step_ms - sum(k.ms for k in r.kernels.values()) for r in results]
-    print(f"{'idle':<22}" + "".join(f"{ms:>18.2f}" for ms in idle))
+    left = [r.step_ms - sum(k.ms for k in r.kernels.values()) for r in results]
+    print(f"{'left over':<22}" + "".join(f"{ms:>18.2f}" for ms in left))
     for r in results:
         print_largest(r, "casts and transposes")
         print_largest(r, "other")
