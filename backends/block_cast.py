@@ -7,87 +7,52 @@ the largest of all sets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from ..ops import ALIGNMENT
-from ..regions import shape_of
-from .pieces import named, padded_text, plus
-from .region import Cast, Result
-from .values import expr_text
+from .fine_cast import FineCast
+from .pieces import named, plus
 
 
-@dataclass(frozen=True)
-class BlockCast:
-    """A result of a region's kernel that is cast with a scale per block.
-
-    ``x``: the variable that holds its values, for each of the ``sets`` of rows, zero outside of the
-    matrix.
-    """
-
-    result: Result
-    cast: Cast
-    x: str
-    sets: Sequence[str]
+class BlockCast(FineCast):
+    """A cast with a scale per block, whose tiles hold whole blocks."""
 
     def store(self) -> list[str]:
         """Scale, cast and store both copies, as far as they are wanted, with their scales."""
         row_major, transposed = ("fp8" in self.cast.outputs, "fp8_t" in self.cast.outputs)
         lines = []
-        if row_major and self._high == 1:
+        if row_major and self.high == 1:
             for a in self.sets:
-                lines += [*self._scale_row(a), *self._store_rows(a), self._store_row_scales(a)]
-        if transposed or self._high > 1:
+                lines += [*self._scale_row(a), self.store_rows(a), self._store_row_scales(a)]
+        if transposed or self.high > 1:
             lines += self._scale_all()
-        if row_major and self._high > 1:
+        if row_major and self.high > 1:
             for a in self.sets:
-                lines += self._store_rows(a)
+                lines.append(self.store_rows(a))
             lines += self._store_scales()
         return lines + (self._store_transposed() if transposed else [])
-
-    @property
-    def _high(self) -> int:
-        return self.cast.block[0]
 
     @property
     def _wide(self) -> int | str:
         """A block's columns; a tile's, where they are all that there are."""
         return self.cast.block[1] or "BLOCK_N"
 
-    @property
-    def _unit(self) -> int:
-        """What the length of a copy's rows is a multiple of."""
-        return max(self.cast.block[1], ALIGNMENT)
-
-    @property
-    def _width(self) -> str:
-        return expr_text(shape_of(self.cast.node.all_input_nodes[0])[1])
-
-    def _pointer(self, output: str) -> str:
-        return f"block_{output}_{self.result.index}_ptr"
-
     # --- scales ----------------------------------------------------------------------------------
 
     def _scale_row(self, a: str) -> list[str]:
         """A set of rows, ready to cast to blocks that are part of a row."""
         bits = f"magnitude_bits({named(self.x, a)})"
-        return [self._find_scales(bits, "1", self._wide), self._scaled(a)]
+        return [self._find_scales(bits, "1", self._wide), self.scaled(a, "spread")]
 
     def _scale_all(self) -> list[str]:
         """All sets of rows, ready to cast to blocks that are several rows of the tile."""
-        high, wide = (self._high, self._wide) if self._high > 1 else (self._wide, 1)
+        high, wide = (self.high, self._wide) if self.high > 1 else (self._wide, 1)
         several = [f"magnitude_bits({named(self.x, a)})" for a in self.sets]
         lines = [f"bits = {several[0]}"]
         lines += [f"bits = tl.maximum(bits, {bits})" for bits in several[1:]]
         lines.append(self._find_scales("bits", f"{high} // {len(self.sets)}", wide))
-        return lines + [self._scaled(a) for a in self.sets]
+        return lines + [self.scaled(a, "spread") for a in self.sets]
 
     def _find_scales(self, bits: str, high: str, wide: int | str) -> str:
         settings = f"{high}, {wide}, {self.cast.format.max}, {self.cast.power_of_two}"
         return f"block_scale, spread = block_scales({bits}, {settings})"
-
-    def _scaled(self, a: str) -> str:
-        return f"{named('y', a)} = saturate({named(self.x, a)}, spread, {self.cast.format.max})"
 
     def _columns(self, wide: int | str) -> tuple[str, str]:
         """The numbers of the tile's blocks in a row of blocks, and which of them there are."""
@@ -97,43 +62,31 @@ class BlockCast:
 
     # --- stores ----------------------------------------------------------------------------------
 
-    def _store_rows(self, a: str) -> list[str]:
-        pointer = self._pointer("fp8")
-        pitch = padded_text(self._width, self._unit)
-        at = f"{pointer} + ({named('rows', a)} * {pitch} + cols{plus(self.result.start)})"
-        value = f"{named('y', a)}.to({pointer}.dtype.element_ty)"
-        mask = f"{named('in_m', a)} & (cols < {padded_text('N', self._unit)})"
-        return [f"tl.store({at}, {value}, mask={mask})"]
-
     def _store_row_scales(self, a: str) -> str:
         across, mask = self._columns(self._wide)
-        at = f"{self._pointer('scale_inv')} + ({across} * M + {named('rows', a)})"
+        at = f"{self.pointer('scale_inv')} + ({across} * M + {named('rows', a)})"
         mask = f"{named('in_m', a)} & {mask}"
         return f"tl.store({at}, tl.div_rn(1.0, block_scale), mask={mask})"
 
     def _store_scales(self) -> list[str]:
         across, mask = self._columns(self._wide)
-        count = f"tl.cdiv({self._width}, {self._wide})"
-        at = f"{self._pointer('scale_inv')} + (down * {count} + {across})"
-        mask = f"(down < tl.cdiv(M, {self._high})) & {mask}"
+        count = f"tl.cdiv({self.width}, {self._wide})"
+        at = f"{self.pointer('scale_inv')} + (down * {count} + {across})"
+        mask = f"(down < tl.cdiv(M, {self.high})) & {mask}"
         return [
-            f"down = first_m // {self._high} + tl.arange(0, BLOCK_M // {self._high})[:, None]",
+            f"down = first_m // {self.high} + tl.arange(0, BLOCK_M // {self.high})[:, None]",
             f"tl.store({at}, tl.div_rn(1.0, block_scale), mask={mask})",
         ]
 
     def _store_transposed(self) -> list[str]:
-        wide, pointer = self._wide, self._pointer("fp8_t")
-        height, start = padded_text("M", self._unit), plus(self.result.start)
-        at, mask = f"(down * {self._width} + cols{start})", "in_n"
-        if self._high > 1:
-            across, mask = self._columns(self._high)
+        wide = self._wide
+        at, mask = f"(down * {self.width} + cols{plus(self.result.start)})", "in_n"
+        if self.high > 1:
+            across, mask = self._columns(self.high)
             at = f"({across} * tl.cdiv(M, {wide}) + down)"
-        at, mask = f"{self._pointer('scale_inv_t')} + {at}", f"(down < tl.cdiv(M, {wide})) & {mask}"
+        at, mask = f"{self.pointer('scale_inv_t')} + {at}", f"(down < tl.cdiv(M, {wide})) & {mask}"
         return [
-            "store_transposed(",
-            f"    {pointer}, y_a, y_b, y_c, y_d, first_m, first_n{start},",
-            f"    {height} - first_m, N - first_n, {height},",
-            ")",
+            *self.store_transposed(),
             f"down = first_m // {wide} + tl.arange(0, BLOCK_M // {wide})[:, None]",
             f"tl.store({at}, tl.div_rn(1.0, block_scale), mask={mask})",
         ]

@@ -284,9 +284,9 @@ def prepare(
     device = next(iter(inputs.values())).device
     tensors: dict[str, Any] = {node.name: inputs[node.name] for node in region.inputs}
     results: dict[str, Tensor] = {}
-    counts = {"words": word_count(region), "found": int(region.found_size)}
-    for name, count in counts.items():
-        tensors[name] = torch.zeros(count, dtype=torch.int32, device=device)
+    tensors["words"] = torch.zeros(word_count(region), dtype=torch.int32, device=device)
+    made = torch.zeros if region.scales_rows else torch.empty  # programs of one row add to it
+    tensors["found"] = made(int(region.found_size), dtype=torch.int32, device=device)
     for i, cast in enumerate(region.casts):
         tensors |= _cast_tensors(i, cast, inputs, device, results)
     for i, block in enumerate(region.blocks):

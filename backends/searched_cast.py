@@ -8,30 +8,21 @@ see parts of, it leaves the largest magnitudes, as bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..ops import ALIGNMENT
-from ..regions import shape_of
-from .pieces import named, padded_text, plus
-from .region import Cast, Result
-from .values import expr_text
+from .fine_cast import FineCast
+from .pieces import named, plus
 
 INVERSES = {"fp8": "scale_inv", "fp8_t": "scale_inv_t"}
 
 
 @dataclass(frozen=True)
-class SearchedCast:
-    """A result of a region's kernel that is cast with a scale per row, column or block.
+class SearchedCast(FineCast):
+    """A cast with a scale per row, column or block, of smaller tiles.
 
-    ``x``: the variable that holds its values, for each of the ``sets`` of rows, zero outside of the
-    matrix. ``found``: where each copy's scales or largest magnitudes lie, as text.
+    ``found``: where each copy's scales or largest magnitudes lie, as text.
     """
 
-    result: Result
-    cast: Cast
-    x: str
-    sets: Sequence[str]
     found: dict[str, str]
 
     # --- the kernel that searches ----------------------------------------------------------------
@@ -39,7 +30,7 @@ class SearchedCast:
     @property
     def waits(self) -> bool:
         """Whether something is known only when all rows of a block have been looked at."""
-        return self._high > 1 or "fp8_t" in self.cast.outputs
+        return self.high > 1 or "fp8_t" in self.cast.outputs
 
     @property
     def largest(self) -> str:
@@ -49,7 +40,7 @@ class SearchedCast:
     def search(self, bits: str) -> list[str]:
         """Take a tile of ``magnitude_bits`` into account."""
         lines = []
-        if "fp8" in self.cast.outputs and self._high == 1:
+        if "fp8" in self.cast.outputs and self.high == 1:
             lines += self._leave("fp8", f"tl.max({bits}, axis=1, keep_dims=True)", "in_m")
         if self.waits:
             lines.append(f"{self.largest} = tl.maximum({self.largest}, {bits})")
@@ -57,7 +48,7 @@ class SearchedCast:
 
     def leave(self) -> list[str]:
         """Leave what all rows of a block have given."""
-        if self._high > 1:
+        if self.high > 1:
             return self._leave("fp8", f"tl.max({self.largest})")
         return self._leave("fp8_t", f"tl.max({self.largest}, axis=0, keep_dims=True)", "in_n")
 
@@ -70,9 +61,9 @@ class SearchedCast:
             f"scale = row_scale({bits}, {self.cast.format.max}, {self.cast.power_of_two})",
             f"tl.store({at}, scale.to(tl.int32, bitcast=True){masked})",
         ]
-        for stored in INVERSES if self._high > 1 else (copy,):
+        for stored in INVERSES if self.high > 1 else (copy,):
             if stored in self.cast.outputs:
-                at = f"{self._pointer(INVERSES[stored])} + {self._at_inverse(stored)}"
+                at = f"{self.pointer(INVERSES[stored])} + {self._at_inverse(stored)}"
                 lines.append(f"tl.store({at}, tl.div_rn(1.0, scale){masked})")
         return lines
 
@@ -84,69 +75,46 @@ class SearchedCast:
         return lines + (self._store_columns() if "fp8_t" in self.cast.outputs else [])
 
     def _store_rows(self) -> list[str]:
-        pointer, pitch = self._pointer("fp8"), padded_text(self._width, self._unit)
         lines = []
         for a in self.sets:
             rows, in_m, scale = named("rows", a), named("in_m", a), named("scale_of_rows", a)
-            lines += [f"{scale} = {self._scale('fp8', rows, in_m)}", self._scaled(a, scale)]
-            value = f"{named('y', a)}.to({pointer}.dtype.element_ty)"
-            mask = f"{in_m} & (cols < {padded_text('N', self._unit)})"
-            at = f"{pointer} + ({rows} * {pitch} + {self._columns})"
-            lines.append(f"tl.store({at}, {value}, mask={mask})")
+            lines.append(f"{scale} = {self._scale('fp8', rows, in_m)}")
+            lines += [self.scaled(a, scale), self.store_rows(a)]
             if not self._wide and self.result.start == 0:
                 lines += self._store_inverse("fp8", rows, scale, in_m, "tile_n == 0")
         return lines
 
     def _store_columns(self) -> list[str]:
-        height, start = padded_text("M", self._unit), plus(self.result.start)
+        scale = "scale_of_columns"
         lines = [
-            f"scale_of_columns = {self._scale('fp8_t', '', 'in_n')}",
-            *(self._scaled(a, "scale_of_columns") for a in self.sets),
-            "store_transposed(",
-            f"    {self._pointer('fp8_t')}, y_a, y_b, y_c, y_d, first_m, first_n{start},",
-            f"    {height} - first_m, N - first_n, {height},",
-            ")",
+            f"{scale} = {self._scale('fp8_t', '', 'in_n')}",
+            *(self.scaled(a, scale) for a in self.sets),
+            *self.store_transposed(),
         ]
         if not self._wide:
-            lines += self._store_inverse("fp8_t", "", "scale_of_columns", "in_n", "tile_m == 0")
+            lines += self._store_inverse("fp8_t", "", scale, "in_n", "tile_m == 0")
         return lines
 
     def _scale(self, copy: str, rows: str, mask: str) -> str:
         """The scale, or what it is made from, loaded."""
-        found = self.found["fp8" if self._high > 1 else copy]
-        masked = "" if self._high > 1 else f", mask={mask}, other=0"
+        found = self.found["fp8" if self.high > 1 else copy]
+        masked = "" if self.high > 1 else f", mask={mask}, other=0"
         bits = f"tl.load({found} + {self._at(copy, rows)}{masked})"
         if self._wide:
             return f"{bits}.to(tl.float32, bitcast=True)"
         return f"row_scale({bits}, {self.cast.format.max}, {self.cast.power_of_two})"
 
-    def _scaled(self, a: str, scale: str) -> str:
-        return f"{named('y', a)} = saturate({named(self.x, a)}, {scale}, {self.cast.format.max})"
-
     def _store_inverse(self, copy: str, rows: str, scale: str, mask: str, first: str) -> list[str]:
         """Store the inverse of a row's or column's scale, from the ``first`` of its tiles."""
-        at = f"{self._pointer(INVERSES[copy])} + {self._at(copy, rows)}"
+        at = f"{self.pointer(INVERSES[copy])} + {self._at(copy, rows)}"
         return [f"if {first}:", f"    tl.store({at}, tl.div_rn(1.0, {scale}), mask={mask})"]
 
     # --- where things lie ------------------------------------------------------------------------
 
     @property
-    def _high(self) -> int:
-        return self.cast.block[0]
-
-    @property
     def _wide(self) -> int:
         """A block's columns; 0 where it is a whole row."""
         return self.cast.block[1]
-
-    @property
-    def _unit(self) -> int:
-        """What the length of a copy's rows is a multiple of."""
-        return max(self._wide, ALIGNMENT)
-
-    @property
-    def _width(self) -> str:
-        return expr_text(shape_of(self.cast.node.all_input_nodes[0])[1])
 
     @property
     def _columns(self) -> str:
@@ -165,17 +133,14 @@ class SearchedCast:
 
     def _at(self, copy: str, rows: str) -> str:
         """Where the scale of a block lies among those of a copy."""
-        if self._high > 1:
-            return f"({self._down} * tl.cdiv({self._width}, {self._wide}) + {self._across})"
+        if self.high > 1:
+            return f"({self._down} * tl.cdiv({self.width}, {self._wide}) + {self._across})"
         if copy == "fp8":
             return f"({self._across} * M + {rows})" if self._wide else rows
-        return f"({self._down} * {self._width} + {self._columns})" if self._wide else self._columns
+        return f"({self._down} * {self.width} + {self._columns})" if self._wide else self._columns
 
     def _at_inverse(self, copy: str) -> str:
         """The same of its inverse: the blocks of a transposed copy lie transposed."""
-        if self._high > 1 and copy == "fp8_t":
-            return f"({self._across} * tl.cdiv(M, {self._high}) + {self._down})"
+        if self.high > 1 and copy == "fp8_t":
+            return f"({self._across} * tl.cdiv(M, {self.high}) + {self._down})"
         return self._at(copy, "rows")
-
-    def _pointer(self, output: str) -> str:
-        return f"block_{output}_{self.result.index}_ptr"
