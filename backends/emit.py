@@ -56,9 +56,9 @@ def emit(region: Region) -> Source:
     writer = Writer(region, values, search_apart=search_apart(region))
     parts = [f'"""{describe(region, name)}\n"""', IMPORTS, *writer.functions(), writer.main(name)]
     if region.sums_apart:
-        parts.append(writer.sums(f"{name}_sums"))
+        parts.append(writer.before.sums(f"{name}_sums"))
     if search_apart(region):
-        parts.append(writer.amax(f"{name}_amax"))
+        parts.append(writer.before.amax(f"{name}_amax"))
     if region.sums:
         parts.append(writer.column_sums(f"{name}_column_sums"))
     return Source(

@@ -22,10 +22,10 @@ from ..internals import cache_folder
 from ..ir import args_of, format_graph
 from ..ops import GROUP, padded
 from ..regions import shape_of
+from .before import word_count
 from .emit import Source, emit, search_apart
 from .kernels.launch import Launch, run
 from .region import Cast, Region
-from .writer import word_count
 
 log = logging.getLogger(__name__)
 

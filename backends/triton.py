@@ -33,6 +33,7 @@ from ..ir import (
     size_expr,
 )
 from ..regions import hint, is_aligned, scales_afterwards
+from .before import word_count
 from .block_gemms import inline, is_scaled_mm, lower_to_scaled_mm
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
 from .fused import emit_once, launches, tiles, tiles_down
@@ -42,7 +43,6 @@ from .kernels.scaled_mm_blocks import config_for, scaled_mm_blocks_launch
 from .kernels.update_scales import update_scales
 from .region import Cast, Region
 from .tuning import CUBLASLT, GemmShape, choose_gemm
-from .writer import word_count
 
 _ALIGNED = 4  # words: parts of a buffer that start at multiples of it can share a compiled kernel
 

@@ -139,7 +139,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
     for key in given:
         if key not in legal:
             close = difflib.get_close_matches(str(key), legal, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise OptionError(
                 f"unknown option {key!r}{hint} Legal options: {legal}. Inductor's own options "
                 "go into options={'inductor': {...}}"

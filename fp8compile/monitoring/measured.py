@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..edge_records import dequantized
 from ..errors import OptionError
 from ..formats import Format
 from ..histogram import OCTAVES, places_of
@@ -17,7 +18,7 @@ from ..ir import Edge, GemmInfo
 from ..named_state import named_states, site_of
 from ..ops import SATURATED, current_scale
 from ..options import Options
-from ..profiling import dequantized, watch
+from ..profiling import watch
 from ..recipe import Granularity, Operand, Recipe, Scaling
 from ..records import Record
 from ..scaling import slots_of

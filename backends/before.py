@@ -1,0 +1,127 @@
+"""The text of what runs before a region's results are stored.
+
+Sums over rows, for a kernel that computes tiles of columns; and the search for scales, which looks
+for the largest elements before anything is cast.
+"""
+
+from __future__ import annotations
+
+from .region import Region
+from .tile_text import TileText, definition
+
+_DONE = "words_ptr + 1"
+_ZEROS = "tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)"
+
+
+def word_count(region: Region) -> int:
+    """The zeroed int32 through which the programs of a region find the amax of its casts."""
+    return 2 + len(region.casts) if region.casts else 0
+
+
+def found_amax(i: int) -> str:
+    """Where the search for amax leaves what it has found for a cast."""
+    return f"words_ptr + {2 + i}"
+
+
+class Before(TileText):
+    """Writes what a region needs first: kernels of its own, or a function of the one that casts."""
+
+    # --- kernels -------------------------------------------------------------------------------
+
+    def sums(self, name: str) -> str:
+        """The kernel that sums over whole rows, for one that computes tiles of columns."""
+        lines = [*self._extent(), "first_m = tl.program_id(0) * BLOCK_M", "first_n = 0"]
+        lines += [*self._rows(), *self._cols()]
+        lines += [self._call(function, "", function.returns) for function in self.values.sums]
+        for i, total in enumerate(self.values.totals.values()):
+            lines.append(f"tl.store(totals_ptr + {i} * M + rows, {total.name}, mask=in_m)")
+        return definition(name, [*self._inputs(), "totals_ptr"], lines)
+
+    def amax(self, name: str) -> str:
+        """The kernel that finds the amax of the casts, unless all scales are known, and of rows."""
+        casts = range(len(self.region.casts))
+        height = self.region.search_height or "BLOCK_M"
+        lines = [*self._extent(height), *self._tile_counts(height)]
+        if self._known():
+            lines.append(f"tiles = tl.where({self._known()}, 0, tiles)")
+        lines += [f"bits_{i} = {_ZEROS}" for i in casts]
+        lines.append("for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):")
+        lines += [f"    {line}" for line in self._search_tile()]
+        for i in casts:
+            lines += self._leave_amax(i, f"bits_{i}")
+        return definition(name, [*self._read(), *self._scales(), *self._inverses()], lines)
+
+    def _search_tile(self) -> list[str]:
+        """Look at a tile, or at those that make a block of rows."""
+        found = self._searched()
+        wait = [cast for _, cast in found if cast.waits]
+        look = []
+        for i in range(len(self.region.casts)):
+            look += [*self._bits(i), f"bits_{i} = tl.maximum(bits_{i}, bits)"]
+        for variable, cast in found:
+            look.append(f"bits = inside(magnitude_bits({variable}), in_m & in_n, EVEN)")
+            look += cast.search("bits")
+        height = self.region.search_height
+        if not height:
+            return [*self._values_of_tile(), *look]
+        lines = [*self._place(height), *self._cols()]
+        lines += [f"{cast.largest} = {_ZEROS}" for cast in wait]
+        lines.append(f"for strip in tl.range(0, {height}, BLOCK_M, num_stages={self._stages()}):")
+        inner = [*self._rows("strip"), *self._totals(), *self._results()]
+        lines += [f"    {line}" for line in (*inner, *look)]
+        return lines + [line for cast in wait for line in cast.leave()]
+
+    def _stages(self) -> int:
+        """How many strips the loads of a search are ahead: two more, a fifth faster, unless they
+        take so much shared memory that few programs run at a time.
+        """
+        return 3 if self.values.loads_little else 1
+
+    # --- a function ----------------------------------------------------------------------------
+
+    def search_if_needed(self) -> list[str]:
+        call = f"{self._search_name}({', '.join([*self._read(), 'BLOCK_M', 'BLOCK_N'])})"
+        return [f"known = {self._known()}", "if not known:", f"    {call}"]
+
+    def search_function(self) -> str:
+        """The function in which all programs find the amax of every cast before any goes on.
+
+        ``words_ptr``, zero at first: how many tiles are taken, how many are done, and the bits of
+        each cast's amax. A program takes tiles as long as there are any, so that those that
+        run never wait for one that does not run yet.
+        """
+        lines = [*self._extent(), *self._tile_counts(), "tile = tl.atomic_add(words_ptr, 1)"]
+        lines.append("while tile < tiles:")
+        lines += [f"    {line}" for line in self._values_of_tile()]
+        for i in range(len(self.region.casts)):
+            lines += [f"    {x}" for x in (*self._bits(i), *self._leave_amax(i, "bits"))]
+        lines += [
+            f"    tl.atomic_add({_DONE}, 1)",
+            "    tile = tl.atomic_add(words_ptr, 1)",
+            f"while tl.atomic_add({_DONE}, 0) < tiles:",
+            "    pass",
+        ]
+        return definition(self._search_name, self._read(), lines)
+
+    @property
+    def _search_name(self) -> str:
+        return f"_search{self.values.suffix}"
+
+    # --- both ----------------------------------------------------------------------------------
+
+    def _known(self) -> str:
+        """Whether every cast has a scale from earlier steps; "" where that is never so."""
+        if self.region.searched or not all(cast.is_delayed for cast in self.region.casts):
+            return ""
+        return " & ".join(f"(tl.load(scale_{i}_ptr) > 0)" for i in range(len(self.region.casts)))
+
+    def _tile_counts(self, height: int | str = "BLOCK_M") -> list[str]:
+        return ["tiles_n = tl.cdiv(N, BLOCK_N)", f"tiles = tl.cdiv(M, {height}) * tiles_n"]
+
+    def _values_of_tile(self) -> list[str]:
+        lines = [*self._place(), *self._rows(), *self._cols()]
+        return [*lines, *self._totals(), *self._results()]
+
+    def _leave_amax(self, i: int, bits: str) -> list[str]:
+        amax = f"tile_amax({bits}).to(tl.int32, bitcast=True)"
+        return [f'tl.atomic_max({found_amax(i)}, {amax}, sem="relaxed")']
