@@ -46,6 +46,7 @@ from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._ordered_set import OrderedSet
@@ -73,6 +74,14 @@ def clone_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
             copy._dynamo_source = original._dynamo_source
     graph.output_node().meta = gm.graph.output_node().meta.copy()
     return clone
+
+
+def module_of(graph: fx.Graph, class_name: str) -> fx.GraphModule:
+    """A module of a graph whose Python text is written only if something asks for it, or runs it.
+
+    All versions: no public name; the text of a region takes longer than all else in making it one.
+    """
+    return _LazyGraphModule({}, graph, class_name=class_name)
 
 
 def copy_of(graph: fx.Graph) -> fx.Graph:

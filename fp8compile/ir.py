@@ -1,4 +1,4 @@
-"""What the passes know about a graph: sites, GEMMs, edges; and how to print and verify it.
+"""What the passes know about a graph: sites, GEMMs, edges; and how to print it.
 
 A *site* is one matmul call in the user's model. ``find_gemms`` puts a ``GemmInfo`` into
 ``node.meta["fp8"]`` of every GEMM that belongs to one, and the later passes refine it.
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from . import ops  # noqa: F401  (registers the fp8:: operators)
 from .errors import PassError
-from .formats import FP8_DTYPES, Format
+from .formats import Format
 from .recipe import Gemm, Granularity, Operand, Recipe, Scaling
 
 aten = torch.ops.aten
@@ -248,6 +248,30 @@ def _number(value: Any) -> float | None:
     return float(value) if is_number else None
 
 
+def is_cast(node: fx.Node) -> bool:
+    """Whether it casts a GEMM's operand, see CASTS."""
+    return node.target in CASTS
+
+
+def quantize_output(node: fx.Node, output: str) -> fx.Node | None:
+    """The getitem node for an output of a cast, or None if nothing takes it."""
+    index = CASTS[node.target].index(output)
+    return next((user for user in node.users if user.args[1] == index), None)
+
+
+def scale_of(copy: str, cast: fx.Node) -> str:
+    """The name of the output that holds the scale_inv of one of a cast's copies."""
+    own = cast.target is QUANTIZE_BLOCKS and copy == "fp8_t"
+    return "scale_inv_t" if own else "scale_inv"
+
+
+def is_given_in_fp8(node: Any) -> bool:
+    """Whether it was in FP8 before the graph ran: what forward has cast for backward, or frozen
+    weights, several of which may be put together.
+    """
+    return isinstance(node, fx.Node) and (node.op == "placeholder" or node.target is CAT_ROWS)
+
+
 def edge_graph(gm: fx.GraphModule) -> nx.MultiDiGraph:
     """The FP8 edges of a graph: base value -> GEMM, with ``edge`` (an Edge) and ``site``."""
     graph = nx.MultiDiGraph()
@@ -301,11 +325,61 @@ def emit(
     return node
 
 
+Type = tuple[tuple[Any, ...], torch.dtype]  # the shape and dtype of a tensor
+
+
 def evaluate(node: fx.Node) -> Any:
     """Re-run a node on its arguments' fake tensors."""
+    key = _alike(node)
+    if key is None:
+        return _run(node)
+    device = node.all_input_nodes[0].meta["val"].device
+    types = result_types(node)
+    with fake_mode_of(node.graph):
+        made = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in types)
+    return made if node.target in CASTS else made[0]
+
+
+def result_types(node: fx.Node) -> list[Type]:
+    """What a node's arguments say that its results are.
+
+    Casts and the GEMMs that take them are run once for all that look alike, as layers mostly do:
+    PyTorch takes a millisecond to find its way to a custom operator's three lines.
+    """
+    key = _alike(node)
+    if key is None or key not in _types:
+        results = _run(node)
+        held = results if isinstance(results, list | tuple) else (results,)
+        types: list[Type] = [(tuple(value.shape), value.dtype) for value in held]
+        if key is None:
+            return types
+        _types[key] = types
+    return _types[key]
+
+
+_types: dict[Any, list[Type]] = {}
+
+
+def _run(node: fx.Node) -> Any:
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     with fake_mode_of(node.graph):
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _alike(node: fx.Node) -> Any:
+    """Equal for two nodes only if their results have the same types; None where that is not known:
+    sizes are symbolic, or results may share memory with arguments.
+    """
+    if node.target not in (*CASTS, *SCALED_MMS):
+        return None
+    shapes = [arg.meta["val"].shape for arg in node.all_input_nodes]
+    if not all(isinstance(size, int) for shape in shapes for size in shape):
+        return None
+    args = list(node.args)
+    if node.target is QUANTIZE:
+        args[2] = None  # the slot, which says nothing of the results
+    look = fx.node.map_arg(tuple(args), lambda n: (n.meta["val"].shape, n.meta["val"].dtype))
+    return node.target, look
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -326,11 +400,16 @@ _DTYPES = {
 def format_value(value: Any) -> str:
     """A value's type as short text, such as ``bf16[16, 64]``."""
     if isinstance(value, torch.Tensor):
-        dtype = _DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch."))
-        return f"{dtype}[{', '.join(str(size) for size in value.shape)}]"
+        return format_type(value.shape, value.dtype)
     if isinstance(value, list | tuple):
         return f"({', '.join(format_value(v) for v in value)})"
     return "none" if value is None else type(value).__name__
+
+
+def format_type(shape: Iterable[Any], dtype: torch.dtype) -> str:
+    """A tensor's type as short text."""
+    name = _DTYPES.get(dtype, str(dtype).removeprefix("torch."))
+    return f"{name}[{', '.join(map(str, shape))}]"
 
 
 def format_graph(gm: fx.GraphModule) -> str:
@@ -392,116 +471,3 @@ def format_args(arg: Any) -> str:
     if isinstance(arg, torch.dtype):
         return _DTYPES.get(arg, str(arg))
     return str(arg)
-
-
-# --- the rules ----------------------------------------------------------------------------------
-
-
-def verify(
-    gm: fx.GraphModule, pass_name: str = "verify", known: dict[fx.Node, Any] | None = None
-) -> None:
-    """Check the rules of the IR; PassError names the pass and the node that breaks one.
-
-    1. The graph lints: topologically sorted, no dangling names.
-    2. Every fp8 tensor is an output of a cast and has exactly one scale_inv: the same node's.
-       Only a scaled_mm takes it, with that scale_inv, a constant times it, or none (what reads
-       the product scales it), or the graph returns it. Or it was given to the graph: what forward
-       has cast, or frozen weights.
-    3. Every ``meta["val"]`` of an ``fp8::`` node equals the re-evaluated fake (shape and dtype).
-    4. Nothing is mutated but amax, by at most one ``fp8::track_amax`` per direction.
-
-    ``known`` carries over from one call to the next which nodes were found right with which
-    arguments, so that only new ones are evaluated.
-    """
-    known = {} if known is None else known
-    try:
-        gm.graph.lint()
-    except RuntimeError as error:
-        raise PassError(pass_name, f"the graph does not lint: {error}") from error
-    tracked = set()
-    for node in gm.graph.nodes:
-        if node.target in (*CASTS, *SCALED_MMS) and known.get(node) != node.args:
-            _verify_value(node, pass_name)
-            known[node] = node.args
-        if node.target in SCALED_MMS:
-            _verify_scaled_mm(node, pass_name)
-        elif node.target is TRACK_AMAX:
-            if is_backward(node) in tracked:
-                raise PassError(pass_name, "amax is tracked twice in one direction", node)
-            tracked.add(is_backward(node))
-        elif node.op == "call_function":
-            _verify_takes_no_fp8(node, pass_name)
-
-
-def is_cast(node: fx.Node) -> bool:
-    """Whether it casts a GEMM's operand, see CASTS."""
-    return node.target in CASTS
-
-
-def quantize_output(node: fx.Node, output: str) -> fx.Node | None:
-    """The getitem node for an output of a cast, or None if nothing takes it."""
-    index = CASTS[node.target].index(output)
-    return next((user for user in node.users if user.args[1] == index), None)
-
-
-def scale_of(copy: str, cast: fx.Node) -> str:
-    """The name of the output that holds the scale_inv of one of a cast's copies."""
-    own = cast.target is QUANTIZE_BLOCKS and copy == "fp8_t"
-    return "scale_inv_t" if own else "scale_inv"
-
-
-def _is_quantized(node: Any) -> bool:
-    return (
-        isinstance(node, fx.Node) and node.target is operator.getitem and is_cast(args_of(node)[0])
-    )
-
-
-def is_given_in_fp8(node: Any) -> bool:
-    """Whether it was in FP8 before the graph ran: what forward has cast for backward, or frozen
-    weights, several of which may be put together.
-    """
-    return isinstance(node, fx.Node) and (node.op == "placeholder" or node.target is CAT_ROWS)
-
-
-def _is_scale_of(scale_inv: Any, value: fx.Node) -> bool:
-    """Whether it is the scale_inv of a cast's copy ``value``, or a constant times it."""
-    scaled = constant_factor(scale_inv) if isinstance(scale_inv, fx.Node) else None
-    scale_inv = scaled[0] if scaled else scale_inv
-    if not _is_quantized(scale_inv) or value.args[0] is not scale_inv.args[0]:
-        return False
-    cast, copy = args_of(value)
-    return quantize_output(cast, scale_of(CASTS[cast.target][copy], cast)) is scale_inv
-
-
-def _verify_scaled_mm(node: fx.Node, pass_name: str) -> None:
-    a, b, a_scale_inv, b_scale_inv = args_of(node)[:4]
-    for value, scale_inv in ((a, a_scale_inv), (b, b_scale_inv)):
-        if not _is_quantized(value):
-            if is_given_in_fp8(value):
-                continue
-            raise PassError(pass_name, f"operand {value} is not an output of a cast", node)
-        if scale_inv is not None and not _is_scale_of(scale_inv, value):
-            raise PassError(pass_name, f"{value} is used with {scale_inv}, not its own", node)
-    formats = {value.meta["val"].dtype for value in (a, b)}
-    if formats == {Format.E5M2.dtype}:
-        raise PassError(pass_name, "e5m2 x e5m2: no tensor core multiplies these", node)
-
-
-def _verify_takes_no_fp8(node: fx.Node, pass_name: str) -> None:
-    if node.target is operator.getitem:
-        return
-    for arg in node.all_input_nodes:
-        if _is_quantized(arg) and arg.meta["val"].dtype in FP8_DTYPES:
-            raise PassError(pass_name, f"takes the fp8 tensor {arg}; only fp8 ops may", node)
-
-
-def _verify_value(node: fx.Node, pass_name: str) -> None:
-    for held, fresh in zip(_tensors(node.meta["val"]), _tensors(evaluate(node)), strict=True):
-        if held.dtype != fresh.dtype or tuple(held.shape) != tuple(fresh.shape):
-            raise PassError(
-                pass_name, f"meta['val'] is {format_value(held)}, not {format_value(fresh)}", node
-            )
-
-
-def _tensors(value: Any) -> Iterable[torch.Tensor]:
-    return value if isinstance(value, list | tuple) else (value,)

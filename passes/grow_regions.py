@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import heapq
 import operator
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch import fx
 
+from ..internals import module_of
 from ..ir import QUANTIZE, args_of, aten
 from ..regions import (
     COL,
@@ -68,10 +69,13 @@ Read = tuple[fx.Node, Position]
 
 @dataclass(eq=False)
 class _Draft:
-    """A region that is growing. ``computed``: its nodes besides casts and sums."""
+    """A region that is growing. ``computed``: its nodes besides casts and sums. ``replaces``: the
+    one that it grows in place of, or for, whose nodes may be its own.
+    """
 
     space: Space
     casts: list[fx.Node]
+    replaces: _Draft | None = None
     computed: dict[fx.Node, set[Position]] = field(default_factory=dict)
     reads: set[Read] = field(default_factory=set)
     sums: list[fx.Node] = field(default_factory=list)
@@ -97,13 +101,17 @@ class _Grower:
         self.stops: set[fx.Node] = set()
         self.drafts: list[_Draft] = []
         self.owner: dict[fx.Node, _Draft] = {}
+        self.bit = {cast: 1 << i for i, cast in enumerate(casts_of(gm))}
+        self.bits_above = self._bits_above()
+        # Which drafts, by their place in the list, may read or compute a value.
+        self.near: dict[fx.Node, set[int]] = defaultdict(set)
 
     def run(self) -> int:
         """Draft the regions until none has to write what it depends on; then build them."""
-        casts = list(casts_of(self.gm))
         while True:
             self.drafts, self.owner = [], {}
-            for cast in casts:
+            self.near.clear()
+            for cast in self.bit:
                 self._draft(cast)
             self._join_sums()
             cyclic = self._plan_written()
@@ -115,14 +123,21 @@ class _Grower:
 
     def _draft(self, cast: fx.Node) -> None:
         draft = self._smallest(cast)
-        for other in reversed(self.drafts):
-            merged = self._merged(other, draft)
+        for place in sorted(self._near(draft.matrices), reverse=True):
+            merged = self._merged(self.drafts[place], draft)
             if merged is not None:
-                self.drafts[self.drafts.index(other)] = draft = merged
+                self.drafts[place] = draft = merged
                 break
         else:
+            place = len(self.drafts)
             self.drafts.append(draft)
         self.owner |= dict.fromkeys(draft.computed, draft)
+        for node in (*draft.computed, *draft.leaves):
+            self.near[node].add(place)
+
+    def _near(self, nodes: Iterable[fx.Node]) -> set[int]:
+        """The places of the drafts that may read or compute any of these values."""
+        return set().union(*(self.near.get(node, ()) for node in nodes))
 
     def _smallest(self, cast: fx.Node) -> _Draft:
         """The region of one cast; over the columns of a part, if its parts share what they read."""
@@ -135,8 +150,8 @@ class _Grower:
                 return parts
         return whole
 
-    def _grown(self, space: Space, casts: list[fx.Node]) -> _Draft:
-        draft = _Draft(space, casts)
+    def _grown(self, space: Space, casts: list[fx.Node], replaces: _Draft | None = None) -> _Draft:
+        draft = _Draft(space, casts, replaces)
         for cast in casts:
             if cast_shape(cast)[1] != space.n:
                 draft.computed[args_of(cast)[0]] = set()  # the concatenation of its parts
@@ -169,8 +184,8 @@ class _Grower:
     def _above(self, draft: _Draft, node: fx.Node, position: Position) -> list[Read] | None:
         if node in self.stops or not is_computable(node):
             return None
-        owner = self.owner.get(node)
-        if owner is not None and owner is not draft and not self._is_derived(node):
+        own = self.owner.get(node) in (None, draft, draft.replaces)
+        if not own and not self._is_derived(node):
             return None  # another region writes it
         found = reads(node, position, draft.space)
         if found is None or any(not _in_memory_or_computable(r.node) for r in found):
@@ -198,27 +213,39 @@ class _Grower:
 
     def _merged(self, first: _Draft, second: _Draft) -> _Draft | None:
         """One region for both, if they share matrices and do not depend on each other's casts."""
-        if first.space != second.space:  # asked first: what follows takes long for many layers
+        if first.space != second.space or self._needs(second.leaves, first.casts):
             return None
         if not second.matrices & (first.matrices | first.computed.keys()):
             return None
-        owner, self.owner = self.owner, {n: d for n, d in self.owner.items() if d is not first}
-        merged = self._grown(first.space, first.casts + second.casts)
-        self.owner = owner
+        merged = self._grown(first.space, first.casts + second.casts, replaces=first)
         if not merged.computed and (first.computed or second.computed):
             return None
-        if self._depends(merged.leaves, set(merged.casts)):
+        if self._needs(merged.leaves, merged.casts):
             return None
         self.owner |= dict.fromkeys(merged.computed, merged)
         return merged
 
-    def _depends(self, values: Iterable[fx.Node], on: set[fx.Node]) -> bool:
-        """Whether any of ``values`` is computed from any of the nodes ``on``."""
-        first = min(self.order[node] for node in on)
+    def _bits_above(self) -> dict[fx.Node, int]:
+        """For every node the casts that it is computed from, or is, a bit each."""
+        found: dict[fx.Node, int] = {}
+        for node in self.gm.graph.nodes:
+            found[node] = self.bit.get(node, 0)
+            for above in node.all_input_nodes:
+                found[node] |= found[above]
+        return found
+
+    def _needs(self, values: Iterable[fx.Node], casts: Sequence[fx.Node]) -> bool:
+        """Whether any of ``values`` is computed from what any of ``casts`` casts to."""
+        bits = sum(self.bit[cast] for cast in casts)
+        return any(self.bits_above[value] & bits for value in values)
+
+    def _depends(self, values: Iterable[fx.Node], on: fx.Node) -> bool:
+        """Whether any of ``values`` is ``on``, or computed from it."""
+        first = self.order[on]
         stack, seen = list(values), set(values)
         while stack:
             node = stack.pop()
-            if node in on:
+            if node is on:
                 return True
             for above in node.all_input_nodes:
                 if above not in seen and self.order[above] >= first:
@@ -233,20 +260,32 @@ class _Grower:
             value = _column_summed(node)
             if value is None:
                 continue
-            for draft in self.drafts:
-                if self._join_sum(draft, node, value):
+            for place in sorted(self._near_sum(node, value)):
+                if self._join_sum(self.drafts[place], node, value):
                     break
+
+    def _near_sum(self, node: fx.Node, value: fx.Node) -> set[int]:
+        """The places of the drafts that read or compute every matrix that a sum is made of."""
+        found: set[int] = set()
+        for space in {draft.space for draft in self.drafts}:
+            position = _summed_position(node, value, space)
+            if position is not None:
+                trial = _Draft(space, [])
+                self._absorb(trial, value, position)
+                near = [self.near.get(leaf, set()) for leaf in trial.matrices]
+                found |= set.intersection(*near) if near else self._near(trial.leaves)
+        return found
 
     def _join_sum(self, draft: _Draft, node: fx.Node, value: fx.Node) -> bool:
         place = _summed_position(node, value, draft.space)
         # Tiles of whole rows, which scales of rows may need, leave as many partial sums as rows.
         if place is None or any(scales_whole_rows(cast) for cast in draft.casts):
             return False
-        trial = _Draft(draft.space, [])
-        self._absorb_for(draft, trial, value, place)
+        trial = _Draft(draft.space, [], replaces=draft)
+        self._absorb(trial, value, place)
         if not trial.matrices <= draft.matrices or not trial.matrices:
             return False
-        if self._depends(draft.leaves, {node}) or self._depends(trial.leaves, set(draft.casts)):
+        if self._depends(draft.leaves, node) or self._needs(trial.leaves, draft.casts):
             return False
         user = next(iter(node.users), node)
         draft.sums.append(user if sum_behind(user) is node else node)
@@ -254,13 +293,6 @@ class _Grower:
             draft.computed.setdefault(computed, set()).update(places)
         draft.reads |= trial.reads
         return True
-
-    def _absorb_for(self, draft: _Draft, trial: _Draft, node: fx.Node, place: Position) -> None:
-        """Absorb into ``trial`` as if it were ``draft``, whose own nodes are no stops."""
-        owner = self.owner
-        self.owner = {n: trial if d is draft else d for n, d in owner.items()}
-        self._absorb(trial, node, place)
-        self.owner = owner
 
     # --- what is written -------------------------------------------------------------------------
 
@@ -286,7 +318,7 @@ class _Grower:
             node
             for draft in self.drafts
             for node in draft.written
-            if self._depends(draft.leaves, {node})
+            if self._depends(draft.leaves, node)
         }
 
 
@@ -370,7 +402,7 @@ def _call(
     sums = {*draft.sums, *map(sum_behind, draft.sums)}
     inside = sorted({*draft.computed, *draft.casts, *sums}, key=order.__getitem__)
     inputs = _inputs(draft, order)
-    module = fx.GraphModule({}, _copy(inside, inputs, outputs), class_name="Region")
+    module = module_of(_copy(inside, inputs, outputs), "Region")
     module.meta["fp8_space"] = draft.space
     name = f"region_{index}"
     gm.add_submodule(name, module)

@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import fx
 
 from ..cost import Device
 from ..errors import Fp8CompileError, OptionError, PassError
-from ..ir import Site, verify
+from ..ir import Site
 from ..recipe import Recipe
+from ..verify import Verifier
 from .choose_formats import choose_formats
 from .choose_precision import choose_precision
 from .choose_scaling import choose_scaling
@@ -169,13 +169,13 @@ def run_passes(
     not ours becomes a PassError that names the pass.
     """
     counts = {}
-    known: dict[fx.Node, Any] = {}
+    verifier = Verifier()
     for run in passes:
         name = pass_name(run)
         start = time.perf_counter()
         with naming_errors(name):
             counts[name] = run(gm)
-        verify(gm, name, known)
+        verifier.check(gm, name)
         log.debug("%s: %d rewrites, %.3f s", name, counts[name], time.perf_counter() - start)
         if after_each is not None:
             after_each(name, gm)

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from fp8compile import RECIPES, Granularity
 from fp8compile.frozen import quantize_weight
-from fp8compile.ir import DEQUANTIZE, format_graph, verify
+from fp8compile.ir import DEQUANTIZE, format_graph
 from fp8compile.passes import StateNodes, joint_passes, run_passes
 from fp8compile.passes.pipeline import Pass, pass_name
+from fp8compile.verify import verify
 from tests.helpers import Joint, trace, trace_joint
 
 aten = torch.ops.aten

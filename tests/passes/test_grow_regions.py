@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from fp8compile import regions
 from fp8compile.ir import QUANTIZE, format_graph
 from fp8compile.passes import grow_regions
 from tests.helpers import trace_final
 from tests.passes.common import lines_of
 
+module = importlib.import_module("fp8compile.passes.grow_regions")  # behind the function's name
 E5M2 = torch.float8_e5m2
 Outputs = tuple[Tensor, ...]
 
@@ -372,6 +376,34 @@ def test_layers_that_look_alike_have_regions_that_look_alike() -> None:
     grow_regions(gm)
     first, second = (format_graph(gm.get_submodule(f"region_{i}")) for i in (3, 4))
     assert first != second == first.replace(", 2, e4m3", ", 3, e4m3")
+
+
+def test_work_grows_with_layers_and_not_with_their_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers read one table, as rotary embeddings do, and have a sum over columns each."""
+
+    def work(layers: int) -> int:
+        def fn(x: Tensor, w: Tensor, table: Tensor, scale: Tensor) -> Outputs:
+            other, sums = quantize(w, scale, 2), []
+            for slot in range(layers):
+                sums.append((x * table).sum(0))
+                x = multiply(quantize(x * table, scale, slot), other)
+            return (x, *sums)
+
+        sizes = {"x": (32, 32), "w": (32, 32), "table": (32, 32), "scale": (layers,)}
+        gm = trace_final(fn, **{name: torch.randn(size) for name, size in sizes.items()})
+        looks = 0
+
+        def reads(*args: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            return regions.reads(*args)
+
+        monkeypatch.setattr(module, "reads", reads)
+        assert grow_regions(gm) == layers + 1
+        return looks
+
+    four, eight, sixteen = work(4), work(8), work(16)
+    assert 0 < sixteen - eight <= 2 * (eight - four)
 
 
 def test_a_kernel_reads_no_more_matrices_than_its_registers_hold() -> None:

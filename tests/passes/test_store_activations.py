@@ -9,8 +9,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fp8compile import RECIPES
-from fp8compile.ir import DEQUANTIZE_GROUPS, QUANTIZE_GROUPS, verify
+from fp8compile.ir import DEQUANTIZE_GROUPS, QUANTIZE_GROUPS
 from fp8compile.passes import joint_passes, store_activations
+from fp8compile.verify import verify
 from tests.helpers import compile_interpreted, trace_joint
 from tests.models import sqnr_db
 from tests.passes.common import before
