@@ -73,7 +73,7 @@ def _measure(name: str) -> Device:
     """Time a copy, two GEMMs and a train of launches on the current device."""
     bf16 = torch.randn(_SIZE, _SIZE, device="cuda").bfloat16()
     fp8 = bf16.to(torch.float8_e4m3fn)
-    one = torch.ones(1, device="cuda")
+    one = torch.ones(1, dtype=torch.float32, device="cuda")
     source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     bf16_seconds = _seconds(lambda: bf16 @ bf16.t())

@@ -301,9 +301,11 @@ def prepare(
         results[node.name] = torch.empty(tuple(value.shape), dtype=value.dtype, device=device)
         tensors[f"value_{i}"] = results[node.name]
     for i, node in enumerate(region.sums):
-        tensors[f"partial_{i}"] = torch.empty(tiles_down(region, m, tile), n, device=device)
+        tensors[f"partial_{i}"] = torch.empty(
+            tiles_down(region, m, tile), n, dtype=torch.float32, device=device
+        )
         results[node.name] = tensors[f"sum_{i}"] = _empty_like(node, device)
-    tensors["totals"] = torch.empty(source.totals * m, device=device)
+    tensors["totals"] = torch.empty(source.totals * m, dtype=torch.float32, device=device)
     return launches(region, source, tensors, {}, m=m, n=n, tile=tile), results
 
 
@@ -329,8 +331,8 @@ def _cast_tensors(
     made = {
         "fp8": lambda: torch.empty(m, padded(n), dtype=cast.format.dtype, device=device),
         "fp8_t": lambda: torch.empty(n, padded(m), dtype=cast.format.dtype, device=device),
-        "scale_inv": lambda: torch.empty(1, device=device),
-        "amax": lambda: torch.zeros(1, device=device),
+        "scale_inv": lambda: torch.empty(1, dtype=torch.float32, device=device),
+        "amax": lambda: torch.zeros(1, dtype=torch.float32, device=device),
     }
     tensors = {}
     if cast.is_delayed:

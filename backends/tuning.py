@@ -104,7 +104,7 @@ def time_choices(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
     """Microseconds of every choice on fresh random data."""
     a = torch.randn(shape.m, shape.k, device=device).to(shape.left)
     b = torch.randn(shape.n, shape.k, device=device).to(shape.right)
-    one = torch.ones(1, device=device)
+    one = torch.ones(1, dtype=torch.float32, device=device)
     bias = None if shape.bias is None else torch.randn(shape.n, device=device).to(shape.bias)
     runs: dict[Choice, Callable[[], Tensor]] = {}
     out, fast, aligned = shape.out, shape.fast_accum, shape.aligned

@@ -198,6 +198,6 @@ class _Found:
 def _set(entry: Mapping[str, Tensor], operand: Operand, amax: float, site: _Site) -> None:
     """Put a scale into what is saved of a site, and what training shall know of the operand."""
     fp8_max = site.recipe.format_of(operand).max
-    entry[SCALE][operand.value] = current_scale(torch.tensor(amax), fp8_max)
+    entry[SCALE][operand.value] = current_scale(torch.tensor(amax, dtype=torch.float32), fp8_max)
     entry[HISTORY][:, operand.value] = 0.0
     entry[HISTORY][-1, operand.value] = site.seen[operand].amax

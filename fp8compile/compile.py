@@ -125,7 +125,7 @@ def compile_graph(
     if rule is not None:
         names = STATE_INPUTS[:1] if static else STATE_INPUTS
         slots = SLOTS_PER_SITE * len(sites)
-        state_examples = [torch.zeros(slots, device=device) for _ in names]
+        state_examples = [torch.zeros(slots, dtype=torch.float32, device=device) for _ in names]
         for name, example in zip(names, state_examples, strict=True):
             internals.add_input(gm, name, example)
     start = time.perf_counter()

@@ -48,11 +48,16 @@ class CompiledGraph:
         if state.rule.scaling is Scaling.STATIC:
             scale = state.scale if self._static is None else self._static.scale_of(state, args)
             return self._run(*args, scale)
-        training = torch.is_grad_enabled() and _in_training_mode(state)
-        if training and not state.observed:
+        if not torch.is_grad_enabled():
+            return self._run(*args, *state.reading())
+        training = _in_training_mode(state)
+        if not state.observed:
             state.stepped_by = frozenset(id(args[i]) for i in self._trainable)
             state.replicas = calling_replicas()
-        return self._run(*args, *(state.observing() if training else state.reading()))
+        if training:
+            return self._run(*args, *state.observing())
+        state.unobserved = bool(self._trainable)
+        return self._run(*args, *state.reading())
 
     def state_of(self, args: Sequence[Any]) -> ScalingState:
         """The state of the weights among the arguments of a call."""

@@ -171,8 +171,13 @@ def is_primal(node: fx.Node) -> bool:
 
 
 def mutated_between_forward_and_backward(node: fx.Node) -> None:
-    """Allow an input that is saved for backward to be written before backward runs."""
-    node.meta["saved_tensor_with_no_vc_check"] = True
+    """Allow an input that is saved for backward to be written before backward runs.
+
+    All versions: compiled autograd passes no tensor that is marked so to the backward. Without the
+    mark one forward may follow one backward, and PyTorch refuses several forwards before the first.
+    """
+    if not torch._dynamo.config.compiled_autograd:
+        node.meta["saved_tensor_with_no_vc_check"] = True
 
 
 def compile_with_inductor(

@@ -401,9 +401,9 @@ def format_value(value: Any) -> str:
     """A value's type as short text, such as ``bf16[16, 64]``."""
     if isinstance(value, torch.Tensor):
         return format_type(value.shape, value.dtype)
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and value:
         return f"({', '.join(format_value(v) for v in value)})"
-    return "none" if value is None else type(value).__name__
+    return "none" if value is None or value == () else type(value).__name__
 
 
 def format_type(shape: Iterable[Any], dtype: torch.dtype) -> str:

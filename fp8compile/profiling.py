@@ -347,7 +347,9 @@ def _floats(outputs: Any) -> list[Tensor]:
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten().float() for tensor in tensors] or [torch.zeros(0)])
+    return torch.cat(
+        [tensor.flatten().float() for tensor in tensors] or [torch.zeros(0, dtype=torch.float32)]
+    )
 
 
 def _noise(reference: Tensor, other: Tensor) -> float | None:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .ir import CAT_ROWS, RESHAPES, SCALED_MMS, args_of, format_graph
-from .scaling import generation_of
+from .scaling import generation_of, listen
 
 WEIGHTS_GRAPH = "fp8_weights_graph"  # key in meta of a graph that does nothing but cast weights
 
@@ -151,7 +150,7 @@ _lock = threading.RLock()
 # By one of their inputs: all graphs of a model, such as those of several numbers of tokens, share
 # them. They die with that input, and with the last of these graphs.
 _entries: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> a WeakSet of entries
-_hook: Any = None
+_listens = False
 
 
 class QuantizedWeights:
@@ -168,7 +167,7 @@ class QuantizedWeights:
         self._positions, self._joined = split.positions, split.joined
         self._graph = format_graph(split.weights)
         self._held: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> its entries in use here
-        _install_hook()
+        _listen()
 
     def __call__(self, args: list[Any]) -> Any:
         args.extend(self._values([args[i] for i in self._positions]))
@@ -211,31 +210,33 @@ class QuantizedWeights:
                 inputs[i].data = lies
 
 
-def _install_hook() -> None:
-    global _hook
-    if _hook is None:
-        _hook = register_optimizer_step_post_hook(_after_optimizer_step)
+def _listen() -> None:
+    global _listens
+    with _lock:
+        if not _listens:
+            listen(_after_step)
+            _listens = True
 
 
-def _after_optimizer_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+def _after_step(optimizer: Any, stepped: Container[int] | None, moved: Sequence[Any]) -> None:
     """Training needs the memory, and what was quantized is out of date."""
-    _forget(p for group in optimizer.param_groups for p in group["params"])
+    _forget(stepped)
 
 
 def refresh(model: nn.Module) -> None:
     """Let the weights of a model be quantized again when they are next needed.
 
     Compiled calls without gradients quantize a weight once. They notice that it was written to, by
-    an optimizer, ``load_state_dict`` or any operation in place, but not a write through ``.data``,
-    or to a tensor made under ``torch.inference_mode()``: then call this.
+    an optimizer, ``load_state_dict`` or any operation in place, and take ``update_scales`` for the
+    end of a step of training, but not a write through ``.data``, or to a tensor made under
+    ``torch.inference_mode()``: then call this.
     """
-    _forget([*model.parameters(), *model.buffers()])
+    _forget({id(x) for x in (*model.parameters(), *model.buffers())})
 
 
-def _forget(tensors: Iterable[Tensor]) -> None:
-    """Free what was computed from any of the tensors."""
-    changed = {id(x) for x in tensors}
+def _forget(changed: Container[int] | None) -> None:
+    """Free what was computed from any of the tensors with these ids, or from any."""
     with _lock:
         for entry in [entry for known in _entries.values() for entry in known]:
-            if not changed.isdisjoint(id(ref()) for ref in entry.inputs):
+            if changed is None or any(id(ref()) in changed for ref in entry.inputs):
                 entry.stamps, entry.values = [], []

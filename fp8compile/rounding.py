@@ -111,7 +111,7 @@ def _factor(gram: Tensor) -> Tensor:
     has one in float32, too.
     """
     mean = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    identity = torch.eye(len(gram), device=gram.device)
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     damping = _DAMPING
     while True:
         lower, failed = torch.linalg.cholesky_ex(gram / mean + damping * identity)

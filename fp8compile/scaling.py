@@ -66,19 +66,20 @@ class ScalingState:
         slots = SLOTS_PER_SITE * len(weights)
         # Tensors of their own: CUDA graphs take an input for static only if it is aligned.
         self.scale, self.amax_fwd, self.amax_bwd = (
-            torch.zeros(slots, device=device) for _ in range(3)
+            torch.zeros(slots, dtype=torch.float32, device=device) for _ in range(3)
         )
-        self.history = torch.zeros(self.rule.history_len, slots, device=device)
+        self.history = torch.zeros(self.rule.history_len, slots, dtype=torch.float32, device=device)
         self.events = torch.zeros(3, slots, dtype=torch.int32, device=device)
         unused = [1.0] * (SLOTS_PER_SITE - len(Operand))
         fp8_max = [
             [recipe.format_of(operand).max for operand in Operand] + unused for recipe in recipes
         ]
-        self.fp8_max = torch.tensor(fp8_max, device=device).flatten()
+        self.fp8_max = torch.tensor(fp8_max, dtype=torch.float32, device=device).flatten()
         _generations[self.scale] = 0
         self.position = 0
         self.updates = 0
         self.observed = False  # whether a training call has run since the last update
+        self.unobserved = False  # whether one with gradients has, in eval mode
         self.stepped_by: frozenset[int] = frozenset()  # ids of the parameters that train with it
         self.replicas: Any = None
         self.number = next(self._numbers)
@@ -175,7 +176,7 @@ class ScalingState:
         self.keep_changed_weights()
         self.position = (self.position + 1) % self.rule.history_len
         self.updates += 1
-        self.observed = False
+        self.observed = self.unobserved = False
 
     def ordered_history(self) -> Tensor:
         """The history from oldest to newest."""
@@ -201,8 +202,17 @@ class ScalingState:
 
     def forget_weights(self) -> None:
         """Let casts of weights find their own scales: what is known is of weights as they were."""
+        self._forget(slice(Operand.WEIGHT.value, None, SLOTS_PER_SITE))
+
+    def forget(self) -> None:
+        """Let all casts find their own scales, until a training call is observed again."""
+        self._forget(slice(None))
+        self.unobserved = False
+
+    @torch.no_grad()
+    def _forget(self, slots: slice) -> None:
         with torch.autograd._unsafe_preserve_version_counter(self.scale):
-            self.scale[Operand.WEIGHT.value :: SLOTS_PER_SITE] = 0.0
+            self.scale[slots] = 0.0
         self._moved()
 
     def _moved(self) -> None:
@@ -428,8 +438,12 @@ def _end_step(
 
 def _update(states: Iterable[ScalingState]) -> list[ScalingState]:
     """End the step of those states that a training call has run with since their last update, and
-    return them.
+    return them. One that was trained with in eval mode, which is not observed, knows nothing now.
     """
+    states = list(states)
+    for state in states:
+        if state.unobserved and not state.observed:
+            state.forget()
     by_number = {state.number: state for state in states if state.observed}
     observed = [by_number[number] for number in sorted(by_number)]
     for group in dict.fromkeys(state.replicas for state in observed):
@@ -456,7 +470,11 @@ def _take_largest_amax(states: Sequence[ScalingState], group: Any) -> None:
 def states_left_as_they_were() -> Iterator[None]:
     """Forget what training calls in between were seen to do, and the states that they needed."""
     kept = {
-        state: (state.amax_fwd.clone(), state.amax_bwd.clone(), state.observed, state.stepped_by)
+        state: (
+            state.amax_fwd.clone(),
+            state.amax_bwd.clone(),
+            (state.observed, state.unobserved, state.stepped_by),
+        )
         for state in _known_states()
     }
     try:
@@ -466,7 +484,7 @@ def states_left_as_they_were() -> Iterator[None]:
             if state not in kept:
                 _forget(state)
                 continue
-            amax_fwd, amax_bwd, state.observed, state.stepped_by = kept[state]
+            amax_fwd, amax_bwd, (state.observed, state.unobserved, state.stepped_by) = kept[state]
             with torch.no_grad():
                 state.amax_fwd.copy_(amax_fwd)
                 state.amax_bwd.copy_(amax_bwd)

@@ -64,7 +64,7 @@ class StaticScales:
         rows = torch.stack(measured).tolist() if measured else []  # one wait for the device
         for statistics, numbers in zip(self._inputs.values(), rows, strict=True):
             known |= zip(statistics.ordered, numbers, strict=True)
-        scale = torch.zeros(slots)
+        scale = torch.zeros(slots, dtype=torch.float32)
         found = self._evaluate(*(known[symbol] for symbol in self._symbols))
         for slot, number in zip(self._slots, found, strict=True):
             scale[slot] = min(number, F32_MAX) if 0 < number < float("inf") else 0.0
@@ -74,6 +74,6 @@ class StaticScales:
 def _measured(tensor: Tensor) -> Tensor:
     """Mean, variance and amax, ``f32[3]``."""
     if not tensor.numel():
-        return torch.zeros(3, device=tensor.device)
+        return torch.zeros(3, dtype=torch.float32, device=tensor.device)
     x = tensor.detach().float()
     return torch.stack([x.mean(), x.var(correction=0), x.abs().max()])

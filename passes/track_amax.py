@@ -48,6 +48,7 @@ def track_amax(gm: fx.GraphModule, *, amax_fwd: fx.Node, amax_bwd: fx.Node) -> i
                 args = (amax, values, slots)
                 node = emit(gm.graph, TRACK_AMAX, args, f"track_amax_{direction[0]}wd")
             node.meta["partitioner_tag"] = f"must_be_in_{direction}"
+            node.meta["val"] = ()  # of no size: the partitioner asks, where it has a memory budget
     return tracked
 
 

@@ -19,7 +19,7 @@ LAYERS = (
     {"ops", "internals"},
     {"observers", "profiles", "untouched"},
     {"ir", "modules", "options"},
-    {"scaling", "dump", "report", "regions", "moments", "rounding"},
+    {"scaling", "dump", "report", "regions", "moments", "rounding", "edge_records", "verify"},
     {"frozen", "named_state", "static", "quantized_weights"},
     {"records", "compiled_graph", "observer", "checkpoints"},
     {"passes", "backends"},

@@ -98,6 +98,11 @@ def written_through_data(model: SharedInput) -> None:
     fp8compile.refresh(model)
 
 
+def stepped_through_data(model: SharedInput) -> None:
+    model.out.weight.data.mul_(2)
+    fp8compile.update_scales(model)
+
+
 CHANGES = {
     "in place": multiplied,
     "load_state_dict": loaded,
@@ -106,6 +111,7 @@ CHANGES = {
     "Adam, foreach": stepped(torch.optim.Adam, foreach=True),
     "AdamW, fused": stepped(torch.optim.AdamW, fused=True),
     "through .data, and refresh": written_through_data,
+    "through .data, and update_scales": stepped_through_data,
 }
 
 

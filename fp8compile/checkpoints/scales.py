@@ -61,7 +61,8 @@ def state_from_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> dict[st
     state: dict[str, Tensor] = {}
     keys = {id(parameter): key for key, parameter in model.named_parameters()}  # tied: the first
     for name, module in linears(model):
-        scale, history = torch.zeros(3), torch.zeros(RECIPES["delayed"].history_len, 3)
+        scale = torch.zeros(3, dtype=torch.float32)
+        history = torch.zeros(RECIPES["delayed"].history_len, 3, dtype=torch.float32)
         if name in scales:
             scale[Operand.INPUT.value] = scales[name].reciprocal()
         key = keys[id(module._parameters["weight"])]

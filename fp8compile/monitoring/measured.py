@@ -54,7 +54,9 @@ class Measured:
 
     def add(self, x: Tensor, y: Tensor, clipped: Tensor) -> None:
         """Count a value and what its cast makes of it, ``f32[rows, K]`` each."""
-        self.amax = torch.tensor([self.amax, x.abs().amax()]).amax().item()  # NaN, if one is
+        self.amax = (
+            torch.tensor([self.amax, x.abs().amax()], dtype=torch.float32).amax().item()
+        )  # NaN, if one is
         self.elements += x.numel()
         self.nonzero += int((x != 0).sum())
         self.clipped += int(clipped.sum())

@@ -348,6 +348,42 @@ def test_training_and_evaluation_in_turns() -> None:
 # --- shapes -------------------------------------------------------------------------------------
 
 
+def test_training_that_goes_on_in_eval_mode() -> None:
+    """Nothing is observed there; but the scales of what has moved since would be wrong."""
+    torch.manual_seed(0)
+    model, x = mlp(), batch(64)
+    call, optimizer = compile_interpreted(model), sgd(model, 0.1)
+    plain_loop(model, [x] * 3, optimizer, call)
+    with torch.no_grad():  # what an evaluation reads is still what training has seen
+        model.eval()(x)
+    assert (only_state(model).scale[:3] > 0).all()
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2)  # as many steps would
+        plain_loop(model, [x], optimizer, call)
+        assert not only_state(model).scale.any()
+        assert_near(model(x), call(x), 20.0)
+    plain_loop(model.train(), [x], optimizer, call)
+    assert only_state(model).scale[INPUT] > 0  # the weights have jumped
+
+
+def test_a_saliency_map_in_eval_mode_leaves_no_trace() -> None:
+    """Gradients alone are no training: scales are forgotten only if an optimizer steps then."""
+    torch.manual_seed(0)
+    model, other = twins(mlp())
+    batches = [batch() for _ in range(4)]
+    plain_loop(other, batches)
+    call, optimizer = compile_interpreted(model), sgd(model)
+    for x in batches:
+        saliency = x.clone().requires_grad_()
+        model.eval()
+        call(saliency).sum().backward()
+        model.zero_grad()
+        plain_loop(model.train(), [x], optimizer, call)
+    assert_same_training(model, other)
+
+
 def test_batches_of_every_size() -> None:
     """As a data loader gives them: a last batch that is smaller, lengths that vary."""
     model, reference = twins(mlp())
