@@ -17,14 +17,25 @@ from torch import fx
 from torch.nn import functional as F
 
 from ..internals import is_static_input
-from ..ir import DEQUANTIZE, SITE_TAG, Site, args_of
+from ..ir import DEQUANTIZE, SITE_TAG, Site, args_of, aten
 from ..recipe import Recipe
 
 Block = tuple[int, int]  # rows and elements of K, see Granularity
 TWO_ACTIVATIONS = "matmul of two activations"
-_LINEAR = (F.linear, torch._C._nn.linear)
-_MATMUL = (torch.matmul, torch.mm, operator.matmul, torch.Tensor.matmul, torch.Tensor.mm)
-_ADDMM = (torch.addmm, torch.Tensor.addmm)
+# The forms of torch and of aten: the latter is what an exported program calls.
+_LINEAR = (F.linear, torch._C._nn.linear, aten.linear.default)
+_MM = (torch.mm, torch.Tensor.mm, aten.mm.default)
+_MATMUL = (
+    torch.matmul,
+    torch.linalg.matmul,
+    operator.matmul,
+    operator.imatmul,
+    torch.Tensor.matmul,
+    aten.matmul.default,
+    aten.linalg_matmul.default,
+    *_MM,
+)
+_ADDMM = (torch.addmm, torch.Tensor.addmm, aten.addmm.default)
 _ATTENTION = F.multi_head_attention_forward
 _METHODS = {"matmul": 0, "__matmul__": 0, "mm": 0, "addmm": 1}
 # The bodies of these higher-order operators are traced into the surrounding graph.
@@ -183,7 +194,7 @@ def _matmul_operands(node: fx.Node) -> tuple[Any, ...] | None:
     if node.op == "call_function" and node.target in _LINEAR:
         args = (_arg(node, 0, "input"), _arg(node, 1, "weight"))
     elif node.op == "call_function" and node.target in _MATMUL:
-        second = "mat2" if node.target in (torch.mm, torch.Tensor.mm) else "other"
+        second = "mat2" if node.target in _MM else "other"
         args = (_arg(node, 0, "input"), _arg(node, 1, second))
     elif node.op == "call_function" and node.target in _ADDMM:
         args = (_arg(node, 1, "mat1"), _arg(node, 2, "mat2"))

@@ -48,6 +48,12 @@ class Weighted(nn.Module):
 
 # --- the forms of a matmul ----------------------------------------------------------------------
 
+
+def matmul_in_place(x: Tensor, weight: Tensor) -> Tensor:
+    x @= weight
+    return x
+
+
 FORMS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(32, 48, bias=False),
     "linear_bias": lambda: nn.Linear(32, 48),
@@ -60,6 +66,8 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "method_matmul": lambda: Weighted(lambda x, w: x.matmul(w), 32, 48),
     "unbound_matmul": lambda: Weighted(lambda x, w: torch.Tensor.matmul(x, w), 32, 48),
     "keyword_matmul": lambda: Weighted(lambda x, w: torch.matmul(input=x, other=w), 32, 48),
+    "matmul_in_place": lambda: Weighted(matmul_in_place, 32, 32),
+    "linalg_matmul": lambda: Weighted(torch.linalg.matmul, 32, 48),
     "addmm": lambda: Weighted(lambda x, w, b: torch.addmm(b, x, w), 32, 48, bias=(48,)),
     "addmm_2d_bias": lambda: Weighted(lambda x, w, b: torch.addmm(b, x, w), 32, 48, bias=(16, 48)),
     "method_addmm": lambda: Weighted(lambda x, w, b: b.addmm(x, w), 32, 48, bias=(1, 48)),
@@ -106,6 +114,16 @@ def test_huggingface_conv1d() -> None:
     conv = utils.Conv1D(48, 32)
     nn.init.normal_(conv.bias)
     rows = assert_as_eager(nn.Sequential(conv), normal(4, 16, 32), fp8_gemms=3)
+    assert {row.fqn for row in rows} == {"0"}
+
+
+@pytest.mark.parametrize("decomposed", [False, True], ids=["", "decomposed"])
+@pytest.mark.parametrize("form", ["linear_bias", "matmul", "linalg_matmul", "mm", "addmm"])
+def test_an_exported_program_names_its_sites_after_its_weights(form: str, decomposed: bool) -> None:
+    x = normal(16, 32)
+    program = torch.export.export(nn.Sequential(FORMS[form]()), (x,))
+    model = (program.run_decompositions() if decomposed else program).module()
+    rows = assert_as_eager(model, x, fp8_gemms=3)
     assert {row.fqn for row in rows} == {"0"}
 
 
