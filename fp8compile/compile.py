@@ -422,8 +422,9 @@ def _nothing_to_do(options: Options, rows: Sequence[Row]) -> None:
         return
     why = "; ".join(sorted({f"{row.fqn}: {row.reason}" for row in rows}))
     message = f"no GEMM of this graph runs in FP8 ({why})"
-    ours = any(row.reason.startswith((SLOWER, LOGITS, BUDGET)) for row in rows)
-    if ours and all(map(_by_choice, rows)):  # as it should be
+    could = [row for row in rows if row.reason not in NO_FP8_FORM]
+    ours = any(row.reason.startswith((SLOWER, LOGITS, BUDGET, SKIPPED)) for row in could)
+    if ours and all(map(_by_choice, could)):  # as it should be
         log.info("%s", message)
         return
     if options.strict:

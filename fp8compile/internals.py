@@ -61,6 +61,9 @@ def clone_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
     All versions: AOTAutograd finds out which inputs are parameters through ``_dynamo_source`` and
     ``_param_name_to_source``; without them CUDA graphs would copy every weight at every step.
+    Only Dynamo reads ``grapharg``, in its own graph. It refers weakly to a parameter, which nothing
+    may where ``torch.__future__.set_swap_module_params_on_conversion`` is on, and the copy lives as
+    long as what is compiled from it.
     """
     graph, copies = fx.Graph(), {}  # type: ignore[var-annotated]
     graph.output(graph.graph_copy(gm.graph, copies))
@@ -72,6 +75,7 @@ def clone_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
     for original, copy in copies.items():
         if hasattr(original, "_dynamo_source"):
             copy._dynamo_source = original._dynamo_source
+        copy.meta.pop("grapharg", None)
     graph.output_node().meta = gm.graph.output_node().meta.copy()
     return clone
 

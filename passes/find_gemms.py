@@ -7,7 +7,9 @@ from itertools import takewhile
 
 from torch import fx
 
+from ..internals import inputs_of
 from ..ir import (
+    DEQUANTIZE,
     SCALED_MMS,
     SITE_TAG,
     Edge,
@@ -20,13 +22,13 @@ from ..ir import (
     size_expr,
 )
 from ..recipe import Gemm, Operand
-from .tag_sites import TWO_ACTIVATIONS
+from .tag_sites import EINSUM_TAG, LEFT_OUT_TAG, OTHER_EINSUM, TWO_ACTIVATIONS
 
 _GEMM_OPS = (aten.mm.default, aten.addmm.default)
 _BATCHED, _CONVOLUTION = "batched matmul of two activations", "convolution"
 # What no user could expect to run in FP8.
 NO_FP8_FORM = (_BATCHED, _CONVOLUTION, TWO_ACTIVATIONS)
-_UNTAGGED = "a 1-D operand, or no call of linear, matmul, mm or addmm"
+_TAKEN = "matmul, @, mm, addmm, einsum and nn.MultiheadAttention"
 _FAST_PATH = (
     "PyTorch's fast path for inference is one operator; turn it off with "
     "torch.backends.mha.set_fastpath_enabled(False)"
@@ -87,10 +89,11 @@ def _describe(
     elif site.index in known:
         return None
     else:
-        bases = (right_base, left_base) if site.weight_first else (left_base, right_base)
+        weight_first = _weight_first(node, site)
+        bases = (right_base, left_base) if weight_first else (left_base, right_base)
         known[site.index] = bases
         pair = (Operand.INPUT, Operand.WEIGHT)
-        roles = (Gemm.FPROP, *(reversed(pair) if site.weight_first else pair))
+        roles = (Gemm.FPROP, *(reversed(pair) if weight_first else pair))
     if roles is None:
         return None
     gemm, left_role, right_role = roles
@@ -106,6 +109,24 @@ def _describe(
         dtype=node.meta["val"].dtype,
         reason=site.reason or _scaled_addmm(node),
     )
+
+
+def _weight_first(node: fx.Node, site: Site) -> bool:
+    """Whether the weight is the left operand: ATen takes those of an einsum in either order."""
+    if EINSUM_TAG not in (node.meta.get("custom") or {}) or site.weight is None:
+        return site.weight_first
+    gm = node.graph.owning_module
+    assert gm is not None
+    weight = inputs_of(gm)[site.weight]
+    is_weight = [_origin(value) is weight for value in operands(node)]
+    return is_weight[0] if any(is_weight) else site.weight_first
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """What a value is derived from by views and casts."""
+    while len(node.all_input_nodes) == 1 or node.target is DEQUANTIZE:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _backward_roles(
@@ -137,17 +158,27 @@ def unsited_matmuls(gm: fx.GraphModule) -> list[tuple[fx.Node, str]]:
         aten.convolution.default: _CONVOLUTION,
         aten.mv.default: "matrix-vector product",
         aten.addmv.default: "matrix-vector product",
-        aten.mm.default: _UNTAGGED,
-        aten.addmm.default: _UNTAGGED,
+        aten.mm.default: "",
+        aten.addmm.default: "",
         aten._transformer_encoder_layer_fwd.default: _FAST_PATH,
         aten._native_multi_head_attention.default: _FAST_PATH,
     }
     return [
-        (node, _BATCHED_SITE if _is_batched_site(node) else reasons[node.target])
+        (node, _why_unsited(node) or reasons[node.target] or _untagged(node))
         for node in gm.graph.nodes
         if node.target in reasons and node.target not in SCALED_MMS and "fp8" not in node.meta
     ]
 
 
-def _is_batched_site(node: fx.Node) -> bool:
-    return node.target is aten.bmm.default and SITE_TAG in (node.meta.get("custom") or {})
+def _why_unsited(node: fx.Node) -> str | None:
+    """What is known of the call that a matmul comes from."""
+    custom = node.meta.get("custom") or {}
+    if node.target is aten.bmm.default and SITE_TAG in custom:
+        return OTHER_EINSUM if EINSUM_TAG in custom else _BATCHED_SITE
+    return custom.get(LEFT_OUT_TAG)
+
+
+def _untagged(node: fx.Node) -> str:
+    stack = node.meta.get("source_fn_stack") or node.meta.get("fwd_source_fn_stack")
+    made_by = getattr(stack[-1][1], "__name__", stack[-1][0]) if stack else "an operator"
+    return f"made by {made_by}; call nn.Linear or F.linear, which can be FP8, as can {_TAKEN}"

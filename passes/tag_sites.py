@@ -17,16 +17,37 @@ from torch import fx
 from torch.nn import functional as F
 
 from ..internals import is_static_input
-from ..ir import DEQUANTIZE, SITE_TAG, Site, args_of
+from ..ir import DEQUANTIZE, SITE_TAG, Site, args_of, aten
 from ..recipe import Recipe
 
 Block = tuple[int, int]  # rows and elements of K, see Granularity
+EINSUM_TAG = "fp8_einsum"  # beside SITE_TAG: the call is an einsum, which ATen makes a bmm of
+LEFT_OUT_TAG = "fp8_left_out"  # instead of it: why the GEMMs of a call cannot be those of a site
 TWO_ACTIVATIONS = "matmul of two activations"
-_LINEAR = (F.linear, torch._C._nn.linear)
-_MATMUL = (torch.matmul, torch.mm, operator.matmul, torch.Tensor.matmul, torch.Tensor.mm)
-_ADDMM = (torch.addmm, torch.Tensor.addmm)
+_VECTOR = "a 1-D operand, as a sample in vmap is; give it a second dimension, such as x[None]"
+_BATCH_OF_WEIGHTS = (
+    "batched matmul with a parameter; call linear or matmul for each of its matrices"
+)
+OTHER_EINSUM = "einsum with a parameter, but no product of two matrices; write it as matmuls"
+# The forms of torch and of aten: the latter is what an exported program calls.
+_LINEAR = (F.linear, torch._C._nn.linear, aten.linear.default)
+_MM = (torch.mm, torch.Tensor.mm, aten.mm.default)
+_MATMUL = (
+    torch.matmul,
+    torch.linalg.matmul,
+    operator.matmul,
+    operator.imatmul,
+    torch.Tensor.matmul,
+    aten.matmul.default,
+    aten.linalg_matmul.default,
+    *_MM,
+)
+_ADDMM = (torch.addmm, torch.Tensor.addmm, aten.addmm.default)
+_BMM = (torch.bmm, torch.Tensor.bmm, aten.bmm.default)
+_BADDBMM = (torch.baddbmm, torch.Tensor.baddbmm, aten.baddbmm.default)
+_EINSUM = (torch.einsum, aten.einsum.default)
 _ATTENTION = F.multi_head_attention_forward
-_METHODS = {"matmul": 0, "__matmul__": 0, "mm": 0, "addmm": 1}
+_METHODS = {"matmul": 0, "__matmul__": 0, "mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 # The bodies of these higher-order operators are traced into the surrounding graph.
 _INLINED = ("tag_activation_checkpoint",)
 
@@ -37,7 +58,7 @@ def tag_sites(
     name_of: Callable[[fx.Node, fx.Node | None], str] | None = None,
     recipe_of: Callable[[str, Block | None], Recipe | None] | None = None,
 ) -> int:
-    """Number the matmul calls with a 2-D weight; the sites go into ``gm.meta["fp8_sites"]``.
+    """Number the matmul calls with a matrix of weights; the sites go into ``gm.meta["fp8_sites"]``.
 
     Before:
         linear = linear(x, w)
@@ -51,10 +72,12 @@ def tag_sites(
     Requires: a graph of torch-level calls, as Dynamo gives it to a backend.
     Ensures: sites are numbered in graph order; inside activation-checkpointed regions too. Those
         with the same input and recipe have the same leader.
-        A call of ``multi_head_attention_forward`` has a site for each of its projections.
-    Leaves alone: matmuls of two batched operands (attention), 1-D operands, einsum. Sites with a
-        reason: calls inside control flow (cond, while_loop, scan) and custom autograd functions;
-        those of two activations, neither an input of the graph nor made of parameters alone.
+        A call of ``multi_head_attention_forward`` has a site for each of its projections. An einsum
+        is a site if it sums over all that a parameter shares with its other operand.
+    Leaves alone: matmuls of two batched operands (attention), 1-D operands, other einsums; those
+        with a parameter get the reason as a tag. Sites with a reason: calls inside control flow
+        (cond, while_loop, scan) and custom autograd functions; those of two activations, neither
+        an input of the graph nor made of parameters alone.
     Numerics: exact.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -99,9 +122,12 @@ class _Tagger:
             static[node] = (
                 inputs[node].is_static if given else all(static[n] for n in node.all_input_nodes)
             )
-            matmuls = _matmuls(node)
+            matmuls = _matmuls(node, inputs)
             if matmuls:
-                node.meta["custom"] = {**node.meta.get("custom", {}), SITE_TAG: len(self.sites)}
+                einsum = {EINSUM_TAG: True} if node.target in _EINSUM else {}
+                _mark(node, {SITE_TAG: len(self.sites), **einsum})
+            elif (why_not := _left_out(node, inputs)) is not None:
+                _mark(node, {LEFT_OUT_TAG: why_not})
             for position, operands in enumerate(matmuls):
                 origins = [_origin(side, inputs) for side in operands]
                 is_weight = [
@@ -154,11 +180,11 @@ class _Tagger:
             self.tag(body, bound, inner_reason)
 
 
-def _matmuls(node: fx.Node) -> list[tuple[Any, ...]]:
-    """The operands of every matmul with a 2-D right operand that a call makes, in order."""
+def _matmuls(node: fx.Node, inputs: Mapping[fx.Node, _Input]) -> list[tuple[Any, ...]]:
+    """The operands of every matmul with one matrix that a call makes, in order."""
     if node.op == "call_function" and node.target is _ATTENTION:
         return _projections(node)
-    found = _matmul_operands(node)
+    found = _matmul_operands(node, inputs)
     return [] if found is None else [found]
 
 
@@ -178,32 +204,78 @@ def _projections(node: fx.Node) -> list[tuple[Any, ...]]:
     return [*projections, (None, arguments["out_proj_weight"])]
 
 
-def _matmul_operands(node: fx.Node) -> tuple[Any, ...] | None:
+def _matmul_operands(node: fx.Node, inputs: Mapping[fx.Node, _Input]) -> tuple[Any, ...] | None:
     """The two operands of a matmul call, the 2-D one on the right if there is one; or None."""
-    if node.op == "call_function" and node.target in _LINEAR:
-        args = (_arg(node, 0, "input"), _arg(node, 1, "weight"))
-    elif node.op == "call_function" and node.target in _MATMUL:
-        second = "mat2" if node.target in (torch.mm, torch.Tensor.mm) else "other"
-        args = (_arg(node, 0, "input"), _arg(node, 1, second))
-    elif node.op == "call_function" and node.target in _ADDMM:
-        args = (_arg(node, 1, "mat1"), _arg(node, 2, "mat2"))
-    elif node.op == "call_method" and node.target in _METHODS:
-        args = args_of(node)[_METHODS[str(node.target)] :][:2]
-    else:
-        return None
+    args = _operands(node)
     values = [_tensor(arg) for arg in args]
     if len(values) != 2 or values[0] is None or values[1] is None:
         return None
+    if node.target in _EINSUM:
+        # ATen orders the operands: find_gemms knows the weight by the parameter that it is.
+        one_parameter = sum(_is_parameter(_origin(arg, inputs)) for arg in args) == 1
+        return args if one_parameter and _is_matmul(_arg(node, 0, "equation")) else None
     dims = (values[0].dim(), values[1].dim())
     if dims[0] == 2 and dims[1] > 2:  # w @ x is folded into x^T @ w^T, all of x's rows at once
         return args[1], args[0]
     return args if dims[0] >= 2 and dims[1] == 2 else None
 
 
+def _operands(node: fx.Node) -> tuple[Any, ...]:
+    """What a call multiplies, two of most; nothing if it is no matmul."""
+    if node.op == "call_function" and node.target in _LINEAR:
+        return _arg(node, 0, "input"), _arg(node, 1, "weight")
+    if node.op == "call_function" and node.target in (*_MATMUL, *_BMM):
+        second = "mat2" if node.target in (*_MM, *_BMM) else "other"
+        return _arg(node, 0, "input"), _arg(node, 1, second)
+    if node.op == "call_function" and node.target in _ADDMM:
+        return _arg(node, 1, "mat1"), _arg(node, 2, "mat2")
+    if node.op == "call_function" and node.target in _BADDBMM:
+        return _arg(node, 1, "batch1"), _arg(node, 2, "batch2")
+    if node.op == "call_method" and node.target in _METHODS:
+        return args_of(node)[_METHODS[str(node.target)] :][:2]
+    if node.op == "call_function" and node.target in _EINSUM:
+        return tuple(node.all_input_nodes)
+    return ()
+
+
+def _is_matmul(equation: Any) -> bool:
+    """Whether an einsum of two operands sums over all that they share, and each has more: then ATen
+    makes a matrix of either. ``...`` is shared where both have it.
+    """
+    if not isinstance(equation, str) or equation.count(",") != 1:
+        return False
+    operands, _, result = equation.replace(" ", "").replace("...", ".").partition("->")
+    left, right = map(set, operands.split(","))
+    shared = left & right
+    return bool(shared and shared.isdisjoint({*result, "."}) and left - shared and right - shared)
+
+
+def _left_out(node: fx.Node, inputs: Mapping[fx.Node, _Input]) -> str | None:
+    """Why the GEMMs of a matmul call that is no site are not in FP8, if it can say more than their
+    operators do.
+    """
+    operands = [arg for arg in _operands(node) if _tensor(arg) is not None]
+    is_einsum = node.target in _EINSUM
+    if not is_einsum and any(_dim(arg) == 1 for arg in operands):
+        return _VECTOR
+    if not any(_is_parameter(_origin(arg, inputs)) for arg in operands):
+        return None
+    return OTHER_EINSUM if is_einsum else _BATCH_OF_WEIGHTS
+
+
+def _mark(node: fx.Node, tags: Mapping[str, Any]) -> None:
+    node.meta["custom"] = {**node.meta.get("custom", {}), **tags}
+
+
 def _tensor(arg: Any) -> torch.Tensor | None:
     """The example value of an argument that is a tensor."""
     value = isinstance(arg, fx.Node) and arg.meta.get("example_value", arg.meta.get("val"))
     return value if isinstance(value, torch.Tensor) else None
+
+
+def _dim(arg: Any) -> int | None:
+    value = _tensor(arg)
+    return None if value is None else value.dim()
 
 
 def _arg(node: fx.Node, position: int, name: str) -> Any:

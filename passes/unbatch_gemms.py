@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..ir import RESHAPES, SITE_TAG, args_of, aten, base_of, emit, evaluate, size_expr
+from .tag_sites import EINSUM_TAG
+
+_VIEWS = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
 
 
 def unbatch_gemms(gm: fx.GraphModule) -> int:
@@ -30,18 +41,26 @@ def unbatch_gemms(gm: fx.GraphModule) -> int:
         bmm_view : bf16[4, 1, 64] = aten.view(bmm_mm, [4, 1, 64])
 
     Rows that do not follow each other in memory are copied first, which becomes part of their cast.
+    An einsum that is a site is traced as a batch of one matrix, behind views that mostly undo each
+    other: it becomes a product of matrices, too.
 
     Requires: an ATen graph with ``meta["val"]``.
-    Ensures: no matmul call of a batch with one matrix on the right is batched.
-    Leaves alone: products of two batches; one matrix on the left; what is no call of ``linear`` or
-        ``matmul``.
+    Ensures: no matmul call of a batch with one matrix on the right is batched, nor an einsum.
+    Leaves alone: products of two batches; one matrix on the left; what is no call of ``linear``,
+        ``matmul`` or ``einsum``.
     Numerics: reorders (a batched kernel may add in another order).
     """
     found = 0
     rows: dict[fx.Node, fx.Node] = {}
+    matrices: dict[Any, fx.Node] = {}
     for node in gm.graph.find_nodes(op="call_function", target=aten.bmm.default):
+        custom = node.meta.get("custom") or {}
+        if EINSUM_TAG in custom and size_expr(node.meta["val"].shape[0]) == 1:
+            _take_only(node, matrices)
+            found += 1
+            continue
         matrix = _one_matrix(args_of(node)[1])
-        if matrix is not None and SITE_TAG in (node.meta.get("custom") or {}):
+        if matrix is not None and SITE_TAG in custom:
             _unbatch(node, *matrix, rows)
             found += 1
     return found
@@ -65,11 +84,15 @@ def _one_matrix(batch: fx.Node) -> tuple[fx.Node, bool] | None:
 def _sources(node: fx.Node) -> Iterator[fx.Node]:
     """What a value is an expansion of, step by step, down to a matrix."""
     while node.meta["val"].dim() > 2:
-        swaps = node.target is aten.permute.default and list(args_of(node)[1]) == [0, 2, 1]
-        if not swaps and node.target not in (*RESHAPES, aten.expand.default):
+        if not _swaps(node) and node.target not in (*RESHAPES, aten.expand.default):
             return
         node = args_of(node)[0]
         yield node
+
+
+def _swaps(node: fx.Node) -> bool:
+    """Whether it transposes the matrices of a batch."""
+    return node.target is aten.permute.default and list(args_of(node)[1]) == [0, 2, 1]
 
 
 def _unbatch(
@@ -81,9 +104,7 @@ def _unbatch(
         if value not in known:  # merge_gemms looks for GEMMs of one input
             known[value] = _rows_of(value, node)
         if transposed:
-            base, odd = base_of(matrix)
-            args = (matrix, [1, 0])
-            matrix = base if odd else emit(graph, aten.permute.default, args, f"{matrix}_t", node)
+            matrix = _transposed(matrix, node)
         product = emit(graph, aten.mm.default, (known[value], matrix), f"{node}_mm", node)
         shape = [_size(value, 0), _size(value, 1), _size(matrix, 1)]
         out = emit(graph, aten.view.default, (product, shape), f"{node}_view", node)
@@ -93,6 +114,73 @@ def _unbatch(
         for each in [batch, *_sources(batch)]:
             if not each.users and each.op == "call_function":
                 graph.erase_node(each)
+
+
+def _take_only(node: fx.Node, known: dict[Any, fx.Node]) -> None:
+    """Multiply two batches of one matrix each as matrices."""
+    graph, batches = node.graph, args_of(node)
+    with graph.inserting_before(node):
+        left, right = (_only_matrix(batch, node, known) for batch in batches)
+        product = emit(graph, aten.mm.default, (left, right), f"{node}_mm", node)
+        shape = [1, _size(left, 0), _size(right, 1)]
+        out = emit(graph, aten.view.default, (product, shape), f"{node}_view", node)
+    node.replace_all_uses_with(out)
+    graph.erase_node(node)
+    for batch in batches:
+        for each in [batch, *_views_behind(batch)]:
+            if not each.users and each.op == "call_function":
+                graph.erase_node(each)
+
+
+def _only_matrix(batch: fx.Node, like: fx.Node, known: dict[Any, fx.Node]) -> fx.Node:
+    """The matrix of a batch of one; the same node wherever it is the same, as find_gemms and
+    merge_gemms want it.
+
+    Where the batch has the elements of a value that it is a view of in their order, or in that of
+    their transpose, the matrix is a view of that value, without what lies between.
+    """
+    if _swaps(batch):
+        return _transposed(_only_matrix(args_of(batch)[0], like, known), like)
+    rows, columns = batch.meta["val"].shape[1:]
+    lies = [size_expr(stride) for stride in batch.meta["val"].stride()[1:]]
+    straight = lies == [size_expr(columns), 1]
+    across = not straight and lies == [1, size_expr(rows)]
+    whole = [each for each in _views_behind(batch) if each.meta["val"].is_contiguous()]
+    source = whole[-1] if whole and (straight or across) else batch
+    across = across and source is not batch
+    sizes = (columns, rows) if across else (rows, columns)
+    shape = tuple(map(size_expr, sizes))
+    if (source, shape) not in known:
+        known[source, shape] = source
+        if tuple(map(size_expr, source.meta["val"].shape)) != shape:
+            args = (source, _shape(batch, (2, 1) if across else (1, 2)))
+            view = emit(like.graph, aten.view.default, args, f"{batch}_matrix", like)
+            known[source, shape] = view
+    if across and (source, shape, across) not in known:
+        known[source, shape, across] = _transposed(known[source, shape], like)
+    return known[(source, shape, across) if across else (source, shape)]
+
+
+def _views_behind(node: fx.Node) -> Iterator[fx.Node]:
+    """What a value is a view of, step by step, with all of its elements."""
+    while node.target in _VIEWS:
+        node = args_of(node)[0]
+        yield node
+
+
+def _shape(batch: fx.Node, dims: tuple[int, int]) -> list[int | fx.Node]:
+    """Two of its sizes, as arguments of ``view``, which finds out one that is symbolic."""
+    first, second = (batch.meta["val"].shape[dim] for dim in dims)
+    if isinstance(second, int):
+        return [first if isinstance(first, int) else -1, second]
+    return [_size(batch, dims[0]), -1]
+
+
+def _transposed(matrix: fx.Node, like: fx.Node) -> fx.Node:
+    base, odd = base_of(matrix)
+    if odd:
+        return base
+    return emit(like.graph, aten.permute.default, (matrix, [1, 0]), f"{matrix}_t", like)
 
 
 def _itself(value: fx.Node) -> fx.Node:

@@ -1,13 +1,15 @@
-"""What Inductor is told about our kernels."""
+"""What PyTorch is told through its private API, and what it leaves behind."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import fx, nn
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 
@@ -26,6 +28,18 @@ class Pool:
     def submit(self, *job: Any) -> Future[None]:
         self.jobs.append(job)
         return Future()
+
+
+def test_the_copy_of_dynamos_graph_refers_to_no_parameter() -> None:
+    found = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        for graph in (gm.graph, internals.clone_dynamo_graph(gm).graph):
+            found.append(["grapharg" in node.meta for node in graph.find_nodes(op="placeholder")])
+        return gm.forward
+
+    torch.compile(nn.Linear(32, 32), backend=backend)(torch.randn(16, 32))
+    assert found == [[True] * 3, [False] * 3], "Dynamo's own graph keeps it"
 
 
 def test_workers_are_told_that_kernels_are_launched_statically() -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import fp8compile
+from fp8compile import StrictError
 from tests.eager import assert_as_eager, normal
 from tests.helpers import compile_interpreted
 from tests.models import MLP, sqnr_db
@@ -48,6 +50,12 @@ class Weighted(nn.Module):
 
 # --- the forms of a matmul ----------------------------------------------------------------------
 
+
+def matmul_in_place(x: Tensor, weight: Tensor) -> Tensor:
+    x @= weight
+    return x
+
+
 FORMS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(32, 48, bias=False),
     "linear_bias": lambda: nn.Linear(32, 48),
@@ -60,6 +68,8 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "method_matmul": lambda: Weighted(lambda x, w: x.matmul(w), 32, 48),
     "unbound_matmul": lambda: Weighted(lambda x, w: torch.Tensor.matmul(x, w), 32, 48),
     "keyword_matmul": lambda: Weighted(lambda x, w: torch.matmul(input=x, other=w), 32, 48),
+    "matmul_in_place": lambda: Weighted(matmul_in_place, 32, 32),
+    "linalg_matmul": lambda: Weighted(torch.linalg.matmul, 32, 48),
     "addmm": lambda: Weighted(lambda x, w, b: torch.addmm(b, x, w), 32, 48, bias=(48,)),
     "addmm_2d_bias": lambda: Weighted(lambda x, w, b: torch.addmm(b, x, w), 32, 48, bias=(16, 48)),
     "method_addmm": lambda: Weighted(lambda x, w, b: b.addmm(x, w), 32, 48, bias=(1, 48)),
@@ -107,6 +117,148 @@ def test_huggingface_conv1d() -> None:
     nn.init.normal_(conv.bias)
     rows = assert_as_eager(nn.Sequential(conv), normal(4, 16, 32), fp8_gemms=3)
     assert {row.fqn for row in rows} == {"0"}
+
+
+@pytest.mark.parametrize("decomposed", [False, True], ids=["", "decomposed"])
+@pytest.mark.parametrize("form", ["linear_bias", "matmul", "linalg_matmul", "mm", "addmm"])
+def test_an_exported_program_names_its_sites_after_its_weights(form: str, decomposed: bool) -> None:
+    x = normal(16, 32)
+    program = torch.export.export(nn.Sequential(FORMS[form]()), (x,))
+    model = (program.run_decompositions() if decomposed else program).module()
+    rows = assert_as_eager(model, x, fp8_gemms=3)
+    assert {row.fqn for row in rows} == {"0"}
+
+
+# --- einsum -------------------------------------------------------------------------------------
+
+
+class Einsum(nn.Module):
+    """Multiplies its input with a weight by an equation."""
+
+    def __init__(self, equation: str, *shape: int) -> None:
+        super().__init__()
+        self.equation, self.w = equation, nn.Parameter(torch.randn(shape) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (self.w, x) if self.equation.startswith("W:") else (x, self.w)
+        return torch.einsum(self.equation.removeprefix("W:"), first, second)
+
+
+# equation, shape of the input, shape of the weight, M, N and K; "W:": the weight comes first
+EINSUMS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
+    "matrix": ("bi,io->bo", (16, 32), (32, 48), (16, 48, 32)),
+    "linear": ("bi,oi->bo", (16, 32), (48, 32), (16, 48, 32)),
+    "square": ("bi,oi->bo", (32, 32), (32, 32), (32, 32, 32)),
+    "to heads": ("bti,ihk->bthk", (4, 16, 32), (32, 4, 8), (64, 32, 32)),
+    "to heads first": ("bti,hik->bhtk", (4, 16, 32), (4, 32, 16), (64, 64, 32)),
+    "from heads": ("bhtk,hko->bto", (2, 4, 16, 8), (4, 8, 48), (32, 48, 32)),
+    "channels": ("bchw,oc->bohw", (2, 32, 4, 4), (48, 32), (32, 48, 32)),
+    "weight first": ("W:oi,bi->bo", (16, 32), (48, 32), (16, 48, 32)),
+    "weight first, transposed": ("W:oi,bi->ob", (16, 32), (48, 32), (48, 16, 32)),
+    "transposed": ("bi,oi->ob", (16, 32), (48, 32), (48, 16, 32)),
+    "channels, weight first": ("W:oc,bchw->bohw", (2, 32, 4, 4), (48, 32), (48, 32, 32)),
+    "ellipsis, no result": ("...i, io", (4, 16, 32), (32, 48), (64, 48, 32)),
+}
+
+
+@pytest.mark.parametrize("case", EINSUMS)
+def test_einsum_with_a_weight(case: str) -> None:
+    equation, x, weight, sizes = EINSUMS[case]
+    options = {"strict": True}
+    rows = assert_as_eager(Einsum(equation, *weight), normal(*x), fp8_gemms=3, options=options)
+    fprop = next(row for row in rows if row.gemm == "fprop")
+    assert (fprop.fqn, (fprop.m, fprop.n, fprop.k)) == ("w", sizes)
+
+
+@pytest.mark.parametrize("case", ["to heads", "to heads first", "weight first"])
+def test_einsum_with_an_unknown_number_of_tokens(case: str) -> None:
+    equation, shape, weight, _ = EINSUMS[case]
+    x = normal(*shape)
+    torch._dynamo.mark_dynamic(x, x.dim() - 2)
+    rows = assert_as_eager(Einsum(equation, *weight), x, fp8_gemms=3)
+    assert any(isinstance(row.m, str) or isinstance(row.n, str) for row in rows)
+
+
+def test_einsum_under_autocast() -> None:
+    model, x = Einsum("bti,ihk->bthk", 32, 4, 8), normal(4, 16, 32)
+    compiled = compile_interpreted(model, {"strict": True})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = compiled(x)
+    assert out.dtype is torch.bfloat16 and 25 <= sqnr_db(model(x).detach(), out.detach()) < 60
+
+
+def test_einsum_of_activations_stays_exact_and_is_accepted_by_strict() -> None:
+    class Scores(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return torch.einsum("btk,bsk->bts", y, y.tanh()) + torch.einsum(
+                "btk,sk->bts", y, y.sum(0)
+            )
+
+    rows = assert_as_eager(Scores(32, 32), normal(2, 16, 32), fp8_gemms=3, options={"strict": True})
+    (other,) = (row for row in rows if not row.is_fp8)
+    assert other.reason == "batched matmul of two activations"
+
+
+# --- what is left out, and what to do about it --------------------------------------------------
+
+
+class Cell(nn.LSTMCell):
+    def __init__(self) -> None:
+        super().__init__(32, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+
+LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
+    "einsum, a weight each": (
+        lambda: Einsum("bti,tik->btk", 16, 32, 8),
+        (4, 16, 32),
+        "einsum with a parameter, but no product of two matrices; write it as matmuls",
+    ),
+    "einsum, a vector": (
+        lambda: Einsum("bti,i->bt", 32),
+        (4, 16, 32),
+        "einsum with a parameter, but no product of two matrices; write it as matmuls",
+    ),
+    "bmm": (
+        lambda: Weighted(torch.bmm, 4, 32, 48),
+        (4, 16, 32),
+        "batched matmul with a parameter; call linear or matmul for each of its matrices",
+    ),
+    "baddbmm": (
+        lambda: Weighted(lambda x, w, b: torch.baddbmm(b, x, w), 4, 32, 48, bias=(4, 16, 48)),
+        (4, 16, 32),
+        "batched matmul with a parameter; call linear or matmul for each of its matrices",
+    ),
+    "matmul of a batch": (
+        lambda: Weighted(torch.matmul, 4, 32, 48),
+        (4, 16, 32),
+        "batched matmul with a parameter; call linear or matmul for each of its matrices",
+    ),
+    "one sample": (lambda: nn.Linear(32, 48), (32,), "a 1-D operand"),
+    "vmap": (
+        lambda: Weighted(lambda x, w: torch.vmap(F.linear, (0, None))(x, w), 48, 32),
+        (16, 32),
+        r"a 1-D operand, as a sample in vmap is; give it a second dimension, such as x\[None\]",
+    ),
+    "LSTMCell": (
+        Cell,
+        (16, 32),
+        "made by lstm_cell; call nn.Linear or F.linear, which can be FP8, as can matmul, @",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_a_parameter_that_is_left_out_has_a_reason_and_counts_under_strict(case: str) -> None:
+    make, shape, reason = LEFT_OUT[case]
+    with pytest.warns(UserWarning, match=f"no GEMM of this graph runs in FP8 .*{reason}"):
+        compile_interpreted(make())(torch.randn(shape))
+    torch._dynamo.reset()
+    with pytest.raises((StrictError, BackendCompilerFailed), match=reason):
+        compile_interpreted(make(), {"strict": True})(torch.randn(shape))
 
 
 def test_input_without_gradient_has_no_dgrad() -> None:

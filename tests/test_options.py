@@ -199,11 +199,16 @@ def test_skip(skip: Any) -> None:
     assert found == {"{gate,up}": {"fp8"}, "down": {"skipped by the user"}}
 
 
-def test_skip_everything_is_eager_bit_for_bit() -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_skip_everything_is_eager_bit_for_bit(
+    strict: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     model, x = MLP(), torch.randn(16, 64)
-    with pytest.warns(UserWarning, match="no GEMM of this graph runs in FP8"):
-        out = compile_interpreted(model, {"skip": ["*"]})(x)
+    with warnings.catch_warnings(), caplog.at_level("INFO"):
+        warnings.simplefilter("error")
+        out = compile_interpreted(model, {"skip": ["*"], "strict": strict})(x)
     torch.testing.assert_close(out, model(x), rtol=1e-6, atol=1e-6)
+    assert "no GEMM of this graph runs in FP8 (down: skipped by the user" in caplog.text
 
 
 def test_a_glob_that_matches_nothing_names_the_sites() -> None:
@@ -232,7 +237,7 @@ def test_a_glob_that_matches_in_one_of_two_graphs(skipped: str, wrapped_by: str)
     other = {"first": "second", "second": "first"}[skipped]
     assert found == {skipped: {"skipped by the user"}, other: {"fp8"}}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", "no GEMM of this graph runs in FP8")
         out = compile_interpreted(call, {"skip": [skipped]})(torch.randn(16, 32))
     assert out.isfinite().all()
 
@@ -256,6 +261,26 @@ def test_no_fp8_at_all_warns_once_and_changes_nothing() -> None:
         compiled(x)
     assert len(warned) == 1
     torch.testing.assert_close(out, model(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_skipped_layer_beside_what_has_no_fp8_form_is_nothing_to_complain_about(
+    strict: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Scores(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) @ x.transpose(1, 2)
+
+    model, x = nn.Sequential(Scores(32, 32)), torch.randn(2, 16, 32)
+    with warnings.catch_warnings(), caplog.at_level("INFO"):
+        warnings.simplefilter("error")
+        compile_interpreted(model, {"skip": ["0"], "strict": strict})(x)
+    assert "0: skipped by the user" in caplog.text
+
+
+def test_a_skipped_layer_beside_one_that_cannot_be_fp8_still_warns() -> None:
+    with pytest.warns(UserWarning, match="no GEMM of this graph runs in FP8 .*float64"):
+        compile_interpreted(HalfDouble(), {"skip": ["0"]})(torch.randn(16, 32))
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -46,6 +46,21 @@ pytestmark = pytest.mark.filterwarnings(EMULATED)
 # --- loading weights ----------------------------------------------------------------------------
 
 
+def test_parameters_are_swapped_on_conversion() -> None:
+    """PyTorch refuses to while anything refers weakly to one."""
+    model, fresh, x = mlp(), mlp(), batch()
+    compiled = torch.compile(model, backend="fp8", options={"recipe": "current"})
+    plain_loop(model, [x], call=compiled)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.load_state_dict(fresh.state_dict())
+        model.to(torch.bfloat16)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert model[0].weight.dtype is torch.bfloat16
+    assert_near(fresh(x), compiled(x.bfloat16()).float())
+
+
 def times(model: nn.Module, factor: float) -> dict[str, Tensor]:
     return {name: factor * value for name, value in model.state_dict().items()}
 

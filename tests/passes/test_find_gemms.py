@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fp8compile.ir import gemms
+from fp8compile.ir import base_of, gemms, operands
 from fp8compile.passes import find_gemms, unbatch_gemms
 from fp8compile.passes.find_gemms import unsited_matmuls
+from fp8compile.recipe import Operand
 from tests.helpers import trace, trace_joint
 from tests.passes.common import aten, before, check_pass, fprop, lines_of
 
@@ -72,6 +74,32 @@ def test_a_weight_on_the_left() -> None:
         "w fprop weight input",
         "w wgrad grad_output input",
     ]
+
+
+@pytest.mark.parametrize("order", ["x, w", "w, x"])
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("result", ["bo", "ob"])
+def test_the_weight_of_an_einsum_is_known_in_whichever_order_aten_multiplies(
+    order: str, rows: int, result: str
+) -> None:
+    class Einsum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(48, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if order == "x, w":
+                return torch.einsum(f"bi,oi->{result}", x, self.w)
+            return torch.einsum(f"oi,bi->{result}", self.w, x)
+
+    joint = trace_joint(Einsum(), torch.randn(rows, 32, requires_grad=True))
+    unbatch_gemms(joint.gm)
+    assert find_gemms(joint.gm, sites=joint.sites) >= 2  # from 2.12 an outer product is none
+    for node, info in gemms(joint.gm):
+        edges = zip(operands(node), (info.left, info.right), strict=True)
+        named = {edge.operand: str(base_of(value)[0]) for value, edge in edges}
+        assert named.get(Operand.WEIGHT, "w") == "w"
+        assert named.get(Operand.INPUT, "x") == "x"
 
 
 class Checkpointed(nn.Module):

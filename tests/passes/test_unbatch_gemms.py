@@ -118,6 +118,57 @@ def test_batches_of_two_activations_stay() -> None:
     assert lines_of(gm) == before
 
 
+class ToHeads(nn.Module):
+    """A linear layer as an einsum, whose output is in heads."""
+
+    def __init__(self, equation: str = "bti,ihk->bthk") -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(32, 4, 16, dtype=BF16))
+        self.equation = equation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum(self.equation, x, self.w)
+
+
+def test_an_einsum_is_a_product_of_matrices() -> None:
+    joint = trace_joint(ToHeads(), torch.randn(4, 8, 32, dtype=BF16, requires_grad=True))
+    assert check_pass(joint.gm, unbatch_gemms) == 3
+    assert_expected_inline(
+        lines_of(joint.gm, "view_matrix", "view_1_matrix", "bmm_mm", "bmm_1_mm", "bmm_2_mm"),
+        """\
+view_matrix : bf16[32, 32] = aten.view(x, [32, 32])
+view_1_matrix : bf16[32, 64] = aten.view(w, [32, 64])
+bmm_mm : bf16[32, 64] = aten.mm(view_matrix, view_1_matrix)
+bmm_1_mm : bf16[32, 64] = aten.mm(view_matrix_t, view_5_matrix)
+bmm_2_mm : bf16[32, 32] = aten.mm(view_5_matrix, view_1_matrix_t)""",
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "shape"),
+    [(swap, (4, 32, 8)), (lambda x: x[..., ::2], (4, 8, 64)), (torch.tanh, (4, 8, 32))],
+    ids=["transposed", "columns", "contiguous"],
+)
+@pytest.mark.parametrize("equation", ["bti,ihk->bthk", "bti,ihk->kbht", "bti,ihk->hkbt"])
+def test_results_of_an_einsum_are_the_same(
+    equation: str, change: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
+    class Changed(ToHeads):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(change(x))
+
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=BF16, requires_grad=True)
+    gm = trace_joint(Changed(equation), x).gm
+    values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
+    given = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype).normal_() for v in values]
+    want = fx.Interpreter(gm).run(*given)
+    assert unbatch_gemms(gm) == 3 and unbatch_gemms(gm) == 0
+    for a, b in zip(fx.Interpreter(gm).run(*given), want, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_the_layer_runs_in_fp8(dynamic: bool, frozen: bool) -> None:
