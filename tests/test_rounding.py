@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -163,6 +165,14 @@ def test_a_layer_may_be_called_by_keyword_and_with_a_vector() -> None:
         found.append(model.state_dict()["first.weight"].float())
     for each in found[1:]:  # sums in another order may round otherwise
         assert (each != found[0]).float().mean() < 1e-2
+
+
+@pytest.mark.parametrize("batches", [torch.ones(4, 256), {"x": torch.ones(4, 256)}, "x"], ids=type)
+def test_one_batch_that_is_no_list_is_refused(batches: Any) -> None:
+    model = Net().eval()
+    with pytest.raises(OptionError, match=r"batches is a \w+; give a list .* such as \[x\]"):
+        fp8compile.freeze(model, batches=batches)
+    assert model.first.weight.dtype is torch.float32
 
 
 def test_inputs_that_are_not_finite_are_refused() -> None:
