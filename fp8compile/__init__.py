@@ -3,6 +3,7 @@
 from .errors import (
     CheckpointError,
     Fp8CompileError,
+    FrozenError,
     MonitorError,
     OptionError,
     PassError,
@@ -31,10 +32,10 @@ def __getattr__(name: str) -> object:
         from .calibration import calibrate
 
         return calibrate
-    if name == "freeze":
-        from .frozen import freeze
+    if name in ("freeze", "unfreeze"):
+        from . import frozen
 
-        return freeze
+        return getattr(frozen, name)
     if name == "profile":
         from .profiling import profile
 
@@ -60,6 +61,7 @@ __all__ = [
     "Events",
     "Format",
     "Fp8CompileError",
+    "FrozenError",
     "Gemm",
     "Granularity",
     "Monitor",
@@ -85,6 +87,7 @@ __all__ = [
     "refresh",
     "save_pretrained",
     "state_dict",
+    "unfreeze",
     "update_scales",
     "view",
 ]

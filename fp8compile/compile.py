@@ -48,6 +48,7 @@ from .passes.find_gemms import NO_FP8_FORM, unsited_matmuls
 from .passes.keep_logits import LOGITS
 from .profiles import BUDGET
 from .quantized_weights import WEIGHTS_GRAPH, QuantizedWeights, split_weights
+from .read_only import with_ordinary
 from .recipe import Recipe, Scaling
 from .report import Row, gemm_rows, other_rows, text_of
 from .scaling import rule_of
@@ -143,6 +144,7 @@ def compile_graph(
         on_split=compiler.split if observer is not None else None,
     )
     compiler.finish(time.perf_counter() - start)
+    run = with_ordinary(run, example_inputs)
     if rule is None:
         return run
     return CompiledGraph(run, sites, recipes, device, example_inputs, compiler.static)

@@ -25,6 +25,10 @@ class CheckpointError(Fp8CompileError, ValueError):
     """A checkpoint cannot be written, cannot be read, or does not fit the model."""
 
 
+class FrozenError(Fp8CompileError, RuntimeError):
+    """A weight that is FP8 only is written to, trained, or loaded in high precision."""
+
+
 class MonitorError(Fp8CompileError, RuntimeError):
     """A Monitor is asked for what it has not recorded, or cannot."""
 

@@ -8,18 +8,21 @@ which finds that dequantization in front of a GEMM, takes the FP8 weight instead
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from .errors import OptionError, RecipeError
+from .errors import FrozenError, OptionError, RecipeError
 from .formats import FP8_DTYPES, Format
 from .internals import uncompiled
 from .ops import ALIGNMENT, current_scale
+from .options import parse_options
 from .progress import progress
+from .read_only import ReadOnly, ordinary, read_only
 from .recipe import Granularity, Operand, Recipe, Scaling, get_recipe
 from .rounding import gram_matrices, in_groups, rounded
 from .scaling import known_weight_scale, replace_weight
@@ -28,6 +31,12 @@ from .untouched import Step, plain_step
 log = logging.getLogger(__name__)
 
 GRANULARITIES = (Granularity.TENSOR, Granularity.ROW, Granularity.BLOCK_128X128)
+# How to have a weight for a parameter again, by what its module holds instead.
+_UNDO = {
+    "weight_mask": "prune.remove(module, 'weight')",
+    "weight_u": "remove_spectral_norm(module)",
+    "weight_g": "remove_weight_norm(module)",
+}
 _CHUNK = 2**22  # elements: what is cast at a time, so that it takes little memory
 
 
@@ -47,10 +56,55 @@ class FrozenWeight:
     @property
     def weight(self) -> Tensor:
         q: Tensor = self._parameters["weight"]
-        if q.dtype not in FP8_DTYPES:  # the user has put another parameter there
+        if q.dtype not in FP8_DTYPES:  # put there past register_parameter, as functional_call does
             return q
-        block = list(self.granularity.block)
-        return torch.ops.fp8.dequantize.default(q, self.weight_scale, block, self.weight_dtype)
+        block, dtype = list(self.granularity.block), self.weight_dtype
+        return read_only(torch.ops.fp8.dequantize.default(q, self.weight_scale, block, dtype))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ``nn.Module.register_parameter``; another weight than one in FP8 ends the freeze."""
+        if isinstance(param, ReadOnly):
+            raise FrozenError(
+                f"the weight is frozen in FP8, and what is dequantized of it can be no parameter "
+                f"{name!r}; call fp8compile.unfreeze(model) first, or give a copy: "
+                "nn.Parameter(module.weight.clone())"
+            )
+        super().register_parameter(name, param)  # type: ignore[misc]
+        if name == "weight" and not is_frozen(self):
+            _thaw(self)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":  # what parametrizations begin with
+            raise FrozenError(
+                "the weight is frozen in FP8, and can be neither parametrized nor deleted; call "
+                "fp8compile.unfreeze(model) first"
+            )
+        super().__delattr__(name)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As ``nn.Module``'s, but a weight without its scale, or in another dtype, is an error,
+        strict or not: it would be cast without a scale.
+        """
+        q, given = self._parameters["weight"], state_dict.get(f"{prefix}weight")
+        has_scale = f"{prefix}weight_scale" in state_dict
+        if is_frozen(self) and given is not None and not (given.dtype is q.dtype and has_scale):
+            error_msgs.append(
+                f"{prefix}weight is frozen in FP8, {q.dtype} with a weight_scale, and given as "
+                f"{given.dtype} {'with' if has_scale else 'without'} one; for weights in high "
+                "precision call fp8compile.unfreeze(model) first, and freeze again afterwards"
+            )
+            return
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As ``nn.Module._apply``, but FP8 and its scales change their device only."""
@@ -67,7 +121,7 @@ class FrozenWeight:
 
     def extra_repr(self) -> str:
         shape: str = super().extra_repr()  # type: ignore[misc]
-        return f"{shape}, frozen in e4m3 {self.granularity}"
+        return f"{shape}, frozen in e4m3 {self.granularity}" if is_frozen(self) else shape
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _instance, (type(self).__bases__[1],), self.__dict__
@@ -104,6 +158,9 @@ def freeze(
     half of the memory of bfloat16. Layers are cast one after the other, some rows at a time: at no
     time is more needed than the model took before, and a layer or 100 MB.
 
+    A write to such a weight in eager code raises FrozenError: ``unfreeze`` first. One that is
+    assigned, ``module.weight = nn.Parameter(...)``, is not frozen.
+
     Compile and call it as before: the recipe is known by the scales of the weights, be the option
     ``recipe`` what it may. Gradients for inputs and other parameters still work; an optimizer that
     knows the old parameters keeps them alive.
@@ -124,7 +181,7 @@ def freeze(
     be kept in, OptionError for names to skip that match nothing, for no batch, and for batches with
     which a layer's input is not finite.
     """
-    model, recipe = uncompiled(model), get_recipe(recipe)
+    model, recipe = checked(model, "freeze"), get_recipe(recipe)
     granularity = frozen_granularity(recipe)
     left = left_out(model, granularity, skip)
     before = _bytes(model)
@@ -133,6 +190,11 @@ def freeze(
         for module in chosen.values():
             _freeze(module, recipe)
     else:
+        if isinstance(batches, Tensor | Mapping | str):
+            raise OptionError(
+                f"batches is a {type(batches).__name__}; give a list of what the model is called "
+                "with, such as [x], of tensors, tuples of arguments or dicts of keyword arguments"
+            )
         given = list(batches)  # each group runs them
         if not given:
             raise OptionError("to round weights for batches takes at least one; or leave them out")
@@ -142,6 +204,51 @@ def freeze(
                 _freeze(group[name], recipe, grams.pop(name, None))
     log.info("froze a model: %.4g MB, now %.4g MB", before / 1e6, _bytes(model) / 1e6)
     return left
+
+
+def unfreeze(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
+    """Give every frozen ``nn.Linear`` an ordinary parameter again; changes the model.
+
+    What rounding to FP8 has lost stays lost: the parameter is what ``module.weight`` was, in
+    ``dtype``, or in that which eager computes in. It may be written to, as where an adapter is
+    merged into it, and be frozen again. Its ``requires_grad`` is that of the frozen one, False if
+    nobody has changed it. The scaling state, such as calibrated scales of the input, stays.
+
+    Returns the names of the modules that were frozen. Raises OptionError for a dtype of no float.
+    """
+    model = checked(model, "unfreeze")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise OptionError(f"dtype={dtype!r}; weights are floats: give one such as torch.bfloat16")
+    names = [name for name, module in linears(model) if is_frozen(module)]
+    for name in names:
+        _unfreeze(model.get_submodule(name), dtype)
+    return names
+
+
+@torch.no_grad()
+def _unfreeze(module: nn.Module, dtype: torch.dtype | None) -> None:
+    frozen: Any = module
+    q, value = frozen._parameters["weight"], ordinary(frozen.weight).to(dtype)
+    new = nn.Parameter(value, requires_grad=q.requires_grad)
+    frozen.weight = new
+    replace_weight(q, new)
+
+
+def _thaw(module: Any) -> None:
+    """Let a module be of the class that it was of before it was frozen."""
+    module.__class__ = type(module).__bases__[1]
+    del module.weight_scale, module.granularity, module.weight_dtype
+
+
+def checked(model: Any, what: str) -> nn.Module:
+    """The module that ``torch.compile`` was given, if this is what it returned, or that this is.
+
+    Raises OptionError for anything else.
+    """
+    model = uncompiled(model)
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"{what} takes a model, an nn.Module, and no {type(model).__name__}")
+    return model
 
 
 def _freeze(module: nn.Linear, recipe: Recipe, gram: Tensor | None = None) -> None:
@@ -181,6 +288,7 @@ def left_out(
     Those of embeddings, convolutions and positions, which no GEMM multiplies with, do not count.
     Raises OptionError for a glob in ``skip`` that matches no module, and no site's name.
     """
+    skip = parse_options({"skip": skip}).skip
     _check_globs(model, () if callable(skip) else skip)
     multiple = max(granularity.block[1], ALIGNMENT)
     names: dict[int, list[str]] = {}
@@ -192,8 +300,9 @@ def left_out(
     def reason(name: str, module: nn.Linear) -> str | None:
         if skip(name) if callable(skip) else any(fnmatchcase(name, glob) for glob in skip):
             return "skipped by the user"
-        weight = module._parameters["weight"]
-        assert weight is not None
+        weight = module._parameters.get("weight")
+        if weight is None:
+            return _not_a_parameter(module)
         others = [each for each in names[id(weight)] if each != f"{name}.weight".lstrip(".")]
         if others:
             return f"its weight is also {', '.join(others)}"
@@ -208,8 +317,24 @@ def left_out(
     return left | {
         name: f"{type(module).__name__} is no nn.Linear"
         for name, module in model.named_modules()
-        if _has_other_matrices(module)
+        if _has_other_matrices(module) and _owner(name) not in found
     }
+
+
+def _owner(name: str) -> str:
+    """The module that a part of its parametrizations belongs to; others belong to themselves."""
+    return f".{name}".partition(".parametrizations.")[0].removeprefix(".")
+
+
+def _not_a_parameter(module: nn.Linear) -> str:
+    """Why a weight that something computes at every call stays as it is, and what to do first."""
+    held = {*module._parameters, *module._buffers}
+    if is_parametrized(module, "weight"):
+        call = "parametrize.remove_parametrizations(module, 'weight')"
+    else:
+        call = next((_UNDO[key] for key in _UNDO if key in held), "")
+    undo = f"call torch.nn.utils.{call} first" if call else "assign one: module.weight = ..."
+    return f"its weight is no parameter; {undo}"
 
 
 def _check_globs(model: nn.Module, globs: Sequence[str]) -> None:
@@ -238,9 +363,10 @@ def _has_other_matrices(module: nn.Module) -> bool:
     return any(p.dim() >= 2 and p.shape[0] > 1 for p in own)
 
 
-def is_frozen(module: nn.Module) -> bool:
+def is_frozen(module: object) -> TypeGuard[FrozenWeight]:
     """Whether the module's weight is kept in FP8."""
-    return isinstance(module, FrozenWeight)
+    weight = module._parameters.get("weight") if isinstance(module, FrozenWeight) else None
+    return weight is not None and weight.dtype in FP8_DTYPES
 
 
 def quantize_weight(
@@ -291,7 +417,7 @@ def set_frozen(
     """
     old = module._parameters["weight"]
     new = nn.Parameter(q, requires_grad=False)
-    if not is_frozen(module):
+    if not isinstance(module, FrozenWeight):
         module.__class__ = _class_of(type(module))
     module._parameters["weight"] = new
     module.register_buffer("weight_scale", weight_scale)

@@ -50,6 +50,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._ordered_set import OrderedSet
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._sympy.functions import FloorDiv as FloorDiv  # ``//`` in a symbolic size
 
 Split = Callable[[fx.GraphModule, fx.GraphModule, int], None]
@@ -141,6 +142,23 @@ def uncompiled(target: Any) -> Any:
     """The module or function that ``torch.compile`` was given, if this is what it returned."""
     original = getattr(target, "_orig_mod", target)
     return getattr(original, "_torchdynamo_orig_callable", original)
+
+
+def is_traced() -> bool:
+    """Whether someone follows the operators that run: Dynamo, export, or a mode such as make_fx's,
+    functorch, or TorchScript.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+    )
+
+
+def are_aliases(x: Tensor, other: Tensor) -> bool:
+    """Whether two tensors lie in the same memory."""
+    return bool(torch._C._is_alias_of(x, other))  # type: ignore[attr-defined]
 
 
 def source_name(node: fx.Node) -> str:

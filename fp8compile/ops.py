@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import pad
 
+from .errors import FrozenError
 from .formats import Format
 
 ALIGNMENT = 16  # elements, and bytes: a row of an FP8 copy, for TMA and for cuBLASLt
@@ -323,6 +324,16 @@ def dequantize(q: Tensor, scale_inv: Tensor, block: Sequence[int], dtype: torch.
 @dequantize.register_fake
 def _(q: Tensor, scale_inv: Tensor, block: Sequence[int], dtype: torch.dtype) -> Tensor:
     return q.new_empty(q.shape, dtype=dtype)
+
+
+def _refuse_gradient(ctx: Any, grad: Tensor) -> None:
+    raise FrozenError(
+        "a frozen weight requires a gradient, and FP8 cannot be trained; call "
+        "fp8compile.unfreeze(model) first, or requires_grad_(False) on what is frozen"
+    )
+
+
+dequantize.register_autograd(_refuse_gradient)
 
 
 def dequantized(q: Tensor, scale_inv: Tensor, block: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -53,14 +53,16 @@ def gram_matrices(
     """
     found: dict[str, Tensor] = {}
 
-    def look(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].detach().flatten(0, -2).float()
+    def look(name: str, module: nn.Linear, args: Any, kwargs: Any) -> None:
+        x = args[0] if args else kwargs["input"]
+        x = x.detach().reshape(-1, module.in_features).float()
         gram = x.t() @ x
         found[name] = found[name] + gram if name in found else gram
 
     with left_as_it_was(model), ExitStack() as hooks:
         for name, module in modules.items():
-            hooks.enter_context(module.register_forward_pre_hook(partial(look, name)))
+            hook = module.register_forward_pre_hook(partial(look, name), with_kwargs=True)
+            hooks.enter_context(hook)
         for batch in progress(batches, "looking at inputs"):
             step(model, batch)
     for name, gram in found.items():

@@ -9,13 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import fp8compile
-from fp8compile import Granularity, OptionError, RecipeError
+from fp8compile import FrozenError, Granularity, OptionError, RecipeError
 from fp8compile.frozen import is_frozen, linears, quantize_weight
 from tests.helpers import compile_interpreted
 from tests.models import sqnr_db
@@ -290,6 +293,29 @@ def test_other_weights_may_be_loaded_into_a_compiled_model() -> None:
     assert memory_of(model) == memory_of(other)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_without_their_scales_are_not_loaded(assign: bool) -> None:
+    """PyTorch casts what it is given to the dtype of the parameter."""
+    model, high = Block(), Block()
+    fp8compile.freeze(model)
+    before = copy.deepcopy(model.state_dict())
+    no_scales = {n: t for n, t in before.items() if not n.endswith("weight_scale")}
+    for given in (high.state_dict(), no_scales):
+        with pytest.raises(
+            RuntimeError, match=r"q\.weight is frozen in FP8.*unfreeze\(model\) first"
+        ):
+            model.load_state_dict(given, strict=False, assign=assign)
+        for name, _ in linears(model):
+            now = model.state_dict()[f"{name}.weight"]
+            assert torch.equal(now.float(), before[f"{name}.weight"].float())
+    biases = {n: t for n, t in high.state_dict().items() if n.endswith("bias")}
+    model.load_state_dict(biases, strict=False, assign=assign)
+    assert torch.equal(model.up.bias, high.up.bias)
+    fp8compile.unfreeze(model)
+    model.load_state_dict(high.state_dict(), assign=assign)
+    assert torch.equal(model.q.weight, high.q.weight)
+
+
 def test_conversions_change_what_eager_computes_in() -> None:
     model = Block()
     fp8compile.freeze(model)
@@ -334,6 +360,38 @@ def test_what_is_left_alone_is_told() -> None:
     left = fp8compile.freeze(model, skip=lambda name: name == "kept")
     assert "wide" not in left and left["kept"] == "skipped by the user"
     assert "divisible by 128" in fp8compile.freeze(model, "blockwise")["kept"]
+
+
+OF_NO_PARAMETER: dict[str, tuple[Callable[[nn.Linear], object], str]] = {
+    "weight_norm": (parametrizations.weight_norm, "parametrize.remove_parametrizations"),
+    "spectral_norm": (parametrizations.spectral_norm, "parametrize.remove_parametrizations"),
+    "orthogonal": (parametrizations.orthogonal, "parametrize.remove_parametrizations"),
+    "old weight_norm": (torch.nn.utils.weight_norm, "remove_weight_norm(module)"),
+    "old spectral_norm": (torch.nn.utils.spectral_norm, "remove_spectral_norm(module)"),
+    "prune": (lambda m: prune.l1_unstructured(m, "weight", 0.5), "prune.remove(module, 'weight')"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("what", OF_NO_PARAMETER)
+def test_a_weight_that_is_computed_at_every_call_is_left_alone(what: str) -> None:
+    change, undo = OF_NO_PARAMETER[what]
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32)).eval(), torch.randn(8, 64)
+    change(model[0])
+    want = model(x)
+    (name, why), *others = fp8compile.freeze(model).items()
+    assert name == "0" and not others
+    assert why.startswith(f"its weight is no parameter; call torch.nn.utils.{undo}")
+    assert is_frozen(model[1]) and sqnr_db(want, model(x)) > 25
+    alone = nn.Linear(64, 64)
+    change(alone)
+    assert [*fp8compile.freeze(alone)] == [""]
+
+
+@pytest.mark.parametrize("skip", ["q", None, [1], {"q": 1}], ids=str)
+def test_what_says_nothing_of_names_to_skip_is_refused(skip: Any) -> None:
+    with pytest.raises(OptionError, match=r"option 'skip' is .*give a list of globs"):
+        fp8compile.freeze(Block(), skip=skip)
 
 
 @pytest.mark.parametrize(
@@ -393,11 +451,226 @@ def test_adapters_are_trained_over_frozen_weights(recipe: str) -> None:
 
 
 def test_a_parameter_that_the_user_puts_there_is_that() -> None:
-    module = nn.Linear(32, 16)
+    module, x = nn.Linear(32, 16), torch.ones(1, 32)
     fp8compile.freeze(module)
+    compiled = compile_interpreted(module, {"recipe": "rowwise"})
+    before = served(compiled, x)
     module.weight = nn.Parameter(torch.ones(16, 32))
     assert torch.equal(module.weight, torch.ones(16, 32))
-    assert torch.equal(module(torch.ones(1, 32)), 32 + module.bias[None])
+    assert torch.equal(module(x), 32 + module.bias[None])
+    assert type(module) is nn.Linear and not is_frozen(module)
+    assert [*module.state_dict()] == ["weight", "bias"]
+    after = served(compiled, x)
+    assert not torch.equal(after, before)
+    assert fp8compile.freeze(module) == {} and is_frozen(module)
+    torch._dynamo.reset()
+    assert torch.equal(served(compile_interpreted(module), x), after)
+
+
+def test_a_weight_put_past_the_module_is_not_frozen_either() -> None:
+    module, x = nn.Linear(32, 16), torch.ones(1, 32)
+    fp8compile.freeze(module)
+    found = torch.func.functional_call(module, {"weight": torch.ones(16, 32)}, x)
+    assert torch.equal(found, 32 + module.bias[None]) and is_frozen(module)
+    module._parameters["weight"] = nn.Parameter(torch.ones(16, 32))
+    assert not is_frozen(module) and "frozen" not in repr(module)
+    assert fp8compile.freeze(module) == {} and is_frozen(module)
+
+
+# --- writes -------------------------------------------------------------------------------------
+
+
+def add_to_data(module: nn.Linear) -> None:
+    module.weight.data += 1
+
+
+def set_data(module: nn.Linear) -> None:
+    module.weight.data = torch.ones(16, 32)
+
+
+def set_a_row(module: nn.Linear) -> None:
+    module.weight[0] = 1
+
+
+def zero_a_view(module: nn.Linear) -> None:
+    module.weight.detach().t()[0].zero_()
+
+
+def add_in_place(module: nn.Linear) -> None:
+    weight = module.weight
+    weight *= 2
+
+
+def write_out(module: nn.Linear) -> None:
+    torch.add(torch.ones(16, 32), 1, out=module.weight)
+
+
+WRITES: list[Callable[[nn.Linear], object]] = [
+    add_to_data,
+    set_data,
+    set_a_row,
+    zero_a_view,
+    add_in_place,
+    write_out,
+    nn.Linear.reset_parameters,
+    lambda module: module.weight.copy_(torch.ones(16, 32)),
+    lambda module: nn.init.xavier_normal_(module.weight),
+    lambda module: torch._foreach_mul_([module.weight], 2.0),
+    lambda module: module.weight.requires_grad_(),
+    lambda module: nn.Parameter(module.weight),
+    lambda module: setattr(module, "other", nn.Parameter(module.weight, requires_grad=False)),
+    parametrizations.weight_norm,
+    parametrizations.spectral_norm,
+    lambda module: prune.l1_unstructured(module, "weight", 0.5),
+]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_that_would_be_lost_is_refused(
+    write: Callable[[nn.Linear], object], mode: Callable[[], Any]
+) -> None:
+    module = nn.Linear(32, 16)
+    fp8compile.freeze(module)
+    before = module.state_dict()
+    with mode(), pytest.raises(FrozenError, match=r"frozen in FP8.*fp8compile\.unfreeze"):
+        write(module)
+    after = module.state_dict()
+    assert is_frozen(module) and [*after] == [*before]
+    assert all(torch.equal(after[name].float(), before[name].float()) for name in before)
+
+
+def test_what_is_computed_from_a_frozen_weight_may_be_written_to() -> None:
+    module = nn.Linear(32, 16)
+    fp8compile.freeze(module)
+    for make in (
+        torch.clone,
+        torch.Tensor.double,
+        copy.deepcopy,
+        lambda w: w + 1,
+        lambda w: w @ w.t(),
+    ):
+        found = make(module.weight)
+        assert type(found) is Tensor
+        found.zero_()
+    module.weight.requires_grad = False  # as adapters do to be sure
+    assert type(module.weight.requires_grad_(False)) is type(module.weight)
+
+
+def test_others_that_follow_operators_see_an_ordinary_weight() -> None:
+    model, x = nn.Sequential(nn.Linear(32, 16), nn.ReLU()), torch.randn(4, 32)
+    fp8compile.freeze(model)
+    want = model(x)
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    assert counter.get_total_flops() == 2 * 4 * 32 * 16
+    for strict in (True, False):
+        exported = torch.export.export(model, (x,), strict=strict)
+        assert torch.equal(exported.module()(x), want)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(model)(x)
+    assert any(n.target is torch.ops.fp8.dequantize.default for n in traced.graph.nodes)
+    assert torch.equal(torch.jit.trace(model, x)(x), want)
+    (gradient,) = torch.autograd.grad(model(x.requires_grad_()).sum(), x)
+    assert torch.equal(torch.func.grad(lambda x: model(x).sum())(x.detach()), gradient)
+
+
+@pytest.mark.parametrize("inductor", [False, True])
+def test_a_compiled_function_may_be_given_a_frozen_weight(inductor: bool) -> None:
+    module, x = nn.Linear(128, 64, bias=False), torch.randn(32, 128)
+    fp8compile.freeze(module)
+    options = {"recipe": "rowwise", "kernels": "reference"}
+    if inductor:
+        compiled: Any = torch.compile(nn.functional.linear, backend="fp8", options=options)
+    else:
+        compiled = compile_interpreted(nn.functional.linear, options)
+    found = compiled(x, module.weight)
+    assert type(found) is Tensor and sqnr_db(module(x), found) > 25
+
+
+# --- unfreeze -----------------------------------------------------------------------------------
+
+
+class Lora(nn.Module):
+    """An adapter beside a layer, merged as peft does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(128, 128)
+        self.a, self.b = nn.Linear(128, 16, bias=False), nn.Linear(16, 128, bias=False)
+        self.merged = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) if self.merged else self.base(x) + self.b(self.a(x))
+
+    def merge(self) -> None:
+        self.base.weight.data += self.b.weight @ self.a.weight
+        self.merged = True
+
+
+def test_an_adapter_is_merged_after_unfreezing() -> None:
+    model, x = Lora().requires_grad_(False), torch.randn(32, 128)
+    fp8compile.freeze(model, skip=["a", "b"])
+    want = model(x)
+    with pytest.raises(FrozenError, match="unfreeze"):
+        model.merge()
+    compiled = compile_interpreted(model, {"recipe": "rowwise"})
+    served(compiled, x)
+    assert fp8compile.unfreeze(model) == ["base"]
+    assert type(model.base) is nn.Linear and type(model.base.weight) is nn.Parameter
+    assert not model.base.weight.requires_grad
+    assert torch.equal(model(x), want)
+    model.merge()
+    assert torch.allclose(model(x), want, atol=1e-5)
+    assert fp8compile.freeze(model, skip=["a", "b"]) == dict.fromkeys("ab", "skipped by the user")
+    assert sqnr_db(want, served(compiled, x)) > 25
+    assert sqnr_db(want, model(x)) > 25
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "blockwise", "delayed"])
+def test_unfreezing_gives_back_what_eager_multiplied_with(recipe: str) -> None:
+    model, x = Block().bfloat16(), inputs()
+    fp8compile.calibrate(model, [x])
+    keys = model.state_dict().keys()
+    fp8compile.freeze(model, recipe)
+    want, scales = model(x), fp8compile.state_dict(model)
+    names = [name for name, _ in linears(model)]
+    assert fp8compile.unfreeze(torch.compile(model, backend="eager")) == names
+    assert torch.equal(model(x), want) and model.state_dict().keys() == keys
+    kept = fp8compile.state_dict(model)
+    assert kept.keys() == scales.keys() and all(torch.equal(kept[k], scales[k]) for k in kept)
+    assert fp8compile.unfreeze(model) == []
+    fp8compile.freeze(model, "rowwise")
+    fp8compile.unfreeze(model, torch.float64)
+    assert model.q.weight.dtype is torch.float64
+
+
+def test_what_cannot_be_unfrozen_is_said() -> None:
+    with pytest.raises(OptionError, match=r"dtype=torch\.int8; weights are floats"):
+        fp8compile.unfreeze(nn.Linear(32, 16), torch.int8)
+    for call in (fp8compile.freeze, fp8compile.unfreeze):
+        with pytest.raises(OptionError, match=r"freeze takes a model, .*, and no function"):
+            call(lambda x: x)
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_frozen_weights_that_shall_be_trained_are_refused(compiled: bool) -> None:
+    model, x = Block(), torch.randn(32, 128, requires_grad=True)
+    fp8compile.freeze(model)
+    run = compile_interpreted(model, {"recipe": "rowwise"}) if compiled else model
+    run(x).sum().backward()
+    assert x.grad is not None and model.up.bias.grad is not None
+    model.requires_grad_(True)
+    with torch.no_grad():
+        run(x)
+    with pytest.raises(Exception, match=r"FP8 cannot be trained; call fp8compile\.unfreeze"):
+        run(x).sum().backward()
+    fp8compile.unfreeze(model)
+    torch._dynamo.reset()
+    run(x).sum().backward()
+    assert model.q.weight.grad is not None
 
 
 @pytest.mark.parametrize("recipe", ["rowwise", "delayed", "blockwise"])

@@ -88,7 +88,7 @@ def test_code_about_serving() -> None:
     torch._dynamo.reset()
     names: dict[str, Any] = {}
     blocks = code_of("Serve")
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(block, names)
     assert not isinstance(names["model"][2], FrozenWeight)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -146,6 +148,31 @@ def test_no_batch_is_refused_and_an_iterator_is_not() -> None:
     fp8compile.freeze(better, batches=iter([correlated(64)]))
     q, other = (m.state_dict()["first.weight"].float() for m in (model, better))
     assert not torch.equal(q, other)
+
+
+def test_a_layer_may_be_called_by_keyword_and_with_a_vector() -> None:
+    class ByKeyword(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(input=self.first(input=x).relu())
+
+    x = correlated(4)
+    found = []
+    for model, batches in ((ByKeyword(), [x]), (ByKeyword(), [*x]), (Net().eval(), [x])):
+        torch.manual_seed(0)
+        for module in (model.first, model.second):
+            module.reset_parameters()
+        fp8compile.freeze(model, batches=batches)
+        found.append(model.state_dict()["first.weight"].float())
+    for each in found[1:]:  # sums in another order may round otherwise
+        assert (each != found[0]).float().mean() < 1e-2
+
+
+@pytest.mark.parametrize("batches", [torch.ones(4, 256), {"x": torch.ones(4, 256)}, "x"], ids=type)
+def test_one_batch_that_is_no_list_is_refused(batches: Any) -> None:
+    model = Net().eval()
+    with pytest.raises(OptionError, match=r"batches is a \w+; give a list .* such as \[x\]"):
+        fp8compile.freeze(model, batches=batches)
+    assert model.first.weight.dtype is torch.float32
 
 
 def test_inputs_that_are_not_finite_are_refused() -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
-from ..frozen import FrozenWeight, frozen_granularity, quantize_weight, set_frozen
-from ..internals import uncompiled
+from ..errors import CheckpointError, OptionError
+from ..frozen import checked, frozen_granularity, is_frozen, quantize_weight, set_frozen
 from ..named_state import load_state_dict
 from ..recipe import Granularity, Recipe, get_recipe
 from .buffers import rebuilt_buffers
@@ -59,7 +58,11 @@ def load(
     Raises CheckpointError, and changes nothing, for a checkpoint that is not whole, has another
     format, or does not fit: it lists what is missing, unexpected, or of the wrong shape or dtype.
     """
-    model = uncompiled(model)
+    model = checked(model, "load")
+    if not isinstance(ignore, list | tuple | set) or not all(isinstance(g, str) for g in ignore):
+        raise OptionError(
+            f"ignore={ignore!r}; give a list of globs over names of tensors, such as ['*.rotary.*']"
+        )
     with Checkpoint(Path(path)) as checkpoint, torch.no_grad():
         scheme = scheme_of(checkpoint.config)
         cast_to = None if recipe is None else frozen_granularity(get_recipe(recipe))
@@ -117,7 +120,7 @@ def _weight(
     """What ``set_frozen`` takes."""
     old = module._parameters["weight"]
     assert old is not None
-    dtype = module.weight_dtype if isinstance(module, FrozenWeight) else old.dtype
+    dtype = module.weight_dtype if is_frozen(module) else old.dtype
     place = _place(old, device)
     if weight.scale is not None:
         scale = weight.scale.to(place)

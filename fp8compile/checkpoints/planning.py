@@ -96,7 +96,7 @@ class _Planner:
             for granularity in (Granularity.TENSOR, Granularity.ROW, Granularity.BLOCK_128X128)
         }
         # A module that two others share is met under its first name only.
-        self._linears = {id(m._parameters["weight"]): (name, m) for name, m in linears(model)}
+        self._linears = {id(m._parameters.get("weight")): (n, m) for n, m in linears(model)}
 
     def run(self, ignore: Sequence[str]) -> Iterator[str]:
         """Fill the plan; what does not fit."""

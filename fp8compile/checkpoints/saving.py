@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..frozen import FrozenWeight, is_frozen
-from ..internals import uncompiled
+from ..frozen import checked, is_frozen
 from ..named_state import state_dict
 from .reading import CONFIG, GENERATION, SCALES
 from .scales import input_scales, to_json
@@ -43,9 +42,12 @@ def save_pretrained(
 
     Raises CheckpointError for a model that is not frozen or has no data, or a path that is a file.
     """
-    if max_shard_bytes < 1:
-        raise CheckpointError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
-    model = uncompiled(model)
+    if not isinstance(max_shard_bytes, int | float) or not max_shard_bytes >= 1:
+        raise CheckpointError(
+            f"max_shard_bytes is {max_shard_bytes!r}; it must be at least 1, a number of bytes "
+            "such as 5 * 10**9"
+        )
+    model = checked(model, "save_pretrained")
     tensors, scales = _tensors(model), input_scales(model)
     config = _config(model) | {"quantization_config": quantization_config(model, scales)}
     state = state_dict(model)
@@ -100,4 +102,4 @@ def _config(model: Any) -> dict[str, Any]:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     """In which the model computes where nothing is FP8."""
-    return next(m.weight_dtype for m in model.modules() if isinstance(m, FrozenWeight))
+    return next(m.weight_dtype for m in model.modules() if is_frozen(m))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..frozen import FrozenWeight, linears
+from ..frozen import is_frozen, linears
 from ..recipe import RECIPES, Granularity, Operand, Scaling
 from ..scaling import HISTORY, SCALE, parked_entries, slots_of, states_by_weight
 
@@ -27,10 +27,8 @@ def input_scales(model: nn.Module) -> dict[str, Tensor]:
     """
     found = {}
     for name, module in linears(model):
-        weight = module._parameters["weight"]
-        is_tensorwise = (
-            isinstance(module, FrozenWeight) and module.granularity is Granularity.TENSOR
-        )
+        weight = module._parameters.get("weight")
+        is_tensorwise = is_frozen(module) and module.granularity is Granularity.TENSOR
         scales = _scales_of_input(weight) if is_tensorwise and weight is not None else []
         if scales and all(scale > 0 for scale in scales):
             found[name] = torch.stack(scales).amin().float().reciprocal().reshape(1).cpu()
@@ -61,11 +59,13 @@ def state_from_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> dict[st
     state: dict[str, Tensor] = {}
     keys = {id(parameter): key for key, parameter in model.named_parameters()}  # tied: the first
     for name, module in linears(model):
+        key = keys.get(id(module._parameters.get("weight")))
+        if key is None:  # a weight that something computes at every call
+            continue
         scale = torch.zeros(3, dtype=torch.float32)
         history = torch.zeros(RECIPES["delayed"].history_len, 3, dtype=torch.float32)
         if name in scales:
             scale[Operand.INPUT.value] = scales[name].reciprocal()
-        key = keys[id(module._parameters["weight"])]
         state |= {key + SCALE: scale, key + HISTORY: history}
     return state
 

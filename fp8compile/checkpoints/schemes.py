@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..frozen import FrozenWeight, linears
+from ..frozen import is_frozen, linears
 from ..recipe import Granularity
 
 LEGAL = (
@@ -54,7 +54,7 @@ def quantization_config(model: nn.Module, static: Container[str]) -> dict[str, A
     groups: dict[tuple[Granularity, bool], list[str]] = {}
     ignore = []
     for name, module in linears(model):
-        if isinstance(module, FrozenWeight):
+        if is_frozen(module):
             groups.setdefault((module.granularity, name in static), []).append(name)
         else:
             ignore.append(name)

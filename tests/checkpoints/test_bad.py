@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import fp8compile
-from fp8compile import CheckpointError
+from fp8compile import CheckpointError, OptionError
 from tests.checkpoints.common import bits_of, config_of, edited, on_meta, saved, small, write
 
 WQ = "layers.0.attention.wq"
@@ -316,6 +317,31 @@ def test_integers_are_not_cast(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", ({"recipe": "rowwise"}, {"skip": ["*.wq"]}), ids=str)
 def test_choices_that_the_file_has_made(path: Path, options: dict[str, Any]) -> None:
     refused(small(), path, "says which weights are FP8 already", "leave them out", **options)
+
+
+@pytest.mark.parametrize("ignore", ["0.bias", None, [1]], ids=str)
+def test_names_to_ignore_that_are_none(path: Path, ignore: Any) -> None:
+    with pytest.raises(OptionError, match=r"ignore=.*; give a list of globs over names"):
+        fp8compile.load(small(), path, ignore=ignore)
+
+
+@pytest.mark.parametrize("skip", ["lm_head", None, [1]], ids=str)
+def test_names_to_skip_that_are_none(tmp_path: Path, skip: Any) -> None:
+    write(tmp_path / "x", small().state_dict())
+    with pytest.raises(OptionError, match=r"option 'skip' is .*; give a list of globs over"):
+        fp8compile.load(small(), tmp_path / "x", recipe="rowwise", skip=skip)
+
+
+def test_what_is_no_module(path: Path) -> None:
+    given: Any = small().state_dict()
+    with pytest.raises(OptionError, match=r"load takes a model, an nn\.Module, and no Ordered"):
+        fp8compile.load(given, path)
+
+
+def test_a_weight_that_is_no_parameter(path: Path) -> None:
+    model = small()
+    parametrizations.weight_norm(model.layers[0].attention.wq)
+    refused(model, path, f"missing: {WQ}.parametrizations.weight.original0", f"unexpected: {WQ}")
 
 
 def test_a_recipe_that_weights_cannot_be_kept_in(path: Path) -> None:

@@ -45,6 +45,35 @@ def test_a_model_on_meta_gets_the_same_bits(tmp_path: Path, recipe: str) -> None
     assert bits_of(other) == bits_of(model)
 
 
+def test_a_frozen_layer_that_was_given_another_weight(tmp_path: Path) -> None:
+    model, other = frozen("rowwise", skip=()), small()
+    with torch.no_grad():
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight + 1)
+    fp8compile.save_pretrained(model, tmp_path / "fp8")
+    assert "lm_head.weight_scale" not in tensors_in(tmp_path / "fp8")
+    assert config_of(tmp_path / "fp8")["quantization_config"]["ignore"] == ["lm_head"]
+    left = fp8compile.load(other, tmp_path / "fp8")
+    assert left == {"lm_head": "in high precision in the checkpoint"}
+    assert bits_of(other) == bits_of(model)
+
+
+OTHER_DTYPES = (torch.complex64, torch.uint16, torch.uint32, torch.uint64)
+
+
+@pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
+def test_buffers_of_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    def build(value: int) -> nn.Module:
+        model = nn.Sequential(nn.Linear(128, 128))
+        model.register_buffer("held", torch.tensor([value, 7]).to(dtype))
+        return model
+
+    model, other = build(3), build(0)
+    fp8compile.freeze(model)
+    fp8compile.save_pretrained(model, tmp_path / "fp8")
+    fp8compile.load(other, tmp_path / "fp8")
+    assert bits_of(other) == bits_of(model)
+
+
 def assert_served_alike(folder: Path, recipe: str, **options: Any) -> None:
     """Saved after a call: by then weights that are multiplied together lie in one memory."""
     model = frozen(recipe).eval()

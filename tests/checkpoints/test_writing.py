@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fp8compile
-from fp8compile import CheckpointError
+from fp8compile import CheckpointError, OptionError
 from fp8compile.checkpoints import writing
 from tests.checkpoints.common import bits_of, frozen, on_meta, saved, small
 
@@ -158,9 +158,16 @@ def test_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         fp8compile.save_pretrained(frozen(), ".")
 
 
-def test_a_size_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="max_shard_bytes is 0; it must be at least 1"):
-        fp8compile.save_pretrained(frozen(), tmp_path / "fp8", max_shard_bytes=0)
+@pytest.mark.parametrize("size", [0, "5GB", None])
+def test_a_size_that_is_none(tmp_path: Path, size: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"max_shard_bytes is {size!r}; it must be at least"):
+        fp8compile.save_pretrained(frozen(), tmp_path / "fp8", max_shard_bytes=size)
+
+
+def test_what_is_no_module(tmp_path: Path) -> None:
+    given: Any = frozen().state_dict()
+    with pytest.raises(OptionError, match=r"save_pretrained takes a model, .* and no Ordered"):
+        fp8compile.save_pretrained(given, tmp_path / "fp8")
 
 
 def test_saving_changes_nothing(tmp_path: Path) -> None:
