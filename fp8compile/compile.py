@@ -97,7 +97,7 @@ def compile_graph(
     tag_sites(gm, name_of=SiteNames(root, tensors), recipe_of=options.own_recipe)
     if options.logits == HIGH_PRECISION:
         keep_logits(gm)
-    _keep(gm, options.kept_by_budget())
+    _keep(gm, options)
     sites: list[Site] = gm.meta["fp8_sites"]
     if observer is not None:
         observer.on_sites(sites)
@@ -361,11 +361,19 @@ def _is_backward_graph(gm: fx.GraphModule) -> bool:
     return any(internals.is_tangent(node) for node in gm.graph.nodes)
 
 
-def _keep(gm: fx.GraphModule, reasons: Mapping[str, str]) -> None:
-    """Give sites a reason, by their names, to stay in high precision."""
-    gm.meta["fp8_sites"] = [
-        replace(site, reason=site.reason or reasons.get(site.fqn)) for site in gm.meta["fp8_sites"]
-    ]
+def _keep(gm: fx.GraphModule, options: Options) -> None:
+    """Give the sites that the error budget keeps in high precision the reason.
+
+    Raises OptionError for a site that the profile does not know: of it nothing follows.
+    """
+    if options.profile is None or options.error_budget_db is None:
+        return
+    reasons = options.kept_by_budget()
+    sites = gm.meta["fp8_sites"]
+    for site in sites:
+        if site.reason is None:
+            options.profile.group_of(site.fqn)
+    gm.meta["fp8_sites"] = [replace(s, reason=s.reason or reasons.get(s.fqn)) for s in sites]
 
 
 def _check_globs(options: Options, sites: Sequence[Site], root: nn.Module | None) -> None:

@@ -421,6 +421,15 @@ def test_strict_accepts_what_the_budget_keeps() -> None:
     assert sqnr_db(model(x), out) > 100
 
 
+@pytest.mark.parametrize("decision", [{"formats": "auto"}, {"error_budget_db": 60.0}])
+def test_a_profile_of_another_model_is_refused(decision: dict[str, Any]) -> None:
+    found, x = profile_of(input=seen(*FINE)), torch.randn(48, 64)
+    compiled = compile_interpreted(nn.Sequential(nn.Linear(64, 64)), {"profile": found, **decision})
+    with pytest.raises(Exception, match="has not seen the site '0'; it knows") as caught:
+        compiled(x)
+    assert isinstance(caught.value.inner_exception, OptionError)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
