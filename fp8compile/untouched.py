@@ -77,17 +77,21 @@ def plain_step(call: Callable[..., Any], batch: Any) -> Any:
 @contextlib.contextmanager
 def left_as_it_was(model: Any) -> Iterator[None]:
     """Put back the buffers and gradients of all modules behind a model, and the state of the random
-    number generators.
+    number generators. A buffer that was assigned anew is the tensor again that it was.
     """
     modules = nn.ModuleList(modules_behind(model))
     buffers = [(buffer, buffer.detach().clone()) for buffer in modules.buffers()]
+    held = [(module._buffers, dict(module._buffers)) for module in modules.modules()]
     gradients = [(parameter, parameter.grad) for parameter in modules.parameters()]
     with torch.random.fork_rng():
         try:
             yield
         finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
+            for names, tensors in held:
+                names.update(tensors)
+            for buffer, value in buffers:
+                # Nothing else may write to a tensor that was made in inference mode.
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                     buffer.copy_(value)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
