@@ -21,7 +21,7 @@ from . import internals
 from .compile import compile_graph
 from .compiled_graph import CompiledGraph
 from .edge_records import EdgeRecord
-from .errors import OptionError
+from .errors import OptionError, own_errors
 from .ir import CASTS, QUANTIZE, QUANTIZE_BLOCKS, SCALED_MMS, Edge, GemmInfo, Site, gemm_info
 from .observer import Observer
 from .options import RECIPE, Options, parse_options
@@ -68,7 +68,7 @@ def profile(
     given = list(batches)
     if not given:
         raise OptionError("profile needs at least one batch")
-    with left_as_it_was(runs.model), _gradients(runs.model, step):
+    with own_errors(), left_as_it_was(runs.model), _gradients(runs.model, step):
         runs.observe(given)
         if not runs.records:
             raise OptionError("no GEMM of this model can run in FP8: there is nothing to profile")
@@ -84,7 +84,7 @@ def watch(
     ``batch`` and ``step`` are as in ``profile``, and as much is left as it was.
     """
     runs = _Runs(internals.uncompiled(model), step or plain_step, options, look)
-    with left_as_it_was(runs.model):
+    with own_errors(), left_as_it_was(runs.model):
         runs.observe([batch])
 
 
@@ -103,7 +103,7 @@ def look_at_casts(
     model has the states that the same calls of the compiled model would have given it.
     """
     runs = _Runs(internals.uncompiled(model), step or plain_step, options, look_at_cast=look)
-    with left_as_it_was(runs.model), torch.no_grad():
+    with own_errors(), left_as_it_was(runs.model), torch.no_grad():
         for batch in progress(batches, "calibrating"):
             runs.run(batch)
 

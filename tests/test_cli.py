@@ -132,6 +132,7 @@ WRONG = [
     ("{script}:job", ["--options", "[1"], "is not JSON"),
     ("{script}:job", ["--options", "[1]"], "write an object"),
     ("{script}:job", ["--recipe", "int4"], "unknown recipe 'int4'"),
+    ("{script}:job", ["--options", '{"skip": ["nope"]}'], "error: skip='nope' matches nothing"),
     ("{script}:job", ["--device", "tpu9"], "--device='tpu9'"),
 ]
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from .. import internals
 from ..compile import compile_graph
+from ..errors import own_errors
 from ..modules import cleaned, module_path
 from ..options import parse_options
 from ..untouched import fresh, left_as_it_was, without_data
@@ -61,6 +62,7 @@ def view(
         return gm.forward
 
     with (
+        own_errors(),
         left_as_it_was(target),
         without_data(target, (inputs, kwargs)) as (args, named),
         internals.backward_compiled_early(),
