@@ -377,18 +377,30 @@ def _keep(gm: fx.GraphModule, options: Options) -> None:
 
 
 def _check_globs(options: Options, sites: Sequence[Site], root: nn.Module | None) -> None:
-    """Raise OptionError for a glob that matches no site, nor any module of the model."""
+    """Raise OptionError for a glob that matches no site, nor any module of the model.
+
+    Without a model, as where a function is compiled, other graphs of it may hold the site: then
+    there is only a warning, and none from a graph without sites.
+    """
     names = {site.fqn for site in sites}
+    if root is None and not names:
+        return
     if root is not None:  # other graphs of the same model may hold the site
         names |= {name for name, module in root.named_modules() if module._parameters}
     globs = [("overrides", glob) for glob, _ in options.overrides]
     if not callable(options.skip):
         globs += [("skip", glob) for glob in options.skip]
     for option, glob in globs:
-        if not any(fnmatchcase(name, glob) for name in names):
-            raise OptionError(
-                f"{option}={glob!r} matches nothing; the sites are {sorted(s.fqn for s in sites)}"
-            )
+        if any(fnmatchcase(name, glob) for name in names):
+            continue
+        found = sorted(site.fqn for site in sites)
+        if root is not None:
+            raise OptionError(f"{option}={glob!r} matches nothing; the sites are {found}")
+        warnings.warn(
+            f"{option}={glob!r} matches nothing in this graph of a function, whose sites are "
+            f"{found}; if it is for none of its other graphs either, it is misspelt",
+            stacklevel=2,
+        )
 
 
 def _check_not_sharded(rule: Recipe) -> None:

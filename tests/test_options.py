@@ -206,6 +206,26 @@ def test_skip_everything_is_eager_bit_for_bit() -> None:
     torch.testing.assert_close(out, model(x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("option", [{"skip": ["head"]}, {"overrides": {"head": "current"}}])
+def test_a_glob_for_another_graph_of_a_function(option: dict[str, Any]) -> None:
+    body, head = nn.Linear(32, 64), nn.Linear(64, 16)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        y = body(x)
+        torch._dynamo.graph_break()
+        y = torch.relu(y)
+        torch._dynamo.graph_break()
+        return head(y)
+
+    x = torch.randn(16, 32)
+    with pytest.warns(
+        UserWarning, match=r"'head' matches nothing in this graph.*\['body'\]"
+    ) as all_:
+        out = compile_interpreted(step, option)(x)
+    assert sum("matches nothing" in str(each.message) for each in all_) == 1
+    assert sqnr_db(step(x), out) > 20
+
+
 def test_a_glob_that_matches_nothing_names_the_sites() -> None:
     with raises(OptionError, match=r"skip='dwn' matches nothing.*'down', 'gate', 'up'"):
         compile_interpreted(MLP(), {"skip": ["gate", "dwn"]})(torch.randn(16, 64))
