@@ -30,7 +30,7 @@ from .progress import progress
 from .recipe import Gemm, Granularity, Operand, Recipe, Scaling
 from .report import Row
 from .scaling import ScalingState
-from .untouched import Step, fresh, left_as_it_was, plain_step
+from .untouched import Step, check_has_data, fresh, left_as_it_was, plain_step
 
 # Given the graph's number, a GEMM, one of its edges, the recipe, and the operand as ``[rows, K]``.
 Look = Callable[[int, GemmInfo, Edge, Recipe, Tensor], None]
@@ -61,7 +61,8 @@ def profile(
     that the profile is for; its recipe, ``overrides``, ``skip`` and ``logits`` count.
 
     Parameters, gradients, buffers, scaling state and random number generators are left as they
-    were. Raises OptionError for wrong options, and where there is no batch or nothing to profile.
+    were. Raises OptionError for wrong options and a model without data, as on meta, and where there
+    is no batch or nothing to profile.
     """
     chosen = parse_options(options)
     runs = _Runs(internals.uncompiled(model), step or plain_step, chosen)
@@ -132,6 +133,7 @@ class _Runs(Observer):
         look: Look | None = None,
         look_at_cast: LookAtCast | None = None,
     ) -> None:
+        check_has_data(model)
         self.model, self.step, self.options = model, step, options
         self.look = look  # in place of making records
         self.look_at_cast = look_at_cast

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .errors import OptionError
 from .internals import has_no_data, stand_ins
 
 _calls = itertools.count()
@@ -95,6 +96,18 @@ def left_as_it_was(model: Any) -> Iterator[None]:
                     buffer.copy_(value)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+
+
+def check_has_data(model: Any) -> None:
+    """Raise OptionError for a model whose tensors are meta or fake: it cannot be run."""
+    modules = nn.ModuleList(modules_behind(model))
+    for name, tensor in itertools.chain(modules.named_parameters(), modules.named_buffers()):
+        if has_no_data(tensor):
+            raise OptionError(
+                f"{name.partition('.')[2]} has no data (it is on meta, or fake), and what tensors "
+                "hold is what is looked at: fill the model first, as with fp8compile.load; "
+                "fp8compile.explain and view need no data"
+            )
 
 
 @contextlib.contextmanager

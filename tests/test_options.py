@@ -104,6 +104,12 @@ def test_unknown_recipe() -> None:
         parse_options({"recipe": "mxfp8"})
 
 
+@pytest.mark.parametrize("options", ["rowwise", ["rowwise"], [], 3])
+def test_options_are_a_dict(options: Any) -> None:
+    with pytest.raises(OptionError, match=r"options is .*; give a dict .*\{'recipe': 'current'\}"):
+        parse_options(options)
+
+
 def test_unknown_mode() -> None:
     with pytest.raises(OptionError, match=r"'fast'.*reduce-overhead"):
         parse_options({}, mode="fast")
