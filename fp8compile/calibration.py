@@ -61,8 +61,9 @@ def calibrate(
     Scales and histories of gradients, and events, stay. Parameters, buffers and random number
     generators are left as they were.
 
-    Raises OptionError for wrong options, no batch, or nothing to calibrate; ScalingStateError for
-    an operand that is not finite. The state is then as it was, too.
+    Raises OptionError for wrong options, a model without data, as on meta, no batch, or nothing to
+    calibrate; ScalingStateError for an operand that is not finite. Then the state, too, is as it
+    was.
     """
     model = uncompiled(model)
     if not isinstance(model, nn.Module):
@@ -87,7 +88,7 @@ def calibrate(
 def _check(observer: str, percentile: float, options: Options) -> None:
     if observer not in OBSERVERS:
         raise OptionError(f"observer={observer!r}; choose one of {list(OBSERVERS)}")
-    if not 0 < percentile <= 100:
+    if not isinstance(percentile, int | float) or not 0 < percentile <= 100:
         raise OptionError(f"percentile={percentile!r}; give a share of all elements, such as 99.99")
     if all(recipe.scaling is not Scaling.DELAYED for recipe in options.recipes):
         legal = [name for name, r in RECIPES.items() if r.scaling is Scaling.DELAYED]

@@ -98,7 +98,7 @@ def compile_graph(
     tag_sites(gm, name_of=SiteNames(root, tensors), recipe_of=options.own_recipe)
     if options.logits == HIGH_PRECISION:
         keep_logits(gm)
-    _keep(gm, options.kept_by_budget())
+    _keep(gm, options)
     sites: list[Site] = gm.meta["fp8_sites"]
     if observer is not None:
         observer.on_sites(sites)
@@ -363,26 +363,46 @@ def _is_backward_graph(gm: fx.GraphModule) -> bool:
     return any(internals.is_tangent(node) for node in gm.graph.nodes)
 
 
-def _keep(gm: fx.GraphModule, reasons: Mapping[str, str]) -> None:
-    """Give sites a reason, by their names, to stay in high precision."""
-    gm.meta["fp8_sites"] = [
-        replace(site, reason=site.reason or reasons.get(site.fqn)) for site in gm.meta["fp8_sites"]
-    ]
+def _keep(gm: fx.GraphModule, options: Options) -> None:
+    """Give the sites that the error budget keeps in high precision the reason.
+
+    Raises OptionError for a site that the profile does not know: of it nothing follows.
+    """
+    if options.profile is None or options.error_budget_db is None:
+        return
+    reasons = options.kept_by_budget()
+    sites = gm.meta["fp8_sites"]
+    for site in sites:
+        if site.reason is None:
+            options.profile.group_of(site.fqn)
+    gm.meta["fp8_sites"] = [replace(s, reason=s.reason or reasons.get(s.fqn)) for s in sites]
 
 
 def _check_globs(options: Options, sites: Sequence[Site], root: nn.Module | None) -> None:
-    """Raise OptionError for a glob that matches no site, nor any module of the model."""
+    """Raise OptionError for a glob that matches no site, nor any module of the model.
+
+    Without a model, as where a function is compiled, other graphs of it may hold the site: then
+    there is only a warning, and none from a graph without sites.
+    """
     names = {site.fqn for site in sites}
+    if root is None and not names:
+        return
     if root is not None:  # other graphs of the same model may hold the site
         names |= {name for name, module in root.named_modules() if module._parameters}
     globs = [("overrides", glob) for glob, _ in options.overrides]
     if not callable(options.skip):
         globs += [("skip", glob) for glob in options.skip]
     for option, glob in globs:
-        if not any(fnmatchcase(name, glob) for name in names):
-            raise OptionError(
-                f"{option}={glob!r} matches nothing; the sites are {sorted(s.fqn for s in sites)}"
-            )
+        if any(fnmatchcase(name, glob) for name in names):
+            continue
+        found = sorted(site.fqn for site in sites)
+        if root is not None:
+            raise OptionError(f"{option}={glob!r} matches nothing; the sites are {found}")
+        warnings.warn(
+            f"{option}={glob!r} matches nothing in this graph of a function, whose sites are "
+            f"{found}; if it is for none of its other graphs either, it is misspelt",
+            stacklevel=2,
+        )
 
 
 def _check_not_sharded(rule: Recipe) -> None:

@@ -35,4 +35,4 @@ class Dump:
     def text(self, name: str, text: str) -> None:
         """Write a file under the next number."""
         safe = re.sub(r"[^\w.-]", "_", name)
-        (self.folder / f"{next(self._next):02d}.{safe}").write_text(text)
+        (self.folder / f"{next(self._next):02d}.{safe}").write_text(text, encoding="utf-8")

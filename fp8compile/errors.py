@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch.fx
 
 
@@ -48,6 +51,18 @@ class PassError(Fp8CompileError):
         )
         self.pass_name = pass_name
         self.node = node
+
+
+@contextlib.contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise an error of this package as it is, out of what Dynamo wraps around a backend's."""
+    try:
+        yield
+    except Exception as error:
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, Fp8CompileError):
+            raise inner from None
+        raise
 
 
 def source_line(node: torch.fx.Node) -> str:

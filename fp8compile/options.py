@@ -134,6 +134,11 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
     Raises OptionError, listing what is legal, for an unknown key, an ill-typed value, or an
     unknown ``mode`` or Inductor option; RecipeError for an unknown recipe.
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionError(
+            f"options is {options!r}; give a dict from names to values, such as "
+            "{'recipe': 'current'}"
+        )
     given = dict(options or {})
     legal = [f.name for f in fields(Options)]
     for key in given:

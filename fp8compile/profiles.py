@@ -135,21 +135,28 @@ class Profile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a JSON file."""
-        Path(path).write_text(json.dumps({"version": _VERSION, **asdict(self)}, indent=1))
+        text = json.dumps({"version": _VERSION, **asdict(self)}, indent=1)
+        Path(path).write_text(text, encoding="utf-8")
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Profile:
-        """Read what ``save`` wrote; OptionError if the file holds no profile."""
+        """Read what ``save`` wrote; OptionError if there is no file, or no profile in it."""
         try:
-            held = json.loads(Path(path).read_text())
+            held = json.loads(Path(path).read_text(encoding="utf-8"))
             version = held.pop("version")
+            if version != _VERSION:
+                raise ValueError(f"it is of version {version!r}, not {_VERSION}")
             groups = tuple(_group(group) for group in held.pop("groups"))
-            profile = Profile(groups, tuple(held.pop("left_out")), **held)
+            return Profile(groups, _names("left_out", held.pop("left_out")), **held)
+        except OSError as error:
+            raise OptionError(
+                f"the profile {path} cannot be read: {error.strerror}; give the path that "
+                "Profile.save wrote to"
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OptionError(f"{path} holds no profile: {error!r}; make one anew") from error
-        if version != _VERSION:
-            raise OptionError(f"{path} is a profile of version {version}, not {_VERSION}")
-        return profile
+            raise OptionError(
+                f"{path} holds no profile of version {_VERSION}: {error!r}; make one anew"
+            ) from error
 
     def table(self) -> Table:
         """A row per group and operand role."""
@@ -250,6 +257,37 @@ def _db(noise: float) -> str:
     return f"{-10 * math.log10(noise):.1f} dB" if noise > 0 else "exact"
 
 
+# --- from a file, of which nothing is known ------------------------------------------------------
+
+
 def _group(held: dict[str, Any]) -> Group:
-    edges = {operand: Seen(**seen) for operand, seen in held.pop("edges").items()}
-    return Group(tuple(held.pop("sites")), edges, **held)
+    edges = {operand: _seen(seen) for operand, seen in held.pop("edges").items()}
+    if not edges.keys() <= {str(operand) for operand in Operand}:
+        raise ValueError(f"edges are of {list(edges)}")
+    group = Group(_names("sites", held.pop("sites")), edges, **held)
+    numbers = {name: getattr(group, name) for name in ("output_noise", "gradient_noise")}
+    _check_numbers({name: value for name, value in numbers.items() if value is not None})
+    if group.saved_us is not None:
+        _check_numbers({"saved_us": group.saved_us}, least=-math.inf)
+    return group
+
+
+def _seen(held: dict[str, Any]) -> Seen:
+    seen = Seen(**held)
+    _check_numbers({"amax": seen.amax, "rms": seen.rms, **seen.quantiles})
+    for by_format in (seen.noise, seen.underflow, seen.saturated):
+        _check_numbers({str(fmt): by_format[str(fmt)] for fmt in Format})
+    return seen
+
+
+def _check_numbers(values: Mapping[str, object], least: float = 0.0) -> None:
+    for name, value in values.items():
+        # One that is not finite is what was measured.
+        if not isinstance(value, int | float) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} is {value!r}")
+
+
+def _names(what: str, held: object) -> tuple[str, ...]:
+    if not isinstance(held, list) or not all(isinstance(name, str) for name in held):
+        raise ValueError(f"{what} is {held!r}")
+    return tuple(held)

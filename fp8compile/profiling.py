@@ -21,7 +21,7 @@ from . import internals
 from .compile import compile_graph
 from .compiled_graph import CompiledGraph
 from .edge_records import EdgeRecord
-from .errors import OptionError
+from .errors import OptionError, own_errors
 from .ir import CASTS, QUANTIZE, QUANTIZE_BLOCKS, SCALED_MMS, Edge, GemmInfo, Site, gemm_info
 from .observer import Observer
 from .options import RECIPE, Options, parse_options
@@ -30,7 +30,7 @@ from .progress import progress
 from .recipe import Gemm, Granularity, Operand, Recipe, Scaling
 from .report import Row
 from .scaling import ScalingState
-from .untouched import Step, fresh, left_as_it_was, plain_step
+from .untouched import Step, check_has_data, fresh, left_as_it_was, plain_step
 
 # Given the graph's number, a GEMM, one of its edges, the recipe, and the operand as ``[rows, K]``.
 Look = Callable[[int, GemmInfo, Edge, Recipe, Tensor], None]
@@ -61,14 +61,15 @@ def profile(
     that the profile is for; its recipe, ``overrides``, ``skip`` and ``logits`` count.
 
     Parameters, gradients, buffers, scaling state and random number generators are left as they
-    were. Raises OptionError for wrong options, and where there is no batch or nothing to profile.
+    were. Raises OptionError for wrong options and a model without data, as on meta, and where there
+    is no batch or nothing to profile.
     """
     chosen = parse_options(options)
     runs = _Runs(internals.uncompiled(model), step or plain_step, chosen)
     given = list(batches)
     if not given:
         raise OptionError("profile needs at least one batch")
-    with left_as_it_was(runs.model), _gradients(runs.model, step):
+    with own_errors(), left_as_it_was(runs.model), _gradients(runs.model, step):
         runs.observe(given)
         if not runs.records:
             raise OptionError("no GEMM of this model can run in FP8: there is nothing to profile")
@@ -84,7 +85,7 @@ def watch(
     ``batch`` and ``step`` are as in ``profile``, and as much is left as it was.
     """
     runs = _Runs(internals.uncompiled(model), step or plain_step, options, look)
-    with left_as_it_was(runs.model):
+    with own_errors(), left_as_it_was(runs.model):
         runs.observe([batch])
 
 
@@ -103,7 +104,7 @@ def look_at_casts(
     model has the states that the same calls of the compiled model would have given it.
     """
     runs = _Runs(internals.uncompiled(model), step or plain_step, options, look_at_cast=look)
-    with left_as_it_was(runs.model), torch.no_grad():
+    with own_errors(), left_as_it_was(runs.model), torch.no_grad():
         for batch in progress(batches, "calibrating"):
             runs.run(batch)
 
@@ -132,6 +133,7 @@ class _Runs(Observer):
         look: Look | None = None,
         look_at_cast: LookAtCast | None = None,
     ) -> None:
+        check_has_data(model)
         self.model, self.step, self.options = model, step, options
         self.look = look  # in place of making records
         self.look_at_cast = look_at_cast

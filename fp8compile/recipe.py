@@ -6,11 +6,17 @@ partial sums are accumulated. ``RECIPES`` holds the named ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
+from typing import Any, TypeVar
 
 from .errors import RecipeError
 from .formats import Format
+
+Member = TypeVar("Member", bound=Enum)
+V = TypeVar("V")
 
 
 class Gemm(Enum):
@@ -96,6 +102,9 @@ OPERANDS: dict[Gemm, tuple[Operand, Operand]] = {
 class Recipe:
     """A named set of choices. Raises RecipeError if they do not go together.
 
+    Enums may be given by name, such as ``"wgrad"``, and pairs as a dict or a list: the fields hold
+    what they are declared as.
+
     ``name``: how users refer to it. ``scaling``: delayed, current or static.
     ``formats``: the format of each operand role. ``granularities``: how many of its elements share
     a scale; all of them for a role that is not named. Delayed and static scaling are tensorwise,
@@ -134,17 +143,20 @@ class Recipe:
     saturation_limit: float = 1 + 2**-4  # clipping by less does no more than rounding does
 
     def __post_init__(self) -> None:
+        self._take_names()
         if set(self.high_precision) == set(Gemm):
             raise RecipeError(
                 f"recipe {self.name!r} keeps fprop, dgrad and wgrad in high precision, which "
                 "leaves nothing for FP8; keep two of them at most, or compile without this backend"
             )
-        if self.history_len < 1:
-            raise RecipeError(f"history_len is {self.history_len}; it must be at least 1")
+        if type(self.history_len) is not int or self.history_len < 1:
+            raise RecipeError(
+                f"history_len is {self.history_len!r}; it is a number of steps, at least 1"
+            )
         for name, limit in (("jump", self.jump_limit), ("saturation", self.saturation_limit)):
-            if not limit >= 1:  # nor is NaN
+            if not isinstance(limit, int | float) or not limit >= 1:  # nor is NaN
                 raise RecipeError(
-                    f"{name}_limit is {limit}; it is a factor between two amax, at least 1, and "
+                    f"{name}_limit is {limit!r}; it is a factor between two amax, at least 1, and "
                     "float('inf') turns this guard rail off"
                 )
         if self.power_of_two and self.is_tensorwise:
@@ -161,6 +173,32 @@ class Recipe:
         for gemm, (left, right) in OPERANDS.items():
             if gemm not in self.high_precision:
                 self._check_gemm(gemm, left, right)
+
+    def _take_names(self) -> None:
+        """Make enums of names and tuples of dicts and lists: all others compare by identity."""
+        what = f"recipe {self.name!r}:"
+        if not isinstance(self.name, str):
+            raise RecipeError(f"{what} the name of a recipe is a string")
+        if not isinstance(self.high_precision, tuple | list):
+            legal = [str(gemm) for gemm in Gemm]
+            raise RecipeError(
+                f"{what} high_precision is {self.high_precision!r}; give a tuple of {legal}"
+            )
+        _flag(f"{what} power_of_two", self.power_of_two)
+        kept = [_member(f"{what} high_precision", gemm, Gemm) for gemm in self.high_precision]
+        fast = _pairs(f"{what} fast_accum", self.fast_accum, Gemm, _flag)
+        formats = _pairs(f"{what} formats", self.formats, Operand, partial(_member, kind=Format))
+        granularity = partial(_member, kind=Granularity)
+        granularities = _pairs(f"{what} granularities", self.granularities, Operand, granularity)
+        taken = {
+            "scaling": _member(f"{what} scaling", self.scaling, Scaling),
+            "formats": formats,
+            "granularities": granularities,
+            "fast_accum": fast,
+            "high_precision": tuple(kept),
+        }
+        for field, value in taken.items():
+            object.__setattr__(self, field, value)  # the class is frozen
 
     def _check_gemm(self, gemm: Gemm, left: Operand, right: Operand) -> None:
         what = f"recipe {self.name!r}: {gemm} would multiply {left} and {right},"
@@ -205,7 +243,10 @@ class Recipe:
 
     def fast_accum_of(self, gemm: Gemm) -> bool:
         """Whether a GEMM role accumulates in the tensor core's fast mode."""
-        return dict(self.fast_accum)[gemm]
+        chosen = dict(self.fast_accum)
+        if gemm not in chosen:
+            raise RecipeError(f"recipe {self.name!r} gives no fast_accum for {gemm}; True or False")
+        return chosen[gemm]
 
     def __str__(self) -> str:
         chosen = {self.granularity_of(operand) for operand in Operand}
@@ -218,6 +259,37 @@ class Recipe:
         kept = "".join(f", {gemm} in high precision" for gemm in self.high_precision)
         scaling = f"{self.scaling} {one}" if one else str(self.scaling)
         return f"{self.name} ({scaling}, {formats}{rounded}{kept})"
+
+
+def _member(what: str, value: object, kind: type[Member]) -> Member:
+    """A member, given as it is or by its name; RecipeError lists the names there are."""
+    named = {str(member): member for member in kind}
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, str) or value not in named:
+        raise RecipeError(f"{what} is {value!r}; choose one of {list(named)}")
+    return named[value]
+
+
+def _flag(what: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise RecipeError(f"{what} is {value!r}; choose True or False")
+    return value
+
+
+def _pairs(
+    what: str, given: Any, keys: type[Member], taken: Callable[[str, object], V]
+) -> tuple[tuple[Member, V], ...]:
+    """Pairs from members of ``keys``, given as such or as a dict, with what ``taken`` makes of
+    their values.
+    """
+    pairs = list(given.items()) if isinstance(given, Mapping) else given
+    if not isinstance(pairs, tuple | list) or not all(
+        isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs
+    ):
+        legal = [str(key) for key in keys]
+        raise RecipeError(f"{what} is {given!r}; give pairs, or a dict, from {legal} to a value")
+    return tuple((_member(what, k, keys), taken(f"{what} of {k}", v)) for k, v in pairs)
 
 
 _ALL_E4M3 = tuple((operand, Format.E4M3) for operand in Operand)

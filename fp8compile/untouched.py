@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .errors import OptionError
 from .internals import has_no_data, stand_ins
 
 _calls = itertools.count()
@@ -77,20 +78,36 @@ def plain_step(call: Callable[..., Any], batch: Any) -> Any:
 @contextlib.contextmanager
 def left_as_it_was(model: Any) -> Iterator[None]:
     """Put back the buffers and gradients of all modules behind a model, and the state of the random
-    number generators.
+    number generators. A buffer that was assigned anew is the tensor again that it was.
     """
     modules = nn.ModuleList(modules_behind(model))
     buffers = [(buffer, buffer.detach().clone()) for buffer in modules.buffers()]
+    held = [(module._buffers, dict(module._buffers)) for module in modules.modules()]
     gradients = [(parameter, parameter.grad) for parameter in modules.parameters()]
     with torch.random.fork_rng():
         try:
             yield
         finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
+            for names, tensors in held:
+                names.update(tensors)
+            for buffer, value in buffers:
+                # Nothing else may write to a tensor that was made in inference mode.
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                     buffer.copy_(value)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+
+
+def check_has_data(model: Any) -> None:
+    """Raise OptionError for a model whose tensors are meta or fake: it cannot be run."""
+    modules = nn.ModuleList(modules_behind(model))
+    for name, tensor in itertools.chain(modules.named_parameters(), modules.named_buffers()):
+        if has_no_data(tensor):
+            raise OptionError(
+                f"{name.partition('.')[2]} has no data (it is on meta, or fake), and what tensors "
+                "hold is what is looked at: fill the model first, as with fp8compile.load; "
+                "fp8compile.explain and view need no data"
+            )
 
 
 @contextlib.contextmanager

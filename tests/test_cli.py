@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +17,7 @@ import torch
 from torch import nn
 
 import fp8compile
-from fp8compile.cli import commands, main
+from fp8compile.cli import commands, main, targets
 from fp8compile.cli.parser import parser
 from fp8compile.explanation import Explanation
 from fp8compile.report import Measured
@@ -64,6 +69,57 @@ def test_explain_prints_tables_and_writes_files(
 def test_explain_prints_json_alone(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", f"{script}:value", "--json", "-"]) == 0
     assert len(json.loads(capsys.readouterr().out)["gemms"]) == 2
+
+
+def test_explain_prints_json_and_writes_a_page(
+    script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.html"
+    assert main(["explain", f"{script}:value", "--json", "-", "--html", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["gemms"]) == 2 and f"wrote {path}" in err
+    assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("flags", [["explain", "--json"], ["explain", "--html"], ["view", "--out"]])
+@pytest.mark.parametrize("name", ["missing/a.html", "."])
+def test_a_file_that_cannot_be_written_is_refused_before_all_work(
+    flags: list[str], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, flag = flags
+    assert main([command, "nowhere.py:job", flag, str(tmp_path / name)]) == 2
+    assert "error: cannot write to " in capsys.readouterr().err
+
+
+def test_nobody_reads_on(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["explain", f"{script}:value", "--json", "-"]) == 141
+
+
+def test_a_stdout_that_knows_only_ascii(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["explain", f"{script}:value"]) == 0
+    assert b"1 sites, 2 of 2 GEMMs in FP8" in written.getvalue()
+
+
+def test_a_script_does_not_replace_a_module(
+    tmp_path: Path, script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    taken = ModuleType("taken")  # as random is, or torch
+    monkeypatch.setitem(sys.modules, "taken", taken)
+    paths = [tmp_path / folder / "taken.py" for folder in ("one", "other")]
+    for path in paths:
+        path.parent.mkdir()
+        shutil.copy(script, path)
+    found = [targets._from_file(path) for path in paths]
+    assert sys.modules["taken"] is taken and found[0] is not found[1]
+    assert [targets._from_file(path) for path in paths] == found
+    assert [sys.modules[module.__name__] for module in found] == found
 
 
 def test_a_module_and_a_device(
@@ -132,6 +188,7 @@ WRONG = [
     ("{script}:job", ["--options", "[1"], "is not JSON"),
     ("{script}:job", ["--options", "[1]"], "write an object"),
     ("{script}:job", ["--recipe", "int4"], "unknown recipe 'int4'"),
+    ("{script}:job", ["--options", '{"skip": ["nope"]}'], "error: skip='nope' matches nothing"),
     ("{script}:job", ["--device", "tpu9"], "--device='tpu9'"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,3 +112,10 @@ def test_numbers_and_safe_names(tmp_path: Path) -> None:
     assert sorted(f.name for f in dump.folder.iterdir()) == ["00.a_b_c.py", "01.d.txt"]
     assert (dump.folder / "00.a_b_c.py").read_text() == "x = 1\n"
     assert Dump(str(tmp_path)).folder != dump.folder
+
+
+def test_files_are_utf8_in_any_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(io, "text_encoding", lambda given, level=2: given or "ascii")
+    Dump(str(tmp_path)).text("a.txt", "größer\n")
+    (file,) = (tmp_path / "graph_000").iterdir()
+    assert file.read_bytes().decode() == "größer\n"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import fp8compile
-from fp8compile import Fp8CompileError, PassError
-from fp8compile.errors import source_line
+from fp8compile import Fp8CompileError, OptionError, PassError
+from fp8compile.errors import own_errors, source_line
 from fp8compile.internals import is_tangent
 from fp8compile.ir import QUANTIZE, SCALED_MM
 from fp8compile.passes import run_passes
@@ -196,3 +197,25 @@ def test_source_line() -> None:
     stack = {"a": ("L['self'].a", nn.Linear), "b": ("L['self'].a.b", nn.Linear)}
     assert source_line(node_with(nn_module_stack=stack)) == "L['self'].a.b"
     assert source_line(node_with()) == ""
+
+
+LOOKS: dict[str, Callable[[nn.Module, Tensor, dict[str, Any], Path], object]] = {
+    "explain": lambda model, x, options, _: fp8compile.explain(model, x, options=options),
+    "view": lambda model, x, options, folder: fp8compile.view(
+        model, x, options=options, path=folder / "graph.html"
+    ),
+    "profile": lambda model, x, options, _: fp8compile.profile(model, [x], options=options),
+    "calibrate": lambda model, x, options, _: fp8compile.calibrate(model, [x], options=options),
+    "measure": lambda model, x, options, _: fp8compile.Monitor(model, options=options).measure(x),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_who_looks_raises_our_errors_as_they_are(name: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="skip='nope' matches nothing"):
+        LOOKS[name](Model(), torch.randn(16, 32), {"skip": ["nope"]}, tmp_path)
+
+
+def test_who_looks_leaves_errors_of_others_alone() -> None:
+    with pytest.raises(BackendCompilerFailed, match="not ours"), own_errors():
+        raise BackendCompilerFailed(Model, ValueError("not ours"), None)

@@ -104,6 +104,12 @@ def test_unknown_recipe() -> None:
         parse_options({"recipe": "mxfp8"})
 
 
+@pytest.mark.parametrize("options", ["rowwise", ["rowwise"], [], 3])
+def test_options_are_a_dict(options: Any) -> None:
+    with pytest.raises(OptionError, match=r"options is .*; give a dict .*\{'recipe': 'current'\}"):
+        parse_options(options)
+
+
 def test_unknown_mode() -> None:
     with pytest.raises(OptionError, match=r"'fast'.*reduce-overhead"):
         parse_options({}, mode="fast")
@@ -209,6 +215,26 @@ def test_skip_everything_is_eager_bit_for_bit(
         out = compile_interpreted(model, {"skip": ["*"], "strict": strict})(x)
     torch.testing.assert_close(out, model(x), rtol=1e-6, atol=1e-6)
     assert "no GEMM of this graph runs in FP8 (down: skipped by the user" in caplog.text
+
+
+@pytest.mark.parametrize("option", [{"skip": ["head"]}, {"overrides": {"head": "current"}}])
+def test_a_glob_for_another_graph_of_a_function(option: dict[str, Any]) -> None:
+    body, head = nn.Linear(32, 64), nn.Linear(64, 16)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        y = body(x)
+        torch._dynamo.graph_break()
+        y = torch.relu(y)
+        torch._dynamo.graph_break()
+        return head(y)
+
+    x = torch.randn(16, 32)
+    with pytest.warns(
+        UserWarning, match=r"'head' matches nothing in this graph.*\['body'\]"
+    ) as all_:
+        out = compile_interpreted(step, option)(x)
+    assert sum("matches nothing" in str(each.message) for each in all_) == 1
+    assert sqnr_db(step(x), out) > 20
 
 
 def test_a_glob_that_matches_nothing_names_the_sites() -> None:

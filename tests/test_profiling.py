@@ -224,7 +224,18 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         lambda held: held.update(more=1),
         lambda held: held.update(version=0),
         lambda held: held["groups"][0].pop("sites"),
+        lambda held: held.update(version="1"),
+        lambda held: held.update(groups={"a": 1}),
+        lambda held: held.update(left_out="0"),
+        lambda held: held["groups"][0].update(sites="0"),
+        lambda held: held["groups"][0].update(edges=None),
+        lambda held: held["groups"][0].update(output_noise="a lot"),
+        lambda held: held["groups"][0].update(output_noise=-1),
+        lambda held: held["groups"][0].update(saved_us="much"),
         lambda held: held["groups"][0]["edges"].update(input={}),
+        lambda held: held["groups"][0]["edges"].update(output=held["groups"][0]["edges"]["input"]),
+        lambda held: held["groups"][0]["edges"]["input"].update(noise={}),
+        lambda held: held["groups"][0]["edges"]["input"].update(amax=None),
     ],
 )
 def test_other_files_are_refused(
@@ -235,15 +246,33 @@ def test_other_files_are_refused(
     held = json.loads(file.read_text())
     change(held)
     file.write_text(json.dumps(held))
-    with pytest.raises(OptionError, match=r"profile\.json"):
+    with pytest.raises(OptionError, match=r"profile\.json holds no profile of version 1: "):
         Profile.load(file)
+
+
+@pytest.mark.parametrize("name", ["missing.json", "."])
+def test_a_file_that_cannot_be_read(name: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"cannot be read: .*; give the path that Profile\.save"):
+        parse_options({"profile": tmp_path / name})
+
+
+@pytest.mark.parametrize("look", ["profile", "calibrate", "measure"])
+def test_a_model_without_data_is_refused(look: str) -> None:
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(48, 64)
+    with pytest.raises(OptionError, match=r"0\.weight has no data \(it is on meta, or fake"):
+        if look == "measure":
+            fp8compile.Monitor(model).measure(x)
+        else:
+            getattr(fp8compile, look)(model, [x])
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "profile.json"
-    file.write_text('{"version": 1, "gro')
-    with pytest.raises(OptionError, match="holds no profile"):
-        Profile.load(file)
+    for content in (b'{"version": 1, "gro', b"[]", b"\xff\xfe\x00"):
+        file.write_bytes(content)
+        with pytest.raises(OptionError, match="holds no profile"):
+            Profile.load(file)
 
 
 # --- formats ------------------------------------------------------------------------------------
@@ -419,6 +448,15 @@ def test_strict_accepts_what_the_budget_keeps() -> None:
     options = {"profile": found, "error_budget_db": 100.0, "strict": True}
     out = compile_interpreted(model, options)(x)
     assert sqnr_db(model(x), out) > 100
+
+
+@pytest.mark.parametrize("decision", [{"formats": "auto"}, {"error_budget_db": 60.0}])
+def test_a_profile_of_another_model_is_refused(decision: dict[str, Any]) -> None:
+    found, x = profile_of(input=seen(*FINE)), torch.randn(48, 64)
+    compiled = compile_interpreted(nn.Sequential(nn.Linear(64, 64)), {"profile": found, **decision})
+    with pytest.raises(Exception, match="has not seen the site '0'; it knows") as caught:
+        compiled(x)
+    assert isinstance(caught.value.inner_exception, OptionError)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 
@@ -177,3 +179,47 @@ def test_powers_of_two_are_for_finer_scales() -> None:
     with pytest.raises(RecipeError, match="power_of_two is for scales that are not tensorwise"):
         Recipe("bad", Scaling.CURRENT, power_of_two=True)
     assert fine(ROW, ROW, ROW, power_of_two=True).power_of_two
+
+
+@pytest.mark.parametrize("as_pairs", [tuple, list, dict])
+def test_names_stand_for_enums(as_pairs: Callable[[Iterable[Any]], Any]) -> None:
+    named = Recipe(
+        "own",
+        "current",  # type: ignore[arg-type]
+        as_pairs((str(operand), "e4m3") for operand in Operand),
+        granularities=as_pairs((str(operand), "rowwise") for operand in Operand),
+        fast_accum=as_pairs((str(gemm), False) for gemm in Gemm),
+        high_precision=["wgrad"],  # type: ignore[arg-type]
+    )
+    same = fine(ROW, ROW, ROW, fast_accum=PRECISE, high_precision=(Gemm.WGRAD,))
+    assert named == same and hash(named) == hash(same) and str(named) == str(same)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"name": 3}, "name of a recipe is a string"),
+        ({"scaling": "nosuch"}, r"scaling is 'nosuch'; choose one of \['delayed', 'current', "),
+        ({"scaling": None}, r"scaling is None; choose one of"),
+        (
+            {"formats": {"output": "e4m3"}},
+            r"formats is 'output'; choose one of \['input', 'weight'",
+        ),
+        ({"formats": {"input": "e4m4"}}, r"formats of input is 'e4m4'; .*\['e4m3', 'e5m2'\]"),
+        ({"formats": "e4m3"}, r"formats is 'e4m3'; give pairs, or a dict, from \['input', "),
+        ({"granularities": {"weight": "row"}}, r"granularities of weight is 'row'; .*'rowwise'"),
+        ({"granularities": (Operand.INPUT, ROW)}, "granularities is .*; give pairs, or a dict"),
+        ({"power_of_two": "no"}, "power_of_two is 'no'; choose True or False"),
+        ({"fast_accum": {"wgrad": "no"}}, "fast_accum of wgrad is 'no'; choose True or False"),
+        ({"fast_accum": {"fprop": True}}, "gives no fast_accum for dgrad"),
+        ({"high_precision": ("wgrd",)}, r"high_precision is 'wgrd'; .*\['fprop', 'dgrad', "),
+        ({"high_precision": "wgrad"}, r"high_precision is 'wgrad'; give a tuple of \['fprop', "),
+        ({"history_len": "a"}, "history_len is 'a'"),
+        ({"history_len": 2.5}, "history_len is 2.5"),
+        ({"jump_limit": "a"}, "jump_limit is 'a'; it is a factor"),
+        ({"saturation_limit": None}, "saturation_limit is None; it is a factor"),
+    ],
+)
+def test_what_is_not_legal_is_named(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        Recipe(**{"name": "bad", **given})

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import fp8compile
 from fp8compile.untouched import left_as_it_was, modules_behind, without_data
 
 
@@ -75,6 +77,56 @@ def test_buffers_and_gradients_are_put_back(kind: str) -> None:
     for name, value in model.named_buffers():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
     assert model.weight.grad is None
+
+
+class Average(nn.Module):
+    """A moving average, kept by assigning a buffer anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 32)
+        self.register_buffer("mean", torch.zeros(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        return y - self.mean
+
+
+def test_a_buffer_that_is_assigned_anew_is_put_back() -> None:
+    model = Average()
+    mean = model.mean
+    with left_as_it_was(model):
+        model(torch.ones(8, 32))
+        assert model.mean is not mean
+    assert model.mean is mean and not mean.any()
+
+
+LOOKS: dict[str, Callable[[nn.Module, Tensor, Path], object]] = {
+    "explain": lambda model, x, _: fp8compile.explain(model, x),
+    "view": lambda model, x, folder: fp8compile.view(model, x, path=folder / "graph.html"),
+    "profile": lambda model, x, _: fp8compile.profile(model, [x], sensitivity=False),
+    "calibrate": lambda model, x, _: fp8compile.calibrate(model, [x]),
+    "measure": lambda model, x, _: fp8compile.Monitor(model).measure(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:FP8 is emulated here")
+@pytest.mark.parametrize("name", LOOKS)
+def test_who_looks_leaves_an_assigned_buffer_as_it_was(name: str, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    model = Average()
+    LOOKS[name](model, torch.ones(8, 32), tmp_path)
+    assert not model.state_dict()["mean"].any()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_buffers_made_in_inference_mode(inside: bool) -> None:
+    with torch.inference_mode():
+        model = nn.BatchNorm1d(4)
+    with torch.inference_mode(inside), left_as_it_was(model.train(inside)), torch.no_grad():
+        model(torch.ones(8, 4))
+    assert not model.running_mean.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib
 import shutil
+import sys
 import warnings
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..doctor import examine
 from ..explanation import explain as explain_model
 from ..explanation.timed import time_step
 from ..internals import cache_folder
+from ..viewer.page import check_writable
 from .targets import load, parse_json
 
 
@@ -29,26 +31,29 @@ def doctor(args: argparse.Namespace) -> int:
 
 def explain(args: argparse.Namespace) -> int:
     options = _options(args)
+    json_file = None if args.json == "-" else args.json
+    for path in (json_file, args.html):
+        if path is not None:
+            check_writable(path)
     model, inputs = load(args.target, args.device)
     warnings.filterwarnings("ignore", message="FP8 is emulated here")  # the tables say it
     found = explain_model(model, *inputs, options=options, measure=args.measure)
     if args.json == "-":
         print(found.to_json())
-        return 0
-    console = Console()
-    if console.is_terminal:
-        console.print(found)
+    elif Console().is_terminal:
+        Console().print(found)
     else:
         print(found)
-    for path, write in ((args.json, found.to_json), (args.html, found.to_html)):
-        if path:
+    for path, write in ((json_file, found.to_json), (args.html, found.to_html)):
+        if path is not None:
             write(path)
-            print(f"wrote {path}")
+            print(f"wrote {path}", file=sys.stderr if args.json == "-" else sys.stdout)
     return 0
 
 
 def view(args: argparse.Namespace) -> int:
     options = _options(args)
+    check_writable(args.out)
     model, inputs = load(args.target, args.device)
     package: Any = importlib.import_module("fp8compile")
     package.view(model, *inputs, path=args.out, options=options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -77,16 +78,30 @@ def _from_file(path: Path) -> ModuleType:
     """Run a script as a module, with its folder on the path."""
     if not path.is_file():
         raise OptionError(f"there is no file {str(path)!r}; write {_LEGAL}")
-    known = sys.modules.get(path.stem)
-    if known is not None and getattr(known, "__file__", None) == str(path.resolve()):
-        return known
-    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    path = path.resolve()
+    name = _module_name(path)
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # what dataclasses and pickles look for
-    sys.path.insert(0, str(path.resolve().parent))
+    sys.modules[name] = module  # what dataclasses and pickles look for
+    sys.path.insert(0, str(path.parent))
     spec.loader.exec_module(module)
     return module
+
+
+def _module_name(path: Path) -> str:
+    """The script's own, or if another module has that, as for a script random.py, one that is free
+    or the script's already.
+    """
+    names = itertools.chain([path.stem], (f"{path.stem}_{n}" for n in itertools.count(2)))
+    file = str(path)
+    return next(
+        name
+        for name in names
+        if name not in sys.modules or getattr(sys.modules[name], "__file__", None) == file
+    )
 
 
 def _names(module: ModuleType) -> str:

@@ -12,6 +12,7 @@ from torch import fx, nn
 from .. import internals
 from ..backends import kernel_rows
 from ..compile import compile_graph
+from ..errors import own_errors
 from ..observer import FinalGraphs, Observer
 from ..options import parse_options
 from ..passes import run_final_passes
@@ -66,7 +67,11 @@ def explain(
 
     target = internals.uncompiled(model)
     times = measure_step(target, inputs, kwargs, options) if measure else None
-    with left_as_it_was(target), without_data(target, (inputs, kwargs)) as (args, named):
+    with (
+        own_errors(),
+        left_as_it_was(target),
+        without_data(target, (inputs, kwargs)) as (args, named),
+    ):
         torch.compile(fresh(target), backend=backend, dynamic=False)(*args, **named)
     explanation = Explanation(
         tuple(_by_site([row for graph in graphs for row in graph.rows])),

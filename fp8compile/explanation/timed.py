@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ..backends import why_not_triton
-from ..errors import OptionError
+from ..errors import OptionError, own_errors
 from ..options import parse_options
 from ..progress import progress
 from ..report import KernelRow, Measured, Row
@@ -75,7 +75,7 @@ def _timed(
 ) -> tuple[Measured, dict[str, float], dict[GemmSize, float]]:
     parse_options(options)  # what is wrong with them is said first
     device = _device(target, (inputs, kwargs))
-    with left_as_it_was(target), states_left_as_they_were():
+    with own_errors(), left_as_it_was(target), states_left_as_they_were():
         steps = _steps(target, inputs, kwargs, options)
         ms = _medians(steps, device)
         found = _profiled(steps[FP8], device) if profiled else ({}, {})

@@ -7,6 +7,7 @@ else happens there. What the state does not hold, ``measure`` finds in the tenso
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 import weakref
@@ -35,7 +36,8 @@ class Monitor:
     ``records`` has them all, ``plot`` draws them, and ``to`` says where else they go: a TensorBoard
     ``SummaryWriter`` (any object with ``add_scalar``), the path of a CSV file, a function of one
     record, or a list of these. On a GPU they arrive there one step later, so that nothing has to
-    wait for them; ``flush`` does. An exception of a callback ends that later step.
+    wait for them; ``flush`` does. An exception of a callback ends that later step, when all others
+    have had its records.
 
     The model may be compiled before or after, in one graph or several. A loop without an optimizer
     of ``torch.optim`` ends its steps with ``fp8compile.update_scales``. In distributed training one
@@ -67,14 +69,13 @@ class Monitor:
             raise OptionError(
                 f"a Monitor names edges by a model's parameters: give it an nn.Module, not {model}"
             )
-        if not isinstance(every, int) or every < 1:
-            raise OptionError(f"every={every!r}: give a number of optimizer steps, 1 or more")
-        self.every = every
+        self.every = _steps_of("every", every, 1)
         self.measured: dict[EdgeName, Measured] = {}  # what the last ``measure`` saw
+        self._options = parse_options(options)
+        given = None if step is None else _steps_of("step", step, 0)
         self._sinks = sinks_of(to)
         files = [sink for sink in self._sinks if isinstance(sink, CsvFile)]
-        self.step = max([0, *(file.last_step for file in files)]) if step is None else step
-        self._options = parse_options(options)
+        self.step = max([0, *(file.last_step for file in files)]) if given is None else given
         self._model = weakref.ref(model)
         self._slots: weakref.WeakKeyDictionary[ScalingState, list[Slot]]
         self._slots = weakref.WeakKeyDictionary()
@@ -141,8 +142,9 @@ class Monitor:
             self._samples[i] = self._samples[i].on_host()
         if fresh and self._sinks:
             records = [record for i in fresh for record in self._samples[i].records()]
-            for sink in self._sinks if records else ():
-                sink(records)
+            with contextlib.ExitStack() as stack:  # each gets them, whichever of them raises
+                for sink in reversed(self._sinks) if records else ():
+                    stack.callback(sink, records)
 
     @property
     def records(self) -> list[Record]:
@@ -241,6 +243,12 @@ class Monitor:
 
 
 _OFFER = "monitor.measure(...) looks at the tensors themselves"
+
+
+def _steps_of(name: str, value: object, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise OptionError(f"{name}={value!r}: give a number of optimizer steps, {least} or more")
+    return value
 
 
 def _plainly(call: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:

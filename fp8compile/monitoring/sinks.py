@@ -60,10 +60,17 @@ class CsvFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.last_step = _last_step(path)  # 0 if there is none
+        try:
+            path.open("a").close()  # not at the first interval of a training
+            self.last_step = _last_step(path)  # 0 if there is none
+        except OSError as error:
+            raise OptionError(
+                f"a Monitor cannot write to {str(path)!r}: {error.strerror}; give the path of a "
+                "file, new or a Monitor's, in a folder that exists"
+            ) from error
 
     def __call__(self, records: Sequence[Record]) -> None:
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             if file.tell() == 0:
                 writer.writerow(COLUMNS)
@@ -80,7 +87,7 @@ def _row(record: Record) -> Iterable[object]:
 
 def _last_step(path: Path) -> int:
     """The step of the last row; cuts off a row that whoever wrote it did not finish."""
-    if not path.exists() or not path.stat().st_size:
+    if not path.stat().st_size:
         return 0
     with path.open("r+b") as file:
         header = file.readline().decode(errors="replace")
@@ -96,5 +103,11 @@ def _last_step(path: Path) -> int:
         file.seek(start)
         whole, end, _ = file.read().rpartition(b"\n")
         file.truncate(start + len(whole + end))
-        last = whole.decode(errors="replace").splitlines()[-1:] if whole else []
-    return int(last[0].split(",")[0]) if last else 0
+    rows = [row for row in whole.decode(errors="replace").splitlines() if row.strip()]
+    step = rows[-1].split(",")[0] if rows else "0"
+    if not step.isdecimal():
+        raise OptionError(
+            f"{path} does not end with a row that a Monitor wrote: its step is {step!r}; give the "
+            "Monitor another path, or move the file away"
+        )
+    return int(step)

@@ -13,11 +13,12 @@ from torch import Tensor, fx, nn
 
 from .. import internals
 from ..compile import compile_graph
+from ..errors import own_errors
 from ..modules import cleaned, module_path
 from ..options import parse_options
 from ..untouched import fresh, left_as_it_was, without_data
 from .collect import Collector
-from .page import write_page
+from .page import check_writable, write_page
 from .records import Names
 
 
@@ -39,8 +40,9 @@ def view(
     where it or its inputs have no data, nothing is computed.
 
     Returns the path of the page. Raises OptionError and RecipeError for what is wrong with the
-    options.
+    options, and OptionError for a path that cannot be written.
     """
+    check_writable(path)
     parsed = replace(parse_options(options), strict=False)
     collectors: list[Collector] = []
     target = internals.uncompiled(model)
@@ -61,6 +63,7 @@ def view(
         return gm.forward
 
     with (
+        own_errors(),
         left_as_it_was(target),
         without_data(target, (inputs, kwargs)) as (args, named),
         internals.backward_compiled_early(),

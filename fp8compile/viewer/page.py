@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import OptionError
 from ..report import Row
 from .collect import Collector, Snapshot
 from .records import Record
@@ -17,6 +19,15 @@ from .records import Record
 HERE = Path(__file__).parent
 SCRIPTS = ("data.js", "tree.js", "layout.js", "draw.js", "panel.js", "app.js")
 LIBRARIES = ("elk-api.js", "elk-worker.min.js")
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise OptionError for a path that no page can be written to, before there is one."""
+    file = Path(path)
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise OptionError(
+            f"cannot write to {str(path)!r}; give the path of a file in a folder that exists"
+        )
 
 
 def write_page(
@@ -29,7 +40,7 @@ def write_page(
         "summary": summary(rows),
         "graphs": [graph_data(collector) for collector in collectors if collector.snapshots],
     }
-    libraries = {name: (HERE / "vendor" / name).read_text() for name in LIBRARIES}
+    libraries = {name: _text(HERE / "vendor" / name) for name in LIBRARIES}
     parts = {
         "TITLE": html.escape(title),
         "STYLE": _asset("style.css"),
@@ -45,7 +56,11 @@ def write_page(
 
 
 def _asset(name: str) -> str:
-    return (HERE / "assets" / name).read_text(encoding="utf-8")
+    return _text(HERE / "assets" / name)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def packed(value: Any) -> str:

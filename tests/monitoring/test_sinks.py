@@ -97,11 +97,31 @@ def test_a_file_of_another_kind_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "says"), [("missing/run.csv", "No such file or directory"), (".", "Is a directory")]
+)
+def test_a_path_that_cannot_be_written(name: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=f"cannot write to .*: {says}; give the path of a file"):
+        Monitor(two_layers(), to=tmp_path / name)
+
+
+def test_blank_lines_at_the_end_and_what_is_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "run.csv"
+    path.write_text(",".join(COLUMNS) + "\n7,0,input,e4m3,1,1,0,0,0,,,\n\n  \n")
+    assert Monitor(two_layers(), to=path).step == 7
+    path.write_text(",".join(COLUMNS) + "\nlast,0\n")
+    with pytest.raises(OptionError, match=r"does not end with a row.*its step is 'last'"):
+        Monitor(two_layers(), to=path)
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ({"to": 3}, "cannot write to 3"),
         ({"every": 0}, "every=0: give a number"),
         ({"every": 2.5}, "every=2.5: give a number"),
+        ({"every": True}, "every=True: give a number"),
+        ({"step": -1}, "step=-1: give a number of optimizer steps, 0 or more"),
+        ({"step": "2"}, "step='2': give a number"),
         ({"options": {"recipes": "delayed"}}, "recipes"),
     ],
 )
@@ -125,3 +145,16 @@ def test_an_exception_of_a_callback_reaches_the_training_loop() -> None:
     with pytest.raises(KeyboardInterrupt):
         train(compile_interpreted(model), sgd(model), 1)
     assert len(monitor.records) == 6, "and is not raised again"
+
+
+def test_sinks_behind_one_that_raises_lose_nothing(tmp_path: Path) -> None:
+    model, path = two_layers(), tmp_path / "run.csv"
+    called: list[Record] = []
+
+    def refuse(record: Record) -> None:
+        raise ValueError("not this one")
+
+    Monitor(model, every=1, to=[called.append, refuse, path])
+    with pytest.raises(ValueError, match="not this one"):
+        train(compile_interpreted(model), sgd(model), 1)
+    assert len(called) == len(rows_of(path)) == 6

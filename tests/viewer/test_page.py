@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import zlib
@@ -15,7 +16,7 @@ from torch import nn
 
 import fp8compile
 from fp8compile import OptionError
-from fp8compile.viewer.page import HERE, LIBRARIES, SCRIPTS, packed
+from fp8compile.viewer.page import HERE, LIBRARIES, SCRIPTS, packed, write_page
 from tests.viewer.common import Up
 
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
@@ -100,3 +101,15 @@ def test_the_code_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_wrong_options() -> None:
     with pytest.raises(OptionError, match="did you mean 'recipe'"):
         fp8compile.view(Up(), torch.randn(16, 16), options={"recipy": "current"})
+
+
+def test_files_are_utf8_in_any_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(io, "text_encoding", lambda given, level=2: given or pytest.fail("none"))
+    write_page(tmp_path / "graph.html", [], [], title="größer", recipe="current")
+    assert "größer" in (tmp_path / "graph.html").read_bytes().decode()
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_all_work(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing" / "graph.html"):
+        with pytest.raises(OptionError, match=r"cannot write to .* in a folder that exists"):
+            fp8compile.view(lambda: pytest.fail("it was traced"), path=path)
