@@ -53,6 +53,7 @@ from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._sympy.functions import FloorDiv as FloorDiv  # ``//`` in a symbolic size
 
+WithoutSubclasses = torch._C.DisableTorchFunctionSubclass  # operators see plain tensors inside
 Split = Callable[[fx.GraphModule, fx.GraphModule, int], None]
 _FORCE_STRIDE_ORDER = inductor_prims.force_stride_order
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .errors import FrozenError
-from .internals import are_aliases, is_traced
+from .internals import WithoutSubclasses, are_aliases, is_traced
 
 _OPERATORS = "add|sub|mul|div|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift"
 _WRITES = re.compile(rf"__setitem__|__set__|__i({_OPERATORS})__|.*[^_]_")
@@ -39,7 +39,7 @@ class ReadOnly(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # what Dynamo was given as an input
-            with torch._C.DisableTorchFunctionSubclass():
+            with WithoutSubclasses():
                 return func(*args, **kwargs)
         if _writes(func, args, kwargs):
             raise FrozenError(MESSAGE.format(what=_name(func)))
@@ -60,7 +60,7 @@ def read_only(x: Tensor) -> Tensor:
 
 def ordinary(x: Tensor) -> Tensor:
     """The same values, which may be written to."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with WithoutSubclasses():
         return x.as_subclass(Tensor)
 
 

@@ -17,7 +17,7 @@ LAYERS = (
     {"errors", "formats", "histogram", "progress"},
     {"recipe", "cost"},
     {"ops", "internals"},
-    {"observers", "profiles", "untouched"},
+    {"observers", "profiles", "untouched", "read_only"},
     {"ir", "modules", "options"},
     {"scaling", "dump", "report", "regions", "moments", "rounding", "edge_records", "verify"},
     {"frozen", "named_state", "static", "quantized_weights"},
@@ -36,6 +36,7 @@ TOLERATED = {
     "torch._C._nn.linear",  # what F.linear is, when Dynamo looks through it
     "torch.utils._pytree.tree_leaves",
     "torch.utils._pytree.tree_map",
+    "torch.utils._pytree.tree_map_only",
     "torch.autograd._unsafe_preserve_version_counter",
     "torch._inductor.list_options",
     "torch._inductor.list_mode_options",
