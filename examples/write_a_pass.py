@@ -18,9 +18,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fp8compile
 from fp8compile import Gemm
-from fp8compile.ir import format_graph, gemms, verify
+from fp8compile.ir import format_graph, gemms
 from fp8compile.passes import choose_precision, find_gemms
 from fp8compile.progress import progress
+from fp8compile.verify import verify
 
 WHY = "its weight's gradient matters"
 
