@@ -154,9 +154,11 @@ def freeze(
     """Keep the weights of every ``nn.Linear`` in FP8 only, for inference; changes the model.
 
     They are cast as the compiler casts them under that recipe, so that compiled results stay the
-    same bit by bit, with scales that a training left, if it left some. The parameters then take
-    half of the memory of bfloat16. Layers are cast one after the other, some rows at a time: at no
-    time is more needed than the model took before, and a layer or 100 MB.
+    same bit by bit, with scales that a training left, if it left some. But under a tensorwise
+    recipe layers that take one input (q, k and v) each get a scale of their own, where one GEMM
+    with one scale did for all. The parameters then take half of the memory of bfloat16. Layers are
+    cast one after the other, some rows at a time: at no time is more needed than the model took
+    before, and a layer or 100 MB.
 
     A write to such a weight in eager code raises FrozenError: ``unfreeze`` first. One that is
     assigned, ``module.weight = nn.Parameter(...)``, is not frozen.
