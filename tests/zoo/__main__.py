@@ -2,7 +2,7 @@
 
 python -m tests.zoo                                       # on a CPU, FP8 emulated; minutes
 python -m tests.zoo --models Llama T5                     # some of them
-python -m tests.zoo --inductor --device cuda --dtype bfloat16
+python -m tests.zoo --inductor --device cuda --dtype bfloat16 --jobs 12
 
 The exit status is 1 if a model fails.
 """
@@ -11,57 +11,57 @@ from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
 import platform
 import sys
-import time
-import traceback
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .check import Report, Settings, check
+from .check import Settings
 from .models import ZOO
+from .rows import COLUMNS, be_quiet, run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-COLUMNS = (
-    "model",
-    "graphs",
-    "GEMMs",
-    "in FP8",
-    "left in high precision",
-    "output dB",
-    "worst gradient dB",
-    "agrees to dB",
-    "seconds",
-    "result",
-)
 TEXT = ("model", "left in high precision", "result")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the models asked for; the exit status."""
     args = _parser().parse_args(argv)
-    warnings.filterwarnings("ignore", message="FP8 is emulated here")
-    warnings.filterwarnings("ignore", message="no GEMM of this graph runs in FP8")
-    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
-    transformers.logging.set_verbosity_error()
     settings = Settings(args.device, DTYPES[args.dtype], args.inductor)
-    rows, problems = [], {}
-    with Progress(console=Console(stderr=True)) as progress:
-        for name in progress.track(args.models, description="models"):
-            row, problems[name] = _run(name, settings)
-            rows.append(row)
-    _print(rows, problems)
-    if args.csv is not None:
-        _write(args.csv, rows, settings)
+    rows: dict[str, list[str]] = {}
+    problems: dict[str, list[str]] = {}
+    for name, row, found in _run_all(args.models, settings, args.jobs):
+        rows[name], problems[name] = row, found
+        if args.csv is not None:  # at once: who stops it keeps what is done
+            _write(args.csv, _in_order(args.models, rows), settings)
+    _print(_in_order(args.models, rows), problems)
     return 1 if any(problems.values()) else 0
+
+
+def _in_order(names: Sequence[str], rows: dict[str, list[str]]) -> list[list[str]]:
+    return [rows[name] for name in names if name in rows]
+
+
+def _run_all(
+    names: Sequence[str], settings: Settings, jobs: int
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Each model, its row and its problems, as they are done, by ``jobs`` processes."""
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with (
+        Progress(console=Console(stderr=True)) as progress,
+        ProcessPoolExecutor(jobs, context, initializer=be_quiet) as pool,
+    ):
+        started = {pool.submit(run, name, settings): name for name in names}
+        for done in progress.track(as_completed(started), total=len(started), description="models"):
+            yield started[done], *done.result()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,37 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--inductor", action="store_true", help="generate code, not interpret")
+    parser.add_argument("--jobs", type=int, default=1, help="so many models at once")
     parser.add_argument("--csv", type=Path, help="a file for the table")
     return parser
-
-
-def _run(name: str, settings: Settings) -> tuple[list[str], list[str]]:
-    """A model's row, and what is wrong with it. What is raised is printed, and is a failure."""
-    start = time.perf_counter()
-    try:
-        report = check(name, settings)
-    except Exception as error:
-        traceback.print_exc()
-        message = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        return [name, *[""] * (len(COLUMNS) - 2), "raised"], [message]
-    return _row(report, time.perf_counter() - start), report.problems
-
-
-def _row(report: Report, seconds: float) -> list[str]:
-    output, gradient = report.worst(is_output=True), report.worst(is_output=False)
-    agreement = min(q.agreement for q in report.qualities if q.has_signal)
-    return [
-        report.name,
-        str(report.graphs),
-        str(len(report.gemms)),
-        str(report.in_fp8),
-        "; ".join(f"{count} {what}" for what, count in report.left_out.items()),
-        f"{output.fp8:.1f} (simulated {output.simulated:.1f})",
-        f"{gradient.fp8:.1f} (simulated {gradient.simulated:.1f})",
-        f"{agreement:.0f}",
-        f"{seconds:.0f}",
-        "failed" if report.problems else "passed",
-    ]
 
 
 def _print(rows: Sequence[Sequence[str]], problems: dict[str, list[str]]) -> None:
