@@ -33,7 +33,7 @@ from training_step import CONTENDERS, Job
 
 from fp8compile.progress import progress
 
-# The caches that a process finds, and whether it may use those of whole graphs.
+# How much a process finds, and whether it may use the caches of whole graphs.
 STATES = {"cold": True, "kernels": False, "graphs": True}
 GRAPH_CACHES = ("TORCHINDUCTOR_FX_GRAPH_CACHE", "TORCHINDUCTOR_AUTOGRAD_CACHE")
 
@@ -65,19 +65,20 @@ def in_a_process(name: str, state: str, caches: Path, argv: Sequence[str]) -> fl
 
 
 def measure(
-    contenders: Sequence[str], argv: Sequence[str]
+    contenders: Sequence[str], states: Sequence[str], argv: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Seconds by state, contender by contender."""
     with tempfile.TemporaryDirectory() as folder:
         for name in progress(contenders, "compiling"):
             caches = Path(folder) / name
-            yield name, {state: in_a_process(name, state, caches, argv) for state in STATES}
+            yield name, {state: in_a_process(name, state, caches, argv) for state in states}
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     choices = list(CONTENDERS)
     parser.add_argument("--contenders", nargs="+", choices=choices, default=["bf16", "fp8"])
+    parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES))
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--csv", type=Path, help="append the numbers to this file")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -95,11 +96,11 @@ def main(argv: Sequence[str]) -> None:
         print(f"seconds {compile_seconds(args.measure, job):.3f}")
         return
     print(f"{device_name(device)}, {versions()}\n{job}\n")
-    print(f"{'compile s':<14}" + "".join(f"{state:>17}" for state in STATES))
+    print(f"{'compile s':<14}" + "".join(f"{state:>17}" for state in args.states))
     first: dict[str, float] = {}
-    for name, times in measure(args.contenders, argv):
+    for name, times in measure(args.contenders, args.states, argv):
         first = first or times
-        cells = (f"{times[state]:.1f} ({times[state] / first[state]:.2f}x)" for state in STATES)
+        cells = (f"{times[state]:.1f} ({times[state] / first[state]:.2f}x)" for state in times)
         print(f"{name:<14}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
         if args.csv:
             rows = [(name, state, value, "s") for state, value in times.items()]

@@ -70,12 +70,18 @@ def test_a_cast_alone_is_the_reference_bit_by_bit(
 ) -> None:
     x = uneven(*shape)
     x[0, 5], x[-1, 7], x[:, 9] = torch.nan, torch.inf, 0
-    for power_of_two, fmt in ((False, E4M3), (True, E5M2)):
-        case = only_region(lambda x: quantize(x, block, power_of_two, fmt, copies), x=x)  # noqa: B023
-        want = quantize(x, block, power_of_two, fmt, copies)
-        for tile in tiles(case.region):
-            for expected, found in zip(want, case.run(tile).values(), strict=True):
-                assert torch.equal(bits(expected), bits(found)), (tile, power_of_two)
+    want = quantize(x, block, copies=copies)
+    case = only_region(lambda x: quantize(x, block, copies=copies), x=x)
+    for tile in tiles(case.region):
+        for expected, found in zip(want, case.run(tile).values(), strict=True):
+            assert torch.equal(bits(expected), bits(found)), tile
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_scales_that_are_powers_of_two_and_the_other_format(block: tuple[int, int]) -> None:
+    x = uneven(130, 200)
+    x[0, 5], x[-1, 7], x[:, 9] = torch.nan, torch.inf, 0
+    assert bit_by_bit(lambda x: quantize(x, block, True, E5M2), x)
 
 
 def norm(x: Tensor, w: Tensor) -> Tensor:
@@ -120,7 +126,8 @@ def test_casts_behind_other_operators(
     inputs = {n: torch.randn(shape).bfloat16().to(DEVICE) for n, shape in shapes.items()}
     case = only_region(lambda **inputs: quantize(fn(**inputs), block, copies=copies), **inputs)
     oracle = case.oracle()
-    for tile in tiles(case.region):
+    # Which copies are written does not change a tile's arithmetic: one is enough for those alone.
+    for tile in tiles(case.region)[: None if all(copies) else 1]:
         found = case.run(tile)
         assert all(close(oracle[key], found[key]) for key in oracle), tile
 
