@@ -333,6 +333,7 @@ def _cast_tensors(
         "fp8_t": lambda: torch.empty(n, padded(m), dtype=cast.format.dtype, device=device),
         "scale_inv": lambda: torch.empty(1, dtype=torch.float32, device=device),
         "amax": lambda: torch.zeros(1, dtype=torch.float32, device=device),
+        "scale_used": lambda: torch.empty(1, dtype=torch.float32, device=device),
     }
     tensors = {}
     if cast.is_delayed:

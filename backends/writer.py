@@ -118,9 +118,11 @@ class Writer(TileText):
         known = f"tl.load(scale_{i}_ptr)" if cast.is_delayed else "0.0"
         found = f"tl.load({found_amax(i)}).to(tl.float32, bitcast=True)"
         lines = [f"scale_{i} = resolve_scale({known}, {found}, {cast.format.max})"]
-        if "scale_inv" in cast.outputs:
+        told = {"scale_inv": f"tl.div_rn(1.0, scale_{i})", "scale_used": f"scale_{i}"}
+        if not cast.outputs.keys().isdisjoint(told):
             lines.append("if (tile_m == 0) & (tile_n == 0):")
-            lines.append(f"    tl.store(scale_inv_{i}_ptr, tl.div_rn(1.0, scale_{i}))")
+        for output in [name for name in told if name in cast.outputs]:
+            lines.append(f"    tl.store({output}_{i}_ptr, {told[output]})")
         return lines
 
     # --- stores --------------------------------------------------------------------------------

@@ -388,7 +388,7 @@ def quantize_weight(
     for start in range(0, max(weight.shape[0], 1), step):
         rows = weight[start : start + step]
         if granularity is Granularity.TENSOR:
-            part, _, scale_inv, _ = torch.ops.fp8.quantize(rows, scale, 0, fmt, True, False)
+            part, _, scale_inv, _, _ = torch.ops.fp8.quantize(rows, scale, 0, fmt, True, False)
         else:
             part, _, scale_inv, _ = torch.ops.fp8.quantize_blocks(
                 rows, block, False, fmt, True, False

@@ -39,7 +39,7 @@ SITE_TAG = "fp8_site"  # key in meta["custom"], which AOTAutograd carries to the
 # One more than there are operands: four float32 keep the slots of every site equally aligned, so
 # that one compiled kernel serves all layers.
 SLOTS_PER_SITE = len(Operand) + 1
-QUANTIZE_OUTPUTS = ("fp8", "fp8_t", "scale_inv", "amax")
+QUANTIZE_OUTPUTS = ("fp8", "fp8_t", "scale_inv", "amax", "scale_used")
 # The casts, with the names of their outputs. Their first argument is the value, the last two say
 # which copies are written, and those between are how.
 CASTS: dict[Any, tuple[str, ...]] = {
@@ -251,6 +251,14 @@ def _number(value: Any) -> float | None:
 def is_cast(node: fx.Node) -> bool:
     """Whether it casts a GEMM's operand, see CASTS."""
     return node.target in CASTS
+
+
+def takes_slot(cast: fx.Node) -> bool:
+    """Whether a cast takes its scale from the scaling state, instead of finding it, or of taking
+    the one that was found in forward (which is one number; the state has several for each site).
+    """
+    scale = args_of(cast)[1] if cast.target is QUANTIZE else None
+    return scale is not None and scale.meta["val"].numel() > 1
 
 
 def quantize_output(node: fx.Node, output: str) -> fx.Node | None:

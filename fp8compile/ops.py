@@ -39,21 +39,22 @@ def quantize(
     format: torch.dtype,
     row_major: bool = True,
     transposed: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Cast ``x`` to FP8 with a tensorwise scale.
 
     Args:
         x: ``[M, N]``, float.
-        scale: ``f32[S]``, the delayed scales of a graph, or None for current scaling. Where
-            ``scale[slot]`` is 0 no amax has been seen yet, and current scaling is used.
+        scale: ``f32[S]``, the delayed scales of a graph, or one that was found for ``x`` before, or
+            None for current scaling. Where ``scale[slot]`` is 0 no amax has been seen yet, and
+            current scaling is used.
         slot: index into ``scale``.
         format: ``float8_e4m3fn`` or ``float8_e5m2``.
         row_major, transposed: which copies to write; the others come back empty.
 
     Returns:
         ``q`` (``[M, N]``), ``q_t`` (``[N, M]``), both contiguous and with rows padded with zeros to
-        a multiple of 16 elements, ``scale_inv`` (``f32[1]``) and ``amax`` (``f32[1]``, infinite if
-        any value is not finite).
+        a multiple of 16 elements, ``scale_inv`` (``f32[1]``), ``amax`` (``f32[1]``, infinite if
+        any value is not finite) and ``scale_used`` (``f32[1]``).
 
     A finite value saturates at the format's maximum; a NaN or infinite value becomes NaN, so that
     it stays visible. The current scale is ``FP8_MAX / amax`` (arXiv 2209.05433, section 3.1), and
@@ -73,6 +74,7 @@ def quantize(
         _with_padded_rows(q.t()) if transposed else q.new_empty(0),
         used.reciprocal().reshape(1),
         amax.reshape(1).clone(),
+        used.reshape(1).clone(),
     )
 
 
@@ -84,11 +86,12 @@ def _(
     format: torch.dtype,
     row_major: bool = True,
     transposed: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     m, n = x.shape
     return (
         x.new_empty((m, padded(n)) if row_major else (0,), dtype=format),
         x.new_empty((n, padded(m)) if transposed else (0,), dtype=format),
+        x.new_empty((1,), dtype=torch.float32),
         x.new_empty((1,), dtype=torch.float32),
         x.new_empty((1,), dtype=torch.float32),
     )

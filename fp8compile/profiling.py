@@ -22,7 +22,16 @@ from .compile import compile_graph
 from .compiled_graph import CompiledGraph
 from .edge_records import EdgeRecord
 from .errors import OptionError, own_errors
-from .ir import CASTS, QUANTIZE, QUANTIZE_BLOCKS, SCALED_MMS, Edge, GemmInfo, Site, gemm_info
+from .ir import (
+    CASTS,
+    QUANTIZE_BLOCKS,
+    SCALED_MMS,
+    Edge,
+    GemmInfo,
+    Site,
+    gemm_info,
+    takes_slot,
+)
 from .observer import Observer
 from .options import RECIPE, Options, parse_options
 from .profiles import Group, Profile
@@ -259,11 +268,11 @@ class _WithoutCasts(fx.Interpreter):
         if n.target not in (*CASTS, *SCALED_MMS):
             return super().run_node(n)
         args, _ = self.fetch_args_kwargs_from_env(n)
-        if n.target is QUANTIZE and args[1] is not None:
+        if takes_slot(n):
             self._runs.cast(args[2], args[0])
         if n.target in CASTS:  # what fold_scales has made of a scale_inv is then a factor
             one = args[0].new_ones(1, dtype=torch.float32)
-            return args[0], args[0].t(), one, one
+            return args[0], args[0].t(), *[one] * (len(CASTS[n.target]) - 2)
         info = gemm_info(n)
         assert info is not None
         return self._multiply(info, n.target, args)
@@ -303,7 +312,7 @@ def _quantized(x: Tensor, edge: Edge, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """The row-major copy and its scale_inv, as a cast makes them that finds its own scale."""
     assert edge.format is not None
     if edge.granularity is Granularity.TENSOR:
-        q, _, scale_inv, _ = torch.ops.fp8.quantize(x, None, 0, edge.format.dtype, True, False)
+        q, _, scale_inv, _, _ = torch.ops.fp8.quantize(x, None, 0, edge.format.dtype, True, False)
         return q, scale_inv
     how = list(edge.granularity.block), recipe.power_of_two, edge.format.dtype
     q, _, scale_inv, _ = QUANTIZE_BLOCKS(x, *how, True, False)

@@ -10,6 +10,7 @@ from .fold_scales import fold_scales
 from .grow_regions import grow_regions
 from .insert_casts import insert_casts
 from .keep_logits import keep_logits
+from .keep_scales import keep_scales
 from .merge_gemms import merge_gemms
 from .pipeline import (
     StateNodes,
@@ -42,6 +43,7 @@ __all__ = [
     "insert_casts",
     "joint_passes",
     "keep_logits",
+    "keep_scales",
     "merge_gemms",
     "naming_errors",
     "plan_saved",

@@ -16,17 +16,17 @@ def drop_unused_outputs(gm: fx.GraphModule) -> int:
     """Let every cast write only the copies (row-major, transposed) that are used.
 
     Before:
-        w_q   : (e4m3[64, 32], e4m3[32, 64], f32[1], f32[1]) = fp8.quantize(w, scale, 1, e4m3)
+        w_q   : (e4m3[64, 32], e4m3[32, 64], ...) = fp8.quantize(w, scale, 1, e4m3)
         w_fp8 : e4m3[64, 32] = w_q[0]
     After:
-        w_q   : (e4m3[64, 32], e4m3[0], f32[1], f32[1]) = fp8.quantize(w, scale, 1, e4m3, True, False)
+        w_q   : (e4m3[64, 32], e4m3[0], ...) = fp8.quantize(w, scale, 1, e4m3, True, False)
         w_fp8 : e4m3[64, 32] = w_q[0]
 
     Requires: share_casts.
     Ensures: an output that is not written is not used.
     Leaves alone: casts whose two copies are used.
     Numerics: exact.
-    """  # noqa: E501
+    """
     rewrites = 0
     for cast in gm.graph.nodes:
         if not is_cast(cast):

@@ -25,6 +25,7 @@ from .find_gemms import find_gemms
 from .fold_scales import fold_scales
 from .grow_regions import grow_regions
 from .insert_casts import insert_casts
+from .keep_scales import keep_scales
 from .merge_gemms import merge_gemms
 from .plan_saved import plan_saved
 from .scale_few_rows import scale_few_rows
@@ -55,6 +56,7 @@ JOINT_PASSES = (
     derive_scales,
     track_amax,
     plan_saved,
+    keep_scales,
     store_activations,
 )
 
@@ -124,6 +126,7 @@ def joint_passes(
         passes.append(partial(track_amax, amax_fwd=state.amax_fwd, amax_bwd=state.amax_bwd))
     if training:
         passes.append(plan_saved)  # reads which outputs backward uses
+        passes.append(keep_scales)  # knows now what is cast again
         if store_in_fp8:
             passes.append(store_activations)  # what backward still keeps in high precision
     return passes

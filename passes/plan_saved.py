@@ -129,7 +129,7 @@ def _compute_again(value: fx.Node, read: set[fx.Node]) -> None:
 
 def _cast_again(graph: fx.Graph, cast: fx.Node) -> int:
     """Let backward's users take the outputs of a second cast, which is made there."""
-    outputs = (name for name in CASTS[cast.target] if name != "amax")
+    outputs = (name for name in CASTS[cast.target] if name not in ("amax", "scale_used"))
     found = {name: quantize_output(cast, name) for name in outputs}
     taken = {name: item for name, item in found.items() if item is not None}
     users = {

@@ -44,7 +44,7 @@ def share_casts(gm: fx.GraphModule) -> int:
     return rewrites
 
 
-def cast_key(cast: fx.Node, value: object = None) -> object:
+def cast_key(cast: fx.Node, value: object = None) -> tuple[object, object, bool]:
     """Equal for two casts that may be one; of another value than its own, if a key is given."""
     repeated = cast.meta.get("partitioner_tag") == "must_be_in_backward"
     return (value or value_key(args_of(cast)[0]), _how(cast), repeated)

@@ -117,7 +117,8 @@ def current_costs(
     for quantized in _quantized(candidates):
         tokens = candidates[quantized.takers[0]].tokens
         if not (weights_cast_once and quantized.role is Operand.WEIGHT):
-            current, delayed = (_cast(replace(quantized, rereads=again)) for again in (True, False))
+            first = not quantized.again  # which keeps the scale
+            current, delayed = (_cast(replace(quantized, rereads=r)) for r in (first, False))
             added[quantized.key] += current.microseconds(tokens, device)
             added[quantized.key] -= delayed.microseconds(tokens, device)
         time[quantized.key] += sum(alone[node] for node in quantized.takers)
@@ -240,7 +241,7 @@ def _quantized(candidates: Mapping[fx.Node, _Sized]) -> list[_Quantized]:
             again = edge.operand is Operand.WEIGHT and is_backward(node)
             key = _cast_of(value, edge, each)
             rows, columns = (each.size(axis) for axis in axes)
-            rereads = _rereads(each.recipe, edge.operand)
+            rereads = _rereads(each.recipe, edge.operand, again)
             by_row = _granularity(each.recipe, edge.operand) is Granularity.ROW
             fresh = _Quantized(base, key, edge.operand, rows, columns, again, rereads, by_row)
             quantized = found.setdefault((key, again), fresh)
@@ -260,12 +261,14 @@ def _cast_of(value: fx.Node, edge: Edge, each: _Sized) -> object:
     return value_key(base_of(value)[0]), edge.operand, each.recipe
 
 
-def _rereads(recipe: Recipe | None, operand: Operand) -> bool:
+def _rereads(recipe: Recipe | None, operand: Operand, again: bool) -> bool:
     """Whether a cast reads its value once more than it must, to find a scale: that of a block is
-    found in the tile that casts it.
+    found in the tile that casts it, and that of a tensor kept for when it is cast again.
     """
-    current = recipe is not None and recipe.scaling is Scaling.CURRENT
-    return current and not _granularity(recipe, operand).block[1]
+    if recipe is None or recipe.scaling is not Scaling.CURRENT:
+        return False
+    granularity = recipe.granularity_of(operand)
+    return not granularity.block[1] and not (again and granularity is Granularity.TENSOR)
 
 
 def _granularity(recipe: Recipe | None, operand: Operand) -> Granularity:

@@ -50,7 +50,7 @@ def test_training_with_cold_and_with_warm_caches(tmp_path: Path) -> None:
             compiled = torch.compile(MLP(32, 64), backend="fp8", options=options)
             compiled(torch.randn(16, 32)).sum().backward()
     for folder in (tmp_path / "cold" / "graph_000", tmp_path / "warm" / "graph_000"):
-        training = ["track_amax", "plan_saved", "forward", "backward"]
+        training = ["track_amax", "plan_saved", "keep_scales", "forward", "backward"]
         assert names(folder) == ["joint", *PASSES, *training], folder.parent.name
         assert "aten.mm(" in text_of(folder, "joint") and "fp8." not in text_of(folder, "joint")
         # The input of the block is a leaf without gradient; gate and up need dgrad for the norm.

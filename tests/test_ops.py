@@ -39,7 +39,7 @@ def representable(fmt: torch.dtype) -> Tensor:
 @FORMATS
 def test_representable_values_survive(fmt: torch.dtype) -> None:
     values = representable(fmt)[None]
-    q, q_t, scale_inv, amax = quantize(values, one(), fmt)
+    q, q_t, scale_inv, amax, _ = quantize(values, one(), fmt)
     count = values.shape[1]
     assert torch.equal(q[:, :count].float(), values)
     assert torch.equal(q_t[:, :1].float(), values.t())
@@ -70,7 +70,7 @@ def test_finite_values_saturate(fmt: torch.dtype) -> None:
 @FORMATS
 def test_values_that_are_not_finite_become_nan(fmt: torch.dtype) -> None:
     values = torch.tensor([[torch.nan, torch.inf, -torch.inf, 2.0]])
-    q, q_t, _, amax = quantize(values, one(), fmt)
+    q, q_t, _, amax, _ = quantize(values, one(), fmt)
     assert q.float().isnan().tolist() == [[True, True, True, False] + 12 * [False]]
     assert torch.equal(q[:, :4].float().isnan(), q_t[:, :1].float().isnan().t())
     assert amax.isinf().all()
@@ -80,7 +80,7 @@ def test_values_that_are_not_finite_become_nan(fmt: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_current_scaling_uses_the_whole_range(fmt: torch.dtype, dtype: torch.dtype) -> None:
     x = torch.randn(32, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
-    q, q_t, scale_inv, amax = quantize(x, None, fmt)
+    q, q_t, scale_inv, amax, _ = quantize(x, None, fmt)
     assert amax == x.float().abs().amax()
     assert q.float().abs().amax() == Format.of(fmt).max
     torch.testing.assert_close(1 / scale_inv, Format.of(fmt).max / amax)
@@ -92,7 +92,7 @@ def test_a_delayed_scale_is_taken_from_its_slot() -> None:
     scales = torch.tensor([1.0, 4.0, 0.0])
     x = torch.tensor([[1.0, -2.0]])
     for slot, used in ((0, 1.0), (1, 4.0), (2, 448 / 2)):
-        q, _, scale_inv, amax = fp8.quantize(x, scales, slot, E4M3)
+        q, _, scale_inv, amax, _ = fp8.quantize(x, scales, slot, E4M3)
         assert torch.equal(q[:, :2].float(), x * used) and scale_inv == 1 / used and amax == 2
 
 
@@ -108,7 +108,7 @@ def test_copies_are_contiguous_and_alias_nothing(shape: tuple[int, int], layout:
         "strided": lambda: torch.randn(m, 2 * n)[:, ::2],
         "expanded": lambda: torch.randn(1, n).expand(m, n),
     }[layout]()
-    q, q_t, _, _ = quantize(x)
+    q, q_t, _, _, _ = quantize(x)
     assert q.is_contiguous() and q_t.is_contiguous()
     row, row_t = -(-n // 16) * 16, -(-m // 16) * 16
     assert (q.shape, q_t.shape) == ((m, row), (n, row_t))
@@ -120,14 +120,14 @@ def test_copies_are_contiguous_and_alias_nothing(shape: tuple[int, int], layout:
 
 def test_unwanted_copies_are_empty() -> None:
     x = torch.randn(16, 32)
-    q, q_t, _, _ = fp8.quantize(x, None, 0, E4M3, True, False)
+    q, q_t, _, _, _ = fp8.quantize(x, None, 0, E4M3, True, False)
     assert (q.shape, q_t.shape) == ((16, 32), (0,))
-    q, q_t, _, _ = fp8.quantize(x, None, 0, E4M3, False, True)
+    q, q_t, _, _, _ = fp8.quantize(x, None, 0, E4M3, False, True)
     assert (q.shape, q_t.shape) == ((0,), (32, 16))
 
 
 def test_zeros_and_nothing() -> None:
-    q, _, scale_inv, amax = quantize(torch.zeros(4, 8))
+    q, _, scale_inv, amax, _ = quantize(torch.zeros(4, 8))
     assert torch.count_nonzero(q.float()) == 0 and scale_inv == 1 and amax == 0
     assert quantize(torch.zeros(0, 8))[3] == 0
 
@@ -139,7 +139,7 @@ def test_zeros_and_nothing() -> None:
 )
 def test_the_error_is_at_most_half_a_step(values: list[float], fmt: torch.dtype) -> None:
     x = torch.tensor([values])
-    q, _, scale_inv, amax = quantize(x, None, fmt)
+    q, _, scale_inv, amax, _ = quantize(x, None, fmt)
     assert q.float().isfinite().all() and scale_inv.isfinite().all()
     if not 1e-30 < amax < 1e30:  # beyond, the scale itself leaves float32
         return

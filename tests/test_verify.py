@@ -22,8 +22,8 @@ def product(formats: tuple[torch.dtype, torch.dtype] = (E4M3, E4M3)) -> fx.Graph
     """A product of two casts."""
 
     def fn(x: Tensor, w: Tensor) -> Tensor:
-        a, _, a_inv, _ = torch.ops.fp8.quantize(x, None, 0, formats[0])
-        b, _, b_inv, _ = torch.ops.fp8.quantize(w, None, 1, formats[1])
+        a, _, a_inv, _, _ = torch.ops.fp8.quantize(x, None, 0, formats[0])
+        b, _, b_inv, _, _ = torch.ops.fp8.quantize(w, None, 1, formats[1])
         return torch.ops.fp8.scaled_mm(a, b, a_inv, b_inv, None, torch.bfloat16, True)
 
     return trace(fn, x=torch.randn(16, 32), w=torch.randn(16, 32))

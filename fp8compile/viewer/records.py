@@ -31,6 +31,7 @@ from ..ir import (
     is_backward,
     is_cast,
     op_name,
+    takes_slot,
 )
 from ..recipe import Gemm
 
@@ -176,13 +177,18 @@ def _cast_notes(node: fx.Node, names: Names) -> list[tuple[str, str]]:
     written = [{"fp8": "row-major", "fp8_t": "transposed"}.get(c, "") for c in copies]
     notes = [("copies", ", ".join(sorted(filter(None, written))))]
     if node.target is QUANTIZE:
-        scale, slot = args_of(node)[1:3]
-        own = names.slots.get(slot, "")
-        notes.append(("scale", f"slot {slot}, of {own}" if scale is not None else "current"))
+        notes.append(("scale", _tensor_scale(node, names)))
     elif node.target is QUANTIZE_BLOCKS:
         high, wide = (str(size or "all") for size in args_of(node)[1])
         notes.append(("scale", f"current, one per {high} x {wide}"))
     return notes
+
+
+def _tensor_scale(cast: fx.Node, names: Names) -> str:
+    scale, slot = args_of(cast)[1:3]
+    if takes_slot(cast):
+        return f"slot {slot}, of {names.slots.get(slot, '')}"
+    return "current" if scale is None else "current, found in forward"
 
 
 @functools.cache

@@ -25,8 +25,9 @@ def cast(
     row_major: bool = True,
     transposed: bool = True,
 ) -> Case:
-    """The region of one cast, with its wanted copies, its scale_inv and its amax."""
-    wanted = [i for i, is_wanted in enumerate((row_major, transposed, True, True)) if is_wanted]
+    """The region of one cast, with its wanted copies and all else that it returns."""
+    copies = (row_major, transposed, True, True, True)
+    wanted = [i for i, is_wanted in enumerate(copies) if is_wanted]
 
     def fn(x: Tensor, scale: Tensor | None = None) -> list[Tensor]:
         outputs = torch.ops.fp8.quantize(x, scale, 0, fmt, row_major, transposed)
@@ -43,8 +44,8 @@ TILES = sorted(
 
 def reference_quantize(
     x: Tensor, scale: Tensor | None, fmt: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The definition: `(q, q_t, scale_inv, amax)`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The definition: `(q, q_t, scale_inv, amax, scale_used)`."""
     fp8_max = torch.finfo(fmt).max
     f = x.float()
     amax = f.abs().amax()
@@ -56,7 +57,7 @@ def reference_quantize(
         used = torch.where(scale > 0, scale, used)
     y = (f * used).clamp(-fp8_max, fp8_max)
     q = torch.where(f.isfinite(), y, torch.nan).to(fmt)
-    return padded(q), padded(q.t()), used.reciprocal().reshape(1), amax
+    return padded(q), padded(q.t()), used.reciprocal().reshape(1), amax, used
 
 
 def padded(q: Tensor) -> Tensor:
@@ -73,11 +74,11 @@ def outputs_of(case: Case, tile: Tile | None = None) -> list[Tensor]:
 def check(x: Tensor, scale: float | None, fmt: torch.dtype, tile: Tile | None = None) -> None:
     """Compare all that a cast returns with the definition."""
     x = x.to(DEVICE)
-    q, q_t, scale_inv, amax = outputs_of(cast(x, scale, fmt), tile)
+    q, q_t, scale_inv, amax, used = outputs_of(cast(x, scale, fmt), tile)
     known = None if scale is None else torch.tensor(scale, device=DEVICE)
-    want_q, want_q_t, want_scale_inv, want_amax = reference_quantize(x, known, fmt)
+    want_q, want_q_t, want_scale_inv, want_amax, want_used = reference_quantize(x, known, fmt)
     assert torch.equal(scale_inv, want_scale_inv)
-    assert torch.equal(amax[0], want_amax)
+    assert torch.equal(amax[0], want_amax) and torch.equal(used[0], want_used)
     assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8))
     assert torch.equal(q_t.view(torch.uint8), want_q_t.view(torch.uint8))
 
@@ -153,7 +154,7 @@ def test_every_rounding(fmt: torch.dtype) -> None:
 
 def test_writes_only_what_is_asked_for() -> None:
     for x in (normal(64, 80).to(DEVICE), normal(64, 80).to(DEVICE).t()):
-        want_q, want_q_t, _, _ = reference_quantize(x, None, FORMATS[0])
+        want_q, want_q_t, *_ = reference_quantize(x, None, FORMATS[0])
         q, *_ = outputs_of(cast(x, None, FORMATS[0], transposed=False))
         assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8))
         q_t, *_ = outputs_of(cast(x, None, FORMATS[0], row_major=False))
@@ -178,7 +179,7 @@ def test_the_padding_of_a_narrow_norm_is_zero(width: int) -> None:
 
     def fn(x: Tensor) -> list[Tensor]:
         y = F.rms_norm(x, (width,))
-        q, _, scale_inv, _ = torch.ops.fp8.quantize(y, None, 0, torch.float8_e4m3fn, True, False)
+        q, _, scale_inv, _, _ = torch.ops.fp8.quantize(y, None, 0, torch.float8_e4m3fn, True, False)
         return [q, scale_inv]
 
     case = only_region(fn, x=torch.randn(40, width))

@@ -98,8 +98,9 @@ def example(name: str) -> tuple[fx.GraphModule, Pass]:
         "merge_gemms": pair_joint,
         "fold_scales": scaled_joint,
         "derive_scales": partial(linear_joint, recipe="static"),
+        "keep_scales": partial(linear_joint, recipe="current"),
     }
-    recipe = "static" if name == "derive_scales" else "delayed"
+    recipe = {"derive_scales": "static", "keep_scales": "current"}.get(name, "delayed")
     return before(name, joints[name]() if name in joints else None, recipe)
 
 

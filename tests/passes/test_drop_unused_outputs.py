@@ -13,9 +13,9 @@ def test_a_weight_writes_one_copy_in_each_direction() -> None:
     assert_expected_inline(
         lines_of(gm, "x_q", "w_q", "w_q_1"),
         """\
-x_q : (e4m3[16, 32], e4m3[32, 16], f32[1], f32[1]) = fp8.quantize(x, scale, 0, e4m3)
-w_q : (e4m3[64, 32], e4m3[0], f32[1], f32[1]) = fp8.quantize(w, scale, 1, e4m3, True, False)
-w_q_1 : (e4m3[0], e4m3[32, 64], f32[1], f32[1]) = fp8.quantize(w, scale, 1, e4m3, False, True)""",
+x_q : (e4m3[16, 32], e4m3[32, 16], f32[1], f32[1], f32[1]) = fp8.quantize(x, scale, 0, e4m3)
+w_q : (e4m3[64, 32], e4m3[0], f32[1], f32[1], f32[1]) = fp8.quantize(w, scale, 1, e4m3, True, False)
+w_q_1 : (e4m3[0], e4m3[32, 64], f32[1], f32[1], f32[1]) = fp8.quantize(w, scale, 1, e4m3, False, True)""",  # noqa: E501
     )
 
 

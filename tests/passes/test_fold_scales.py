@@ -81,10 +81,10 @@ def test_a_factor_of_what_a_gemm_returns() -> None:
 x : bf16[16, 32]
 w : bf16[64, 32]
 v : bf16[64, 32]
-x_q : (e4m3[16, 32], e4m3[32, 16], f32[1], f32[1]) = fp8.quantize(x, None, 0, e4m3)
+x_q : (e4m3[16, 32], e4m3[32, 16], f32[1], f32[1], f32[1]) = fp8.quantize(x, None, 0, e4m3)
 x_fp8 : e4m3[16, 32] = x_q[0]
 x_scale_inv : f32[1] = x_q[2]
-w_q : (e4m3[64, 32], e4m3[32, 64], f32[1], f32[1]) = fp8.quantize(w, None, 1, e4m3)
+w_q : (e4m3[64, 32], e4m3[32, 64], f32[1], f32[1], f32[1]) = fp8.quantize(w, None, 1, e4m3)
 w_fp8 : e4m3[64, 32] = w_q[0]
 w_scale_inv : f32[1] = w_q[2]
 w_scale_inv_scaled : f32[1] = aten.mul.Tensor(w_scale_inv, 0.125)
@@ -343,14 +343,14 @@ def test_a_cast_of_a_multiple_is_that_of_the_value() -> None:
 x : bf16[16, 32]
 w : bf16[64, 32]
 v : bf16[64, 32]
-x_q : (e4m3[16, 32], e4m3[32, 16], f32[1], f32[1]) = fp8.quantize(x, None, 0, e4m3)
+x_q : (e4m3[16, 32], e4m3[32, 16], f32[1], f32[1], f32[1]) = fp8.quantize(x, None, 0, e4m3)
 x_fp8 : e4m3[16, 32] = x_q[0]
 x_scale_inv : f32[1] = x_q[2]
-w_q : (e4m3[64, 32], e4m3[32, 64], f32[1], f32[1]) = fp8.quantize(w, None, 1, e4m3)
+w_q : (e4m3[64, 32], e4m3[32, 64], f32[1], f32[1], f32[1]) = fp8.quantize(w, None, 1, e4m3)
 w_fp8 : e4m3[64, 32] = w_q[0]
 w_scale_inv : f32[1] = w_q[2]
 mm_fp8 : bf16[16, 64] = fp8.scaled_mm(x_fp8, w_fp8, x_scale_inv, w_scale_inv, None, bf16, True) # mm fprop = input e4m3 x weight^T e4m3
-v_q : (e4m3[64, 32], e4m3[32, 64], f32[1], f32[1]) = fp8.quantize(v, None, 5, e4m3)
+v_q : (e4m3[64, 32], e4m3[32, 64], f32[1], f32[1], f32[1]) = fp8.quantize(v, None, 5, e4m3)
 v_fp8 : e4m3[64, 32] = v_q[0]
 v_scale_inv : f32[1] = v_q[2]
 mul_scale_inv_scaled : f32[1] = aten.mul.Tensor(x_scale_inv, 0.5)

@@ -28,7 +28,7 @@ Outputs = tuple[Tensor, ...]
 def quantize(
     x: Tensor, scale: Tensor, slot: int = 0, format: torch.dtype = torch.float8_e4m3fn
 ) -> Outputs:
-    return torch.ops.fp8.quantize(x, scale, slot, format)
+    return torch.ops.fp8.quantize(x, scale, slot, format)[:4]
 
 
 def rms(x: Tensor, w: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ add_tensor_1 : f32[16, 1] = aten.add.Tensor(mean_dim, 1e-05)
 rsqrt_default : f32[16, 1] = aten.rsqrt(add_tensor_1)
 mul_tensor : f32[16, 32] = aten.mul.Tensor(add_tensor, rsqrt_default)
 mul_tensor_1 : f32[16, 32] = aten.mul.Tensor(mul_tensor, input_3)
-quantize_default : (e4m3[16, 32], e4m3[0], f32[1], f32[1]) = fp8.quantize(mul_tensor_1, input_4, 1, e4m3, True, False)
+quantize_default : (e4m3[16, 32], e4m3[0], f32[1], f32[1], f32[1]) = fp8.quantize(mul_tensor_1, input_4, 1, e4m3, True, False)
 getitem : e4m3[16, 32] = quantize_default[0]
 getitem_1 : f32[1] = quantize_default[2]
 getitem_2 : f32[1] = quantize_default[3]
@@ -196,7 +196,7 @@ exp_default : f32[16, 32] = aten.exp(neg_default)
 add_tensor : f32[16, 32] = aten.add.Tensor(exp_default, 1)
 div_tensor : f32[16, 32] = aten.div.Tensor(getitem, add_tensor)
 mul_tensor : f32[16, 32] = aten.mul.Tensor(div_tensor, getitem_1)
-quantize_default : (e4m3[16, 32], e4m3[32, 16], f32[1], f32[1]) = fp8.quantize(mul_tensor, input_2, 0, e4m3)
+quantize_default : (e4m3[16, 32], e4m3[32, 16], f32[1], f32[1], f32[1]) = fp8.quantize(mul_tensor, input_2, 0, e4m3)
 getitem_2 : e4m3[16, 32] = quantize_default[0]
 getitem_3 : e4m3[32, 16] = quantize_default[1]
 getitem_4 : f32[1] = quantize_default[2]
@@ -212,9 +212,9 @@ input_1 : f32[16, 32]
 input_2 : f32[16, 32]
 input_3 : f32[3]
 mul_tensor : f32[16, 32] = aten.mul.Tensor(input_1, input_2)
-quantize_default : (e4m3[16, 32], e4m3[0], f32[1], f32[1]) = fp8.quantize(mul_tensor, input_3, 0, e4m3, True, False)
+quantize_default : (e4m3[16, 32], e4m3[0], f32[1], f32[1], f32[1]) = fp8.quantize(mul_tensor, input_3, 0, e4m3, True, False)
 add_tensor : f32[16, 32] = aten.add.Tensor(input_1, input_2)
-quantize_default_1 : (e5m2[0], e5m2[32, 16], f32[1], f32[1]) = fp8.quantize(add_tensor, input_3, 1, e5m2, False, True)
+quantize_default_1 : (e5m2[0], e5m2[32, 16], f32[1], f32[1], f32[1]) = fp8.quantize(add_tensor, input_3, 1, e5m2, False, True)
 getitem : e4m3[16, 32] = quantize_default[0]
 getitem_1 : f32[1] = quantize_default[2]
 getitem_2 : e5m2[32, 16] = quantize_default_1[1]
@@ -234,13 +234,13 @@ region_0 : (e4m3[32, 32], f32[1]) = region_0(x, scale)
 getitem : e4m3[32, 32] = region_0[0]
 getitem_2 : f32[1] = region_0[1]
 region_1 : (e4m3[32, 32], f32[1]) = region_1(w, scale)
-getitem_4 : e4m3[32, 32] = region_1[0]
-getitem_6 : f32[1] = region_1[1]
-scaled_mm : f32[32, 32] = fp8.scaled_mm(getitem, getitem_4, getitem_2, getitem_6, None, f32, True)
+getitem_5 : e4m3[32, 32] = region_1[0]
+getitem_7 : f32[1] = region_1[1]
+scaled_mm : f32[32, 32] = fp8.scaled_mm(getitem, getitem_5, getitem_2, getitem_7, None, f32, True)
 region_2 : (e4m3[32, 32], f32[1]) = region_2(x, scale, scaled_mm)
-getitem_8 : e4m3[32, 32] = region_2[0]
-getitem_10 : f32[1] = region_2[1]
-return (getitem_8, getitem_10)""",
+getitem_10 : e4m3[32, 32] = region_2[0]
+getitem_12 : f32[1] = region_2[1]
+return (getitem_10, getitem_12)""",
     )
 
 
@@ -252,7 +252,7 @@ input_1 : f32[16, 32]
 input_2 : f32[16, 32]
 input_3 : f32[3]
 mul_tensor : f32[16, 32] = aten.mul.Tensor(input_1, input_2)
-quantize_default : (e5m2[16, 32], e5m2[32, 16], f32[1], f32[1]) = fp8.quantize(mul_tensor, input_3, 0, e5m2)
+quantize_default : (e5m2[16, 32], e5m2[32, 16], f32[1], f32[1], f32[1]) = fp8.quantize(mul_tensor, input_3, 0, e5m2)
 sum_dim_int_list : f32[32] = aten.sum.dim_IntList(mul_tensor, [0])
 getitem : e5m2[16, 32] = quantize_default[0]
 getitem_1 : e5m2[32, 16] = quantize_default[1]
@@ -272,7 +272,7 @@ mul_tensor : f32[16, 32] = aten.mul.Tensor(input_1, input_2)
 sum_dim_int_list : f32[32] = aten.sum.dim_IntList(mul_tensor, [0])
 sum_dim_int_list_1 : f32[32] = aten.sum.dim_IntList(input_1, [0])
 mul_tensor_1 : f32[16, 32] = aten.mul.Tensor(input_1, input_2)
-quantize_default : (e5m2[16, 32], e5m2[32, 16], f32[1], f32[1]) = fp8.quantize(mul_tensor_1, input_3, 0, e5m2)
+quantize_default : (e5m2[16, 32], e5m2[32, 16], f32[1], f32[1], f32[1]) = fp8.quantize(mul_tensor_1, input_3, 0, e5m2)
 convert_element_type_default : bf16[32] = prims.convert_element_type(sum_dim_int_list, bf16)
 getitem : e5m2[16, 32] = quantize_default[0]
 getitem_1 : e5m2[32, 16] = quantize_default[1]
@@ -323,9 +323,9 @@ cumsum : f32[16, 32] = aten.cumsum(exp, 0)
 region_0 : (e4m3[16, 32], f32[1], e4m3[16, 32], f32[1]) = region_0(scale, exp, cumsum)
 getitem : e4m3[16, 32] = region_0[0]
 getitem_2 : f32[1] = region_0[1]
-getitem_4 : e4m3[16, 32] = region_0[2]
-getitem_6 : f32[1] = region_0[3]
-return (getitem, getitem_2, getitem_4, getitem_6, exp)""",
+getitem_5 : e4m3[16, 32] = region_0[2]
+getitem_7 : f32[1] = region_0[3]
+return (getitem, getitem_2, getitem_5, getitem_7, exp)""",
     )
 
 
@@ -337,7 +337,7 @@ input_1 : f32[16, 32]
 input_2 : f32[48, 32]
 input_3 : f32[3]
 cat_default : f32[64, 32] = aten.cat([input_1, input_2])
-quantize_default : (e4m3[64, 32], e4m3[32, 64], f32[1], f32[1]) = fp8.quantize(cat_default, input_3, 0, e4m3)
+quantize_default : (e4m3[64, 32], e4m3[32, 64], f32[1], f32[1], f32[1]) = fp8.quantize(cat_default, input_3, 0, e4m3)
 getitem : e4m3[64, 32] = quantize_default[0]
 getitem_1 : e4m3[32, 64] = quantize_default[1]
 getitem_2 : f32[1] = quantize_default[2]

@@ -28,14 +28,16 @@ def test_the_order() -> None:
         "drop_unused_outputs",
         "track_amax",
         "plan_saved",
+        "keep_scales",
     ]
     static = joint_passes(
         recipe=RECIPES["static"], state=StateNodes(joint.state.scale), statistics_of={}
     )
-    assert [pass_name(run) for run in static][-3:] == [
+    assert [pass_name(run) for run in static][-4:] == [
         "drop_unused_outputs",
         "derive_scales",
         "plan_saved",
+        "keep_scales",
     ]
     seen: list[str] = []
     counts = run_passes(joint.gm, passes, after_each=lambda name, gm: seen.append(name))

@@ -27,12 +27,12 @@ def test_one_cast_serves_forward_and_backward() -> None:
     assert_expected_inline(
         lines_of(gm, "x_q", "x_fp8", "x_fp8_t", "w_q", "w_q_1", "tangents_1_q"),
         """\
-x_q : (e4m3[16, 32], e4m3[32, 16], f32[1], f32[1]) = fp8.quantize(x, scale, 0, e4m3)
+x_q : (e4m3[16, 32], e4m3[32, 16], f32[1], f32[1], f32[1]) = fp8.quantize(x, scale, 0, e4m3)
 x_fp8 : e4m3[16, 32] = x_q[0]
 x_fp8_t : e4m3[32, 16] = x_q[1]
-w_q : (e4m3[64, 32], e4m3[32, 64], f32[1], f32[1]) = fp8.quantize(w, scale, 1, e4m3)
-tangents_1_q : (e5m2[16, 64], e5m2[64, 16], f32[1], f32[1]) = fp8.quantize(tangents_1, scale, 2, e5m2)
-w_q_1 : (e4m3[64, 32], e4m3[32, 64], f32[1], f32[1]) = fp8.quantize(w, scale, 1, e4m3)""",  # noqa: E501
+w_q : (e4m3[64, 32], e4m3[32, 64], f32[1], f32[1], f32[1]) = fp8.quantize(w, scale, 1, e4m3)
+tangents_1_q : (e5m2[16, 64], e5m2[64, 16], f32[1], f32[1], f32[1]) = fp8.quantize(tangents_1, scale, 2, e5m2)
+w_q_1 : (e4m3[64, 32], e4m3[32, 64], f32[1], f32[1], f32[1]) = fp8.quantize(w, scale, 1, e4m3)""",  # noqa: E501
     )
 
 

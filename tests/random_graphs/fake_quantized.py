@@ -215,7 +215,7 @@ class FakeQuantized(TorchFunctionMode):
             q, _, scale_inv, _ = torch.ops.fp8.quantize_blocks(value, *how)
             return q, scale_inv
         scale, slot = (self.scale, cast.slot or 0) if cast.kept else (None, 0)
-        q, _, scale_inv, amax = torch.ops.fp8.quantize(value, scale, slot, cast.format)
+        q, _, scale_inv, amax, _ = torch.ops.fp8.quantize(value, scale, slot, cast.format)
         if self.plan.observes and cast.kept:
             self.amax[slot] = torch.maximum(self.amax[slot], amax[0])
         return q, scale_inv

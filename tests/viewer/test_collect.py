@@ -24,7 +24,7 @@ PASSES = [
     *("joint", "unbatch_gemms", "find_gemms", "choose_precision", "merge_gemms"),
     *("choose_formats", "insert_casts"),
     *("take_frozen_weights", "fold_scales", "share_casts", "drop_unused_outputs", "track_amax"),
-    *("plan_saved", FINAL),
+    *("plan_saved", "keep_scales", FINAL),
 ]
 
 
@@ -56,16 +56,16 @@ def test_the_json_of_a_linear_layer_with_its_regions() -> None:
 {"name": "primals_1", "kind": "parameter", "type": "f32[32, 16]", "path": "up", "label": "up.weight"}
 {"name": "primals_2", "kind": "input", "type": "f32[16, 16]", "label": "x"}
 {"name": "forward.region_0", "kind": "region", "op": "region_0", "type": "(e4m3[16, 16], e4m3[16, 16], f32[1], f32[1])", "path": "up", "source": "fp8_cast.0", "label": "fp8_cast", "notes": [["reads", "1.02 kB"], ["writes", "512 B"], ["holds", "quantize"], ["launch", "one for 2 casts like this"]]}
-{"name": "primals_2_q", "kind": "cast", "op": "fp8.quantize", "type": "(e4m3[16, 16], e4m3[16, 16], f32[1], f32[1])", "path": "up", "inputs": [["primals_2", "f32[16, 16]"]], "region": "forward.region_0", "label": "quantize", "notes": [["copies", "row-major, transposed"], ["scale", "slot 0, of up.input"], ["size", "520 B"]]}
+{"name": "primals_2_q", "kind": "cast", "op": "fp8.quantize", "type": "(e4m3[16, 16], e4m3[16, 16], f32[1], f32[1], f32[1])", "path": "up", "inputs": [["primals_2", "f32[16, 16]"]], "region": "forward.region_0", "label": "quantize", "notes": [["copies", "row-major, transposed"], ["scale", "slot 0, of up.input"], ["size", "524 B"]]}
 {"name": "forward.region_1", "kind": "region", "op": "region_1", "type": "(e4m3[32, 16], f32[1], f32[1])", "path": "up", "source": "fp8_cast.1", "label": "fp8_cast", "notes": [["reads", "2.05 kB"], ["writes", "512 B"], ["holds", "quantize"], ["launch", "one for 2 casts like this"]]}
-{"name": "primals_1_q", "kind": "cast", "op": "fp8.quantize", "type": "(e4m3[32, 16], e4m3[0], f32[1], f32[1])", "path": "up", "inputs": [["primals_1", "f32[32, 16]"]], "region": "forward.region_1", "label": "quantize", "notes": [["copies", "row-major"], ["scale", "slot 1, of up.weight"], ["size", "520 B"]]}
+{"name": "primals_1_q", "kind": "cast", "op": "fp8.quantize", "type": "(e4m3[32, 16], e4m3[0], f32[1], f32[1], f32[1])", "path": "up", "inputs": [["primals_1", "f32[32, 16]"]], "region": "forward.region_1", "label": "quantize", "notes": [["copies", "row-major"], ["scale", "slot 1, of up.weight"], ["size", "524 B"]]}
 {"name": "mm_fp8", "kind": "gemm", "op": "fp8.scaled_mm", "type": "f32[16, 32]", "path": "up", "inputs": [["primals_2_q", "e4m3[16, 16]"], ["primals_1_q", "e4m3[32, 16]"]], "label": "fprop", "notes": [["site", "up"], ["GEMM", "fprop, M 16, N 32, K 16, 16.4 k FLOPs"], ["left", "input: e4m3"], ["right", "weight, transposed: e4m3"], ["size", "2.05 kB"]]}
 {"name": "neg", "kind": "op", "op": "aten.neg", "type": "f32[16, 32]", "inputs": [["mm_fp8", "f32[16, 32]"]], "label": "neg", "notes": [["size", "2.05 kB"], ["returned as", "output 0"]]}
 {"name": "track_amax_fwd", "kind": "state", "op": "fp8.track_amax", "type": "none", "label": "track_amax"}
 {"name": "tangents_1", "kind": "input", "type": "f32[16, 32]", "backward": true, "label": "gradient of output 0"}
 {"name": "backward.region_0", "kind": "region", "op": "region_0", "type": "(e5m2[32, 16], f32[1], f32[1])", "path": "up", "backward": true, "source": "fp8_cast.2", "label": "fp8_cast", "notes": [["reads", "2.05 kB"], ["writes", "512 B"], ["holds", "neg, quantize"]]}
 {"name": "neg_1", "kind": "op", "op": "aten.neg", "type": "f32[16, 32]", "backward": true, "inputs": [["tangents_1", "f32[16, 32]"]], "region": "backward.region_0", "label": "neg", "notes": [["size", "2.05 kB"]]}
-{"name": "neg_1_q", "kind": "cast", "op": "fp8.quantize", "type": "(e5m2[0], e5m2[32, 16], f32[1], f32[1])", "path": "up", "backward": true, "inputs": [["neg_1", "f32[16, 32]"]], "region": "backward.region_0", "label": "quantize", "notes": [["copies", "transposed"], ["scale", "slot 2, of up.grad_output"], ["size", "520 B"]]}
+{"name": "neg_1_q", "kind": "cast", "op": "fp8.quantize", "type": "(e5m2[0], e5m2[32, 16], f32[1], f32[1], f32[1])", "path": "up", "backward": true, "inputs": [["neg_1", "f32[16, 32]"]], "region": "backward.region_0", "label": "quantize", "notes": [["copies", "transposed"], ["scale", "slot 2, of up.grad_output"], ["size", "524 B"]]}
 {"name": "mm_1_fp8", "kind": "gemm", "op": "fp8.scaled_mm", "type": "f32[32, 16]", "path": "up", "backward": true, "inputs": [["neg_1_q", "e5m2[32, 16]"], ["primals_2_q", "e4m3[16, 16]"]], "label": "wgrad", "notes": [["site", "up"], ["GEMM", "wgrad, M 32, N 16, K 16, 16.4 k FLOPs"], ["left", "grad_output, transposed: e5m2"], ["right", "input: e4m3"], ["size", "2.05 kB"], ["returned as", "gradient of up.weight"]]}
 {"name": "track_amax_bwd", "kind": "state", "op": "fp8.track_amax", "type": "none", "backward": true, "label": "track_amax"}""",  # noqa: E501
     )
@@ -154,7 +154,10 @@ def test_scales_and_reasons() -> None:
     assert {dict(r.notes)["stays in high precision"] for r in kept} == {"skipped by the user"}
     current = collected(MLP(), torch.randn(4, 16, 64), options={"recipe": "current"})
     casts = [r for r in records_of(current[0], FINAL).values() if r.kind == "cast"]
-    assert {dict(r.notes)["scale"] for r in casts} == {"current"}
+    assert {dict(r.notes)["scale"] for r in casts} == {
+        "current",
+        "current, found in forward",  # weights, and what is computed again
+    }
     torch._dynamo.reset()
     blocks = collected(MLP(128, 256), torch.randn(1, 128, 128), options={"recipe": "blockwise"})
     casts = [r for r in records_of(blocks[0], FINAL).values() if r.kind == "cast"]
@@ -221,7 +224,7 @@ def test_graph_breaks_functions_and_inference() -> None:
         graphs = collected(call, torch.randn(16, 16))
     assert len(graphs) == 2
     for graph in graphs:
-        assert [s.name for s in graph.snapshots] == [*PASSES[:-3], FINAL]
+        assert [s.name for s in graph.snapshots] == [*PASSES[:-4], FINAL]
         labels = [r.label for r in graph.snapshots[-1].records if r.kind == "gemm"]
         assert labels == ["fprop"]
 

@@ -56,7 +56,7 @@ def test_it_holds_the_data_and_the_library(page: str) -> None:
     data = unpacked(page, "data")
     assert data["title"] == "Up" and data["summary"] == "2 of 2 GEMMs in FP8"
     assert "delayed" in data["recipe"]
-    assert [len(graph["snapshots"]) for graph in data["graphs"]] == [14]
+    assert [len(graph["snapshots"]) for graph in data["graphs"]] == [15]
     libraries = unpacked(page, "libraries")
     assert set(libraries) == set(LIBRARIES)
     assert all(libraries[name] == (HERE / "vendor" / name).read_text() for name in LIBRARIES)

@@ -79,7 +79,7 @@ def cast(
 ) -> Case:
     """The region of one cast; its values do not matter."""
     row_major, transposed = COPIES[copies]
-    wanted = [i for i, used in enumerate((row_major, transposed, True, True)) if used]
+    wanted = [i for i, used in enumerate((row_major, transposed, True, True, True)) if used]
 
     def fn(x: torch.Tensor, scale: torch.Tensor | None = None) -> list[torch.Tensor]:
         outputs = torch.ops.fp8.quantize(x, scale, 0, format, row_major, transposed)
