@@ -15,6 +15,7 @@ from ..frozen import is_frozen, left_out, linears
 from ..named_state import check_state_dict, state_dict
 from ..recipe import Granularity
 from .reading import SCALES, Checkpoint, read_json
+from .saving import is_pretrained
 from .scales import from_json, state_from_scales
 from .schemes import Scheme, SchemeOf
 
@@ -71,6 +72,11 @@ def misfit(checkpoint: Checkpoint, model: nn.Module, problems: Sequence[str]) ->
     shown = list(problems[:_SHOWN])
     if len(problems) > len(shown):
         shown.append(f"and {len(problems) - len(shown)} more")
+    if is_pretrained(model) and any(problem.startswith("missing") for problem in problems):
+        shown.append(
+            "of some models transformers calls tensors otherwise in a file, puts several together "
+            "as it reads, or leaves some out; if so, call from_pretrained, and freeze the model"
+        )
     return CheckpointError(
         f"the checkpoint {checkpoint.path} does not fit this {type(model).__name__}; nothing was "
         "changed:\n  " + "\n  ".join(shown)
