@@ -26,7 +26,7 @@ from .read_only import ReadOnly, ordinary, read_only
 from .recipe import Granularity, Operand, Recipe, Scaling, get_recipe
 from .rounding import gram_matrices, in_groups, rounded
 from .scaling import known_weight_scale, replace_weight
-from .untouched import Step, plain_step
+from .untouched import Step, check_has_data, plain_step
 
 log = logging.getLogger(__name__)
 
@@ -154,11 +154,12 @@ def freeze(
     """Keep the weights of every ``nn.Linear`` in FP8 only, for inference; changes the model.
 
     They are cast as the compiler casts them under that recipe, so that compiled results stay the
-    same bit by bit, with scales that a training left, if it left some. But under a tensorwise
-    recipe layers that take one input (q, k and v) each get a scale of their own, where one GEMM
-    with one scale did for all. The parameters then take half of the memory of bfloat16. Layers are
-    cast one after the other, some rows at a time: at no time is more needed than the model took
-    before, and a layer or 100 MB.
+    same bit by bit, with scales that a training left, if it left some. But where one GEMM did for
+    several layers that take one input (q, k and v), each of these gets scales of its own: under a
+    tensorwise recipe, which had one, and under a blockwise one where a block reached from one
+    layer, with ``out_features`` that are not divisible by 128, into the next. The parameters then
+    take half of the memory of bfloat16. Layers are cast one after the other, some rows at a time:
+    at no time is more needed than the model took before, and a layer or 100 MB.
 
     A write to such a weight in eager code raises FrozenError: ``unfreeze`` first. One that is
     assigned, ``module.weight = nn.Parameter(...)``, is not frozen.
@@ -200,6 +201,7 @@ def freeze(
         given = list(batches)  # each group runs them
         if not given:
             raise OptionError("to round weights for batches takes at least one; or leave them out")
+        check_has_data(model)
         for group in in_groups(chosen):
             grams = gram_matrices(model, group, given, step)
             for name in progress(list(group), "rounding weights"):
@@ -227,6 +229,7 @@ def unfreeze(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     return names
 
 
+@torch.inference_mode(False)  # tensors of whoever calls there can be neither trained nor written to
 @torch.no_grad()
 def _unfreeze(module: nn.Module, dtype: torch.dtype | None) -> None:
     frozen: Any = module
@@ -253,6 +256,8 @@ def checked(model: Any, what: str) -> nn.Module:
     return model
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def _freeze(module: nn.Linear, recipe: Recipe, gram: Tensor | None = None) -> None:
     weight, granularity = module.weight.detach(), frozen_granularity(recipe)
     is_delayed = recipe.scaling is Scaling.DELAYED

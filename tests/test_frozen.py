@@ -231,6 +231,18 @@ def test_batch_sizes_change_without_a_recompile() -> None:
             assert torch.allclose(served(compiled, x[:rows]), whole[:rows], rtol=2**-6, atol=2**-6)
 
 
+def test_what_is_frozen_in_inference_mode_may_be_trained_over_later() -> None:
+    model, x = Block(), inputs().float()
+    with torch.inference_mode():
+        fp8compile.freeze(model)
+    model(x.requires_grad_()).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+    with torch.inference_mode():
+        fp8compile.unfreeze(model)
+    model.requires_grad_()(x).sum().backward()
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+
+
 def test_eager_multiplies_with_the_same_weights() -> None:
     model, x = Block().bfloat16(), inputs()
     want = model(x)

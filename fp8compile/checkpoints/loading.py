@@ -63,7 +63,7 @@ def load(
         raise OptionError(
             f"ignore={ignore!r}; give a list of globs over names of tensors, such as ['*.rotary.*']"
         )
-    with Checkpoint(Path(path)) as checkpoint, torch.no_grad():
+    with Checkpoint(Path(path)) as checkpoint, torch.inference_mode(False), torch.no_grad():
         scheme = scheme_of(checkpoint.config)
         cast_to = None if recipe is None else frozen_granularity(get_recipe(recipe))
         config = checkpoint.path / CONFIG
@@ -136,7 +136,9 @@ def _place(tensor: Tensor, device: torch.device) -> torch.device:
 def _put(model: nn.Module, names: Sequence[str], old: Tensor, new: Tensor) -> None:
     """Give a tensor, under all its names, new values: in place, if it has some."""
     if not old.is_meta:
-        old.copy_(new)
+        # Nothing else may write to a tensor that was made in inference mode.
+        with torch.inference_mode(old.is_inference()), torch.no_grad():
+            old.copy_(new)
         return
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
