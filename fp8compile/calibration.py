@@ -25,7 +25,7 @@ from .options import Options, parse_options
 from .profiling import look_at_casts
 from .recipe import RECIPES, Operand, Recipe, Scaling
 from .scaling import HISTORY, SCALE, ScalingState, parked_entries, states_by_weight
-from .untouched import Step
+from .untouched import Step, checked_batches
 
 
 def calibrate(
@@ -70,10 +70,10 @@ def calibrate(
         raise OptionError(
             f"calibrate keeps scales with a model's parameters: give it an nn.Module, not {model!r}"
         )
-    chosen = parse_options(options)
+    chosen, given = parse_options(options), checked_batches(batches)
     _check(observer, percentile, chosen)
     found = _Found(model, observer, percentile)
-    look_at_casts(model, found.checked(batches), found.look, step=step, options=chosen)
+    look_at_casts(model, found.checked(given), found.look, step=step, options=chosen)
     if not found.batches:
         raise OptionError("calibrate needs at least one batch")
     if not found.sites:

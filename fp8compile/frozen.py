@@ -26,10 +26,11 @@ from .read_only import ReadOnly, ordinary, read_only
 from .recipe import Granularity, Operand, Recipe, Scaling, get_recipe
 from .rounding import gram_matrices, in_groups, rounded
 from .scaling import known_weight_scale, replace_weight
-from .untouched import Step, check_has_data, plain_step
+from .untouched import Step, check_has_data, checked_batches, plain_step
 
 log = logging.getLogger(__name__)
 
+_UNFROZEN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 GRANULARITIES = (Granularity.TENSOR, Granularity.ROW, Granularity.BLOCK_128X128)
 # How to have a weight for a parameter again, by what its module holds instead.
 _UNDO = {
@@ -193,12 +194,7 @@ def freeze(
         for module in chosen.values():
             _freeze(module, recipe)
     else:
-        if isinstance(batches, Tensor | Mapping | str):
-            raise OptionError(
-                f"batches is a {type(batches).__name__}; give a list of what the model is called "
-                "with, such as [x], of tensors, tuples of arguments or dicts of keyword arguments"
-            )
-        given = list(batches)  # each group runs them
+        given = list(checked_batches(batches))  # each group runs them
         if not given:
             raise OptionError("to round weights for batches takes at least one; or leave them out")
         check_has_data(model)
@@ -221,8 +217,8 @@ def unfreeze(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     Returns the names of the modules that were frozen. Raises OptionError for a dtype of no float.
     """
     model = checked(model, "unfreeze")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise OptionError(f"dtype={dtype!r}; weights are floats: give one such as torch.bfloat16")
+    if dtype is not None and dtype not in _UNFROZEN:
+        raise OptionError(f"dtype={dtype!r}; weights become one of {[*map(str, _UNFROZEN)]}")
     names = [name for name, module in linears(model) if is_frozen(module)]
     for name in names:
         _unfreeze(model.get_submodule(name), dtype)

@@ -657,8 +657,9 @@ def test_unfreezing_gives_back_what_eager_multiplied_with(recipe: str) -> None:
 
 
 def test_what_cannot_be_unfrozen_is_said() -> None:
-    with pytest.raises(OptionError, match=r"dtype=torch\.int8; weights are floats"):
-        fp8compile.unfreeze(nn.Linear(32, 16), torch.int8)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        with pytest.raises(OptionError, match=rf"dtype={dtype}; .* one of .*'torch\.bfloat16'"):
+            fp8compile.unfreeze(nn.Linear(32, 16), dtype)
     for call in (fp8compile.freeze, fp8compile.unfreeze):
         with pytest.raises(OptionError, match=r"freeze takes a model, .*, and no function"):
             call(lambda x: x)
