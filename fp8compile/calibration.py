@@ -187,7 +187,7 @@ class _Found:
                 state.keep_changed_weights()
                 state.observed = False
             parked = parked_entries.get(site.weight, {}) if site.weight is not None else {}
-            if site.use in parked:  # for graphs that are still to come
+            if parked.get(site.use) is not None:  # for graphs that are still to come
                 parked[site.use] = entry
         return chosen
 

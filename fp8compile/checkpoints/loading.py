@@ -16,6 +16,7 @@ from ..recipe import Granularity, Recipe, get_recipe
 from .buffers import rebuilt_buffers
 from .planning import Plan, Skip, Weight, make_plan, misfit
 from .reading import CONFIG, Checkpoint
+from .scales import for_all_uses
 from .schemes import scheme_of
 
 
@@ -112,6 +113,8 @@ def _fill(
         _assign(model, name, buffer.to(device))
     if plan.state:
         load_state_dict(model, plan.state)
+        if plan.is_from_scales:
+            for_all_uses(model)
 
 
 def _weight(

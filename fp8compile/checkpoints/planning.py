@@ -30,13 +30,14 @@ Skip = Sequence[str] | Callable[[str], bool]
 class Plan:
     """What ``load`` reads. ``tensors``: by the name in the file, all names that a tensor has in the
     model. ``weights``: by the name of a module, how it is frozen. ``left``: the others, and why.
-    ``state``: see ``fp8compile.state_dict``.
+    ``state``: see ``fp8compile.state_dict``; ``is_from_scales``: it is made of ``input_scale``.
     """
 
     tensors: dict[str, list[str]] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    is_from_scales: bool = False
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,7 @@ class _Planner:
         held = read_json(self._checkpoint.path / SCALES)
         if held is None:
             self.plan.state = state_from_scales(self._model, self._input_scales)
+            self.plan.is_from_scales = True
         else:
             self.plan.state = from_json(held, str(self._checkpoint.path / SCALES))
         if self.plan.state and state_dict(self._model):
