@@ -25,7 +25,7 @@ from .options import Options, parse_options
 from .profiling import look_at_casts
 from .recipe import RECIPES, Operand, Recipe, Scaling
 from .scaling import HISTORY, SCALE, ScalingState, parked_entries, states_by_weight
-from .untouched import Step
+from .untouched import Step, checked_batches
 
 
 def calibrate(
@@ -70,10 +70,10 @@ def calibrate(
         raise OptionError(
             f"calibrate keeps scales with a model's parameters: give it an nn.Module, not {model!r}"
         )
-    chosen = parse_options(options)
+    chosen, given = parse_options(options), checked_batches(batches)
     _check(observer, percentile, chosen)
     found = _Found(model, observer, percentile)
-    look_at_casts(model, found.checked(batches), found.look, step=step, options=chosen)
+    look_at_casts(model, found.checked(given), found.look, step=step, options=chosen)
     if not found.batches:
         raise OptionError("calibrate needs at least one batch")
     if not found.sites:
@@ -187,7 +187,7 @@ class _Found:
                 state.keep_changed_weights()
                 state.observed = False
             parked = parked_entries.get(site.weight, {}) if site.weight is not None else {}
-            if site.use in parked:  # for graphs that are still to come
+            if parked.get(site.use) is not None:  # for graphs that are still to come
                 parked[site.use] = entry
         return chosen
 

@@ -26,10 +26,11 @@ from .read_only import ReadOnly, ordinary, read_only
 from .recipe import Granularity, Operand, Recipe, Scaling, get_recipe
 from .rounding import gram_matrices, in_groups, rounded
 from .scaling import known_weight_scale, replace_weight
-from .untouched import Step, plain_step
+from .untouched import Step, check_has_data, checked_batches, plain_step
 
 log = logging.getLogger(__name__)
 
+_UNFROZEN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 GRANULARITIES = (Granularity.TENSOR, Granularity.ROW, Granularity.BLOCK_128X128)
 # How to have a weight for a parameter again, by what its module holds instead.
 _UNDO = {
@@ -154,11 +155,12 @@ def freeze(
     """Keep the weights of every ``nn.Linear`` in FP8 only, for inference; changes the model.
 
     They are cast as the compiler casts them under that recipe, so that compiled results stay the
-    same bit by bit, with scales that a training left, if it left some. But under a tensorwise
-    recipe layers that take one input (q, k and v) each get a scale of their own, where one GEMM
-    with one scale did for all. The parameters then take half of the memory of bfloat16. Layers are
-    cast one after the other, some rows at a time: at no time is more needed than the model took
-    before, and a layer or 100 MB.
+    same bit by bit, with scales that a training left, if it left some. But where one GEMM did for
+    several layers that take one input (q, k and v), each of these gets scales of its own: under a
+    tensorwise recipe, which had one, and under a blockwise one where a block reached from one
+    layer, with ``out_features`` that are not divisible by 128, into the next. The parameters then
+    take half of the memory of bfloat16. Layers are cast one after the other, some rows at a time:
+    at no time is more needed than the model took before, and a layer or 100 MB.
 
     A write to such a weight in eager code raises FrozenError: ``unfreeze`` first. One that is
     assigned, ``module.weight = nn.Parameter(...)``, is not frozen.
@@ -192,14 +194,10 @@ def freeze(
         for module in chosen.values():
             _freeze(module, recipe)
     else:
-        if isinstance(batches, Tensor | Mapping | str):
-            raise OptionError(
-                f"batches is a {type(batches).__name__}; give a list of what the model is called "
-                "with, such as [x], of tensors, tuples of arguments or dicts of keyword arguments"
-            )
-        given = list(batches)  # each group runs them
+        given = list(checked_batches(batches))  # each group runs them
         if not given:
             raise OptionError("to round weights for batches takes at least one; or leave them out")
+        check_has_data(model)
         for group in in_groups(chosen):
             grams = gram_matrices(model, group, given, step)
             for name in progress(list(group), "rounding weights"):
@@ -219,14 +217,15 @@ def unfreeze(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     Returns the names of the modules that were frozen. Raises OptionError for a dtype of no float.
     """
     model = checked(model, "unfreeze")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise OptionError(f"dtype={dtype!r}; weights are floats: give one such as torch.bfloat16")
+    if dtype is not None and dtype not in _UNFROZEN:
+        raise OptionError(f"dtype={dtype!r}; weights become one of {[*map(str, _UNFROZEN)]}")
     names = [name for name, module in linears(model) if is_frozen(module)]
     for name in names:
         _unfreeze(model.get_submodule(name), dtype)
     return names
 
 
+@torch.inference_mode(False)  # tensors of whoever calls there can be neither trained nor written to
 @torch.no_grad()
 def _unfreeze(module: nn.Module, dtype: torch.dtype | None) -> None:
     frozen: Any = module
@@ -253,6 +252,8 @@ def checked(model: Any, what: str) -> nn.Module:
     return model
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def _freeze(module: nn.Linear, recipe: Recipe, gram: Tensor | None = None) -> None:
     weight, granularity = module.weight.detach(), frozen_granularity(recipe)
     is_delayed = recipe.scaling is Scaling.DELAYED

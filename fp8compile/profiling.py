@@ -39,7 +39,7 @@ from .progress import progress
 from .recipe import Gemm, Granularity, Operand, Recipe, Scaling
 from .report import Row
 from .scaling import ScalingState
-from .untouched import Step, check_has_data, fresh, left_as_it_was, plain_step
+from .untouched import Step, check_has_data, checked_batches, fresh, left_as_it_was, plain_step
 
 # Given the graph's number, a GEMM, one of its edges, the recipe, and the operand as ``[rows, K]``.
 Look = Callable[[int, GemmInfo, Edge, Recipe, Tensor], None]
@@ -75,7 +75,7 @@ def profile(
     """
     chosen = parse_options(options)
     runs = _Runs(internals.uncompiled(model), step or plain_step, chosen)
-    given = list(batches)
+    given = list(checked_batches(batches))
     if not given:
         raise OptionError("profile needs at least one batch")
     with own_errors(), left_as_it_was(runs.model), _gradients(runs.model, step):

@@ -277,7 +277,7 @@ def generation_of(scale: Tensor) -> int | None:
 _lock = threading.RLock()
 # weight -> the states it takes part in; each state lives as long as one of its weights
 states_by_weight: WeakIdKeyDictionary = WeakIdKeyDictionary()
-# weight -> {use: entry}: loaded before the weight's first compiled call
+# weight -> {use: entry}, or GivenScales: loaded before the weight's first compiled call
 parked_entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _all_states: weakref.WeakSet[ScalingState] = weakref.WeakSet()
 _hook: Any = None
@@ -285,6 +285,16 @@ _hook: Any = None
 # the ids of the parameters that were stepped, or None for all; and the states that moved.
 Listener = Callable[[Any, Container[int] | None, Sequence[ScalingState]], None]
 _listeners: list[Listener] = []
+
+
+class GivenScales(dict[int, dict[str, Tensor]]):
+    """Parked entries of which the first is for all uses of a weight that have none. They are from a
+    checkpoint of another server, which has none for weights that it does not quantize.
+    """
+
+    def get(self, use: int, default: Any = None) -> Any:
+        """The entry of a use, or the first."""
+        return super().get(use, super().get(0, default))
 
 
 def find_state(
@@ -315,11 +325,13 @@ def find_state(
 
 
 def _inherit(state: ScalingState) -> None:
-    parked, missing = [], []
+    parked, missing, is_whole = [], [], True
     for index, (weight, use) in enumerate(zip(state.weights(), state.uses(), strict=True)):
         if weight is None or state.recipes[index].scaling is Scaling.CURRENT:
             continue
-        entry = parked_entries.get(weight, {}).get(use)
+        entries = parked_entries.get(weight, {})
+        is_whole = is_whole and not isinstance(entries, GivenScales)
+        entry = entries.get(use)
         if entry is not None:
             parked.append((index, entry))
         else:
@@ -327,7 +339,7 @@ def _inherit(state: ScalingState) -> None:
             other = latest_entry(weight, use, state.recipes[index])
             if other is not None:
                 state.set_site_entry(index, other)
-    if parked and missing:
+    if parked and missing and is_whole:
         raise ScalingStateError(
             f"the loaded scaling state has entries for {len(parked)} of this graph's "
             f"{len(parked) + len(missing)} sites; missing are the sites number {missing}. Save it "

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,6 +73,16 @@ def plain_step(call: Callable[..., Any], batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return call(**batch)
     return call(*batch) if isinstance(batch, tuple | list) else call(batch)
+
+
+def checked_batches(batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches; OptionError for a single one, whose rows or names would be taken for batches."""
+    if isinstance(batches, Tensor | Mapping | str):
+        raise OptionError(
+            f"batches is a {type(batches).__name__}; give a list of what the model is called with, "
+            "such as [x], of tensors, tuples of arguments or dicts of keyword arguments"
+        )
+    return batches
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ def _into_gemm(node: fx.Node) -> int:
     position = min((1, 0), key=lambda i: hint(args_of(gemm)[2 + i].meta["val"].numel()))
     if args_of(gemm)[4] is not None or not _is_in_memory(node):
         return 0
-    if _rounds_scales(args_of(args_of(gemm)[position])[0]) and not _is_power_of_two(found[1]):
+    if _rounds_scales(_cast_of(args_of(gemm)[position])) and not _is_power_of_two(found[1]):
         return 0
     _multiply_scale(gemm, position, found[1])
     node.replace_all_uses_with(found[0])
@@ -123,8 +123,13 @@ def _is_moderate(factor: float) -> bool:
     return 1 / _LARGEST <= factor <= _LARGEST
 
 
-def _rounds_scales(cast: fx.Node) -> bool:
-    return cast.target is QUANTIZE_BLOCKS and bool(args_of(cast)[2])
+def _cast_of(operand: fx.Node) -> fx.Node | None:
+    """What casts an operand of a GEMM; None for a weight that is FP8 already."""
+    return next(filter(is_cast, operand.all_input_nodes), None)
+
+
+def _rounds_scales(cast: fx.Node | None) -> bool:
+    return cast is not None and cast.target is QUANTIZE_BLOCKS and bool(args_of(cast)[2])
 
 
 def _is_power_of_two(factor: float) -> bool:
@@ -158,7 +163,7 @@ def _into_cast(cast: fx.Node) -> int:
     readers = dict.fromkeys(reader for item in cast.users for reader in item.users)
     for gemm in (reader for reader in readers if reader.target in SCALED_MMS):
         for position in (0, 1):
-            if factor != 1 and args_of(args_of(gemm)[position])[0] is cast:
+            if factor != 1 and _cast_of(args_of(gemm)[position]) is cast:
                 _multiply_scale(gemm, position, factor)
     cast.update_arg(0, value)
     cast.meta["val"] = evaluate(cast)

@@ -231,6 +231,18 @@ def test_batch_sizes_change_without_a_recompile() -> None:
             assert torch.allclose(served(compiled, x[:rows]), whole[:rows], rtol=2**-6, atol=2**-6)
 
 
+def test_what_is_frozen_in_inference_mode_may_be_trained_over_later() -> None:
+    model, x = Block(), inputs().float()
+    with torch.inference_mode():
+        fp8compile.freeze(model)
+    model(x.requires_grad_()).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+    with torch.inference_mode():
+        fp8compile.unfreeze(model)
+    model.requires_grad_()(x).sum().backward()
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+
+
 def test_eager_multiplies_with_the_same_weights() -> None:
     model, x = Block().bfloat16(), inputs()
     want = model(x)
@@ -645,8 +657,9 @@ def test_unfreezing_gives_back_what_eager_multiplied_with(recipe: str) -> None:
 
 
 def test_what_cannot_be_unfrozen_is_said() -> None:
-    with pytest.raises(OptionError, match=r"dtype=torch\.int8; weights are floats"):
-        fp8compile.unfreeze(nn.Linear(32, 16), torch.int8)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        with pytest.raises(OptionError, match=rf"dtype={dtype}; .* one of .*'torch\.bfloat16'"):
+            fp8compile.unfreeze(nn.Linear(32, 16), dtype)
     for call in (fp8compile.freeze, fp8compile.unfreeze):
         with pytest.raises(OptionError, match=r"freeze takes a model, .*, and no function"):
             call(lambda x: x)

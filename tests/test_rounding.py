@@ -175,6 +175,13 @@ def test_one_batch_that_is_no_list_is_refused(batches: Any) -> None:
     assert model.first.weight.dtype is torch.float32
 
 
+def test_a_model_without_data_is_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(16, 16)
+    with pytest.raises(OptionError, match="weight has no data"):
+        fp8compile.freeze(model, batches=[torch.randn(4, 16)])
+
+
 def test_inputs_that_are_not_finite_are_refused() -> None:
     model = Net().eval()
     bad = torch.full((4, 256), torch.inf)

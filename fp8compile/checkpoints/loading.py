@@ -16,6 +16,7 @@ from ..recipe import Granularity, Recipe, get_recipe
 from .buffers import rebuilt_buffers
 from .planning import Plan, Skip, Weight, make_plan, misfit
 from .reading import CONFIG, Checkpoint
+from .scales import for_all_uses
 from .schemes import scheme_of
 
 
@@ -63,7 +64,7 @@ def load(
         raise OptionError(
             f"ignore={ignore!r}; give a list of globs over names of tensors, such as ['*.rotary.*']"
         )
-    with Checkpoint(Path(path)) as checkpoint, torch.no_grad():
+    with Checkpoint(Path(path)) as checkpoint, torch.inference_mode(False), torch.no_grad():
         scheme = scheme_of(checkpoint.config)
         cast_to = None if recipe is None else frozen_granularity(get_recipe(recipe))
         config = checkpoint.path / CONFIG
@@ -112,6 +113,8 @@ def _fill(
         _assign(model, name, buffer.to(device))
     if plan.state:
         load_state_dict(model, plan.state)
+        if plan.is_from_scales:
+            for_all_uses(model)
 
 
 def _weight(
@@ -136,7 +139,9 @@ def _place(tensor: Tensor, device: torch.device) -> torch.device:
 def _put(model: nn.Module, names: Sequence[str], old: Tensor, new: Tensor) -> None:
     """Give a tensor, under all its names, new values: in place, if it has some."""
     if not old.is_meta:
-        old.copy_(new)
+        # Nothing else may write to a tensor that was made in inference mode.
+        with torch.inference_mode(old.is_inference()), torch.no_grad():
+            old.copy_(new)
         return
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)

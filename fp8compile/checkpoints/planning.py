@@ -15,6 +15,7 @@ from ..frozen import is_frozen, left_out, linears
 from ..named_state import check_state_dict, state_dict
 from ..recipe import Granularity
 from .reading import SCALES, Checkpoint, read_json
+from .saving import is_pretrained
 from .scales import from_json, state_from_scales
 from .schemes import Scheme, SchemeOf
 
@@ -29,13 +30,14 @@ Skip = Sequence[str] | Callable[[str], bool]
 class Plan:
     """What ``load`` reads. ``tensors``: by the name in the file, all names that a tensor has in the
     model. ``weights``: by the name of a module, how it is frozen. ``left``: the others, and why.
-    ``state``: see ``fp8compile.state_dict``.
+    ``state``: see ``fp8compile.state_dict``; ``is_from_scales``: it is made of ``input_scale``.
     """
 
     tensors: dict[str, list[str]] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    is_from_scales: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ def misfit(checkpoint: Checkpoint, model: nn.Module, problems: Sequence[str]) ->
     shown = list(problems[:_SHOWN])
     if len(problems) > len(shown):
         shown.append(f"and {len(problems) - len(shown)} more")
+    if is_pretrained(model) and any(problem.startswith("missing") for problem in problems):
+        shown.append(
+            "of some models transformers calls tensors otherwise in a file, puts several together "
+            "as it reads, or leaves some out; if so, call from_pretrained, and freeze the model"
+        )
     return CheckpointError(
         f"the checkpoint {checkpoint.path} does not fit this {type(model).__name__}; nothing was "
         "changed:\n  " + "\n  ".join(shown)
@@ -225,6 +232,7 @@ class _Planner:
         held = read_json(self._checkpoint.path / SCALES)
         if held is None:
             self.plan.state = state_from_scales(self._model, self._input_scales)
+            self.plan.is_from_scales = True
         else:
             self.plan.state = from_json(held, str(self._checkpoint.path / SCALES))
         if self.plan.state and state_dict(self._model):

@@ -66,7 +66,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """What ``state_dict`` has, tied tensors under their first name only."""
     if not any(is_frozen(module) for module in model.modules()):
         raise CheckpointError(
-            f"no weight of this {type(model).__name__} is FP8; call fp8compile.freeze(model) first"
+            f"no weight of this {type(model).__name__} is FP8; call fp8compile.freeze(model) "
+            "first, which returns why it leaves a module as it is"
         )
     found: dict[str, Tensor] = {}
     seen: set[int] = set()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..frozen import is_frozen, linears
 from ..recipe import RECIPES, Granularity, Operand, Scaling
-from ..scaling import HISTORY, SCALE, parked_entries, slots_of, states_by_weight
+from ..scaling import HISTORY, SCALE, GivenScales, parked_entries, slots_of, states_by_weight
 
 
 def input_scales(model: nn.Module) -> dict[str, Tensor]:
@@ -68,6 +68,15 @@ def state_from_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> dict[st
             scale[Operand.INPUT.value] = scales[name].reciprocal()
         state |= {key + SCALE: scale, key + HISTORY: history}
     return state
+
+
+def for_all_uses(model: nn.Module) -> None:
+    """Let what ``state_from_scales`` made, and ``load_state_dict`` has loaded, be for every use of
+    a weight, and be enough for graphs that multiply with other weights as well.
+    """
+    for parameter in model.parameters():
+        if parameter in parked_entries:
+            parked_entries[parameter] = GivenScales(parked_entries[parameter])
 
 
 def to_json(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -128,11 +128,13 @@ def _compressed_tensors(found: Mapping[str, Any]) -> SchemeOf:
     sparsity = found.get("sparsity_config") or {}
     if sparsity.get("format", "dense") != "dense":
         raise _unsupported(f"sparsity_config is {sparsity!r}")
-    groups = [
-        (group.get("targets") or (), _scheme(group))
-        for group in (found.get("config_groups") or {}).values()
-    ]
+    described = found.get("config_groups") or {}
+    if not isinstance(described, dict) or not all(isinstance(g, dict) for g in described.values()):
+        raise _unsupported(f"config_groups is {described!r}")
+    groups = [(group.get("targets") or (), _scheme(group)) for group in described.values()]
     ignore = found.get("ignore") or ()
+    for targets in (ignore, *(targets for targets, _ in groups)):
+        _check_targets(targets)
 
     def of(name: str, module: nn.Linear, dtype: torch.dtype | None) -> Scheme | None:
         if _matches(name, module, ignore):
@@ -140,6 +142,16 @@ def _compressed_tensors(found: Mapping[str, Any]) -> SchemeOf:
         return next((scheme for targets, scheme in groups if _matches(name, module, targets)), None)
 
     return of
+
+
+def _check_targets(targets: Any) -> None:
+    if not isinstance(targets, list | tuple) or not all(isinstance(t, str) for t in targets):
+        raise _unsupported(f"targets, or names to ignore, are {targets!r}")
+    for target in targets:
+        try:
+            re.compile(target[3:] if target.startswith("re:") else "")
+        except re.error as error:
+            raise _unsupported(f"{target!r} is to match names ({error})") from error
 
 
 def _scheme(group: Mapping[str, Any]) -> Scheme:
@@ -157,7 +169,9 @@ def _scheme(group: Mapping[str, Any]) -> Scheme:
     return Scheme(granularity, static=bool(inputs) and not inputs.get("dynamic"))
 
 
-def _is_float8(args: Mapping[str, Any]) -> bool:
+def _is_float8(args: Any) -> bool:
+    if not isinstance(args, dict):
+        return False
     is_float = args.get("type") == "float" and args.get("num_bits", 8) == 8
     return is_float and bool(args.get("symmetric", True))
 

@@ -251,6 +251,11 @@ SCHEMES: dict[str, Callable[[dict[str, Any]], None] | dict[str, Any]] = {
     "a cache": {"kv_cache_scheme": {"num_bits": 8}},
     "sparsity": {"sparsity_config": {"format": "sparse-24-bitmask"}},
     "rotations": {"transform_config": {"config_groups": {"v": {}}}},
+    "groups that are a list": {"config_groups": [{"targets": ["Linear"]}]},
+    "a group that is a name": {"config_groups": {"FP8_DYNAMIC": ["Linear"]}},
+    "weights that are a name": nested(weights="fp8"),
+    "a pattern that is none": {"ignore": ["re:*head("]},
+    "no names": {"ignore": [7]},
     "DeepSeek with other blocks": {"quant_method": "fp8", "weight_block_size": [64, 128]},
     "DeepSeek without blocks": {"quant_method": "fp8"},
 }

@@ -15,6 +15,7 @@ from fp8compile.frozen import quantize_weight
 from fp8compile.recipe import Granularity
 from tests.checkpoints.common import BLOCK, bits, bits_of, on_meta, small, write
 from tests.helpers import compile_interpreted
+from tests.models import sqnr_db
 
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
 DEEPSEEK = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
@@ -129,6 +130,37 @@ def test_scales_of_inputs_become_the_scaling_state(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(compiled(x), compiled(torch.full_like(x, 112.0)))
         assert not torch.equal(compiled(x), compiled(torch.full_like(x, 100.0)))
+
+
+class Routed(nn.Module):
+    """A layer that is called twice, and a matrix that belongs to no ``nn.Linear``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16, bias=False)
+        self.router = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.layer(self.layer(x).tanh() * 1000), self.router)
+
+
+def test_scales_of_inputs_are_for_every_use_and_other_sites_find_their_own(tmp_path: Path) -> None:
+    first, other = Routed(), Routed()
+    q, scale = quantize_weight(first.layer.weight.detach(), Granularity.TENSOR)
+    inputs = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    tensors = {"router": first.router, "layer.weight": q, "layer.weight_scale": scale}
+    write(
+        tmp_path / "x",
+        {**tensors, "layer.input_scale": torch.tensor(2.0**-9)},  # up to 0.875
+        compressed("tensor", input_activations=inputs),
+    )
+    fp8compile.load(other, tmp_path / "x")
+    torch._dynamo.reset()
+    seen = torch.full((16, 16), 0.875)
+    with torch.no_grad():
+        got = compile_interpreted(other)(seen * 100)
+        second = other.layer(seen).tanh().sign() * 0.875
+        assert sqnr_db(other.layer(second) @ other.router.t(), got) > 25
 
 
 def test_scales_of_inputs_where_weights_are_tied(tmp_path: Path) -> None:

@@ -45,6 +45,27 @@ def test_a_model_on_meta_gets_the_same_bits(tmp_path: Path, recipe: str) -> None
     assert bits_of(other) == bits_of(model)
 
 
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_what_is_loaded_in_inference_mode_may_be_written_to_later(
+    tmp_path: Path, place: str
+) -> None:
+    model, other = saved(tmp_path / "fp8"), small() if place == "cpu" else on_meta()
+    with torch.inference_mode():
+        fp8compile.load(
+            other, tmp_path / "fp8", buffers=buffers_of(model) if place == "meta" else {}
+        )
+    assert bits_of(other) == bits_of(model)
+    assert not any(tensor.is_inference() for tensor in other.state_dict().values())
+
+
+def test_a_model_that_was_made_in_inference_mode(tmp_path: Path) -> None:
+    model = saved(tmp_path / "fp8")
+    with torch.inference_mode():
+        other = small()
+    fp8compile.load(other, tmp_path / "fp8")
+    assert bits_of(other) == bits_of(model)
+
+
 def test_a_frozen_layer_that_was_given_another_weight(tmp_path: Path) -> None:
     model, other = frozen("rowwise", skip=()), small()
     with torch.no_grad():

@@ -189,6 +189,23 @@ def test_a_checkpoint_of_theirs_in_high_precision(tmp_path: Path) -> None:
     assert bits(logits(other)) == bits(logits(model))
 
 
+def test_tensors_that_transformers_puts_together_as_it_reads(tmp_path: Path) -> None:
+    """It calls them otherwise in the file, and only there experts are apart."""
+    config = transformers.MixtralConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        vocab_size=32,
+    )
+    model = transformers.MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "apart")
+    with pytest.raises(CheckpointError, match=r"if so, call from_pretrained, and freeze the model"):
+        fp8compile.load(model, tmp_path / "apart", recipe="rowwise")
+
+
 def test_what_goes_with_the_weights(tmp_path: Path) -> None:
     model = llama()
     model.generation_config.max_new_tokens = 7

@@ -124,7 +124,7 @@ class Extra(nn.Linear):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        (small, "no weight of this Llama is FP8; call fp8compile.freeze"),
+        (small, "no weight of this Llama is FP8; call fp8compile.freeze.* which returns why"),
         (lambda: on_meta(frozen), "has no data, being on meta"),
         (lambda: frozen_extra(), "_extra_state is a str"),
     ],

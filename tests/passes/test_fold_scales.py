@@ -12,6 +12,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+import fp8compile
 from fp8compile import RECIPES, Recipe
 from fp8compile.ir import QUANTIZE, constant_factor, is_cast
 from fp8compile.passes import (
@@ -485,6 +486,32 @@ def test_a_model_computes_the_same(recipe: str) -> None:
     assert rewrites >= 4 > none
     for a, b in zip(want, got, strict=True):
         assert sqnr_db(a, b) > 60
+
+
+class Factors(nn.Module):
+    """Of an output, as of logits, and of an input that another layer takes as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.other = (nn.Linear(128, n, bias=False) for n in (256, 48))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(x) / 3, self.other(x * 0.5)
+
+
+@pytest.mark.parametrize("rows", [16, 512], ids=("few rows", "many rows"))
+@pytest.mark.parametrize("recipe", ["rowwise", "blockwise", "current"])
+def test_frozen_weights_which_nothing_casts(recipe: str, rows: int) -> None:
+    torch.manual_seed(0)
+    model, x = Factors(), torch.randn(rows, 128)
+    results = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            results.append(compile_interpreted(model, {"recipe": recipe})(x))
+        fp8compile.freeze(model, recipe)
+    for before_freezing, frozen in zip(*results, strict=True):
+        assert torch.equal(before_freezing, frozen)
 
 
 def _nothing(gm: fx.GraphModule) -> int:
