@@ -89,7 +89,8 @@ def left_as_it_was(model: Any) -> Iterator[None]:
             yield
         finally:
             for names, tensors in held:
-                names.update(tensors)
+                for name, tensor in tensors.items():  # a script module's names have no update
+                    names[name] = tensor
             for buffer, value in buffers:
                 # Nothing else may write to a tensor that was made in inference mode.
                 with torch.inference_mode(buffer.is_inference()), torch.no_grad():
