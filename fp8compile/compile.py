@@ -209,7 +209,8 @@ class GraphCompiler:
         passes = with_own_passes(passes, self.options.own_passes)
         self._show("joint", gm)
         internals.trace_artifact("fp8_joint_before_passes", lambda: format_graph(gm))
-        run_passes(gm, passes, after_each=self._show)
+        with self._dumping_failures(gm):
+            run_passes(gm, passes, after_each=self._show)
         internals.trace_artifact("fp8_joint_after_passes", lambda: format_graph(gm))
         self.static = gm.meta.pop(STATIC_SCALES, None)
         self._report(gm)
@@ -231,6 +232,17 @@ class GraphCompiler:
         if self.dump is not None:
             self.dump.graph(name, gm)
         self.observer.on_graph(name, gm)
+
+    @contextlib.contextmanager
+    def _dumping_failures(self, gm: fx.GraphModule) -> Iterator[None]:
+        """Dump the graph that a pass leaves behind when it fails, if it can be written as text."""
+        try:
+            yield
+        except PassError as error:
+            with contextlib.suppress(Exception):
+                if self.dump is not None:
+                    self.dump.graph(f"{error.pass_name}.failed", gm)
+            raise
 
     def lowered(self, gm: fx.GraphModule) -> None:
         """Put the kernels into a forward, backward or inference graph.
