@@ -209,7 +209,8 @@ class GraphCompiler:
         passes = with_own_passes(passes, self.options.own_passes)
         self._show("joint", gm)
         internals.trace_artifact("fp8_joint_before_passes", lambda: format_graph(gm))
-        run_passes(gm, passes, after_each=self._show)
+        with self._dumping_failures(gm):
+            run_passes(gm, passes, after_each=self._show)
         internals.trace_artifact("fp8_joint_after_passes", lambda: format_graph(gm))
         self.static = gm.meta.pop(STATIC_SCALES, None)
         self._report(gm)
@@ -231,6 +232,17 @@ class GraphCompiler:
         if self.dump is not None:
             self.dump.graph(name, gm)
         self.observer.on_graph(name, gm)
+
+    @contextlib.contextmanager
+    def _dumping_failures(self, gm: fx.GraphModule) -> Iterator[None]:
+        """Dump the graph that a pass leaves behind when it fails, if it can be written as text."""
+        try:
+            yield
+        except PassError as error:
+            with contextlib.suppress(Exception):
+                if self.dump is not None:
+                    self.dump.graph(f"{error.pass_name}.failed", gm)
+            raise
 
     def lowered(self, gm: fx.GraphModule) -> None:
         """Put the kernels into a forward, backward or inference graph.
@@ -382,20 +394,29 @@ def _check_globs(options: Options, sites: Sequence[Site], root: nn.Module | None
     """Raise OptionError for a glob that matches no site, nor any module of the model.
 
     Without a model, as where a function is compiled, other graphs of it may hold the site: then
-    there is only a warning, and none from a graph without sites.
+    there is only a warning, and none from a graph without sites. So may those of a model, but a
+    glob for a module none of whose sites it matches is worth a warning.
     """
-    names = {site.fqn for site in sites}
-    if root is None and not names:
+    found = sorted({site.fqn for site in sites})
+    if root is None and not found:
         return
-    if root is not None:  # other graphs of the same model may hold the site
-        names |= {name for name, module in root.named_modules() if module._parameters}
+    modules = [] if root is None else [n for n, m in root.named_modules() if m._parameters]
     globs = [("overrides", glob) for glob, _ in options.overrides]
     if not callable(options.skip):
         globs += [("skip", glob) for glob in options.skip]
     for option, glob in globs:
-        if any(fnmatchcase(name, glob) for name in names):
+        if any(fnmatchcase(name, glob) for name in found):
             continue
-        found = sorted(site.fqn for site in sites)
+        meant = [name for name in modules if fnmatchcase(name, glob)]
+        inside = [site for site in found if site.startswith(tuple(f"{name}." for name in meant))]
+        if inside:
+            warnings.warn(
+                f"{option}={glob!r} matches a module, but none of its sites {inside}; "
+                f"{f'{glob}.*'!r} does",
+                stacklevel=2,
+            )
+        if meant:  # other graphs of the same model may hold the site
+            continue
         if root is not None:
             raise OptionError(f"{option}={glob!r} matches nothing; the sites are {found}")
         warnings.warn(

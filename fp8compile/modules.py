@@ -11,7 +11,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -90,12 +90,16 @@ class SiteNames:
         self._root = root
         self._parameters = parameters
         self._names: dict[int, list[str]] = {}
+        self._modules: dict[str, list[str]] = {}  # as Dynamo tells modules apart
         if root is not None:
-            for name, parameter in root.named_parameters(remove_duplicate=False):
-                self._names.setdefault(id(parameter), []).append(name)
+            held = (root.named_parameters, root.named_buffers)
+            for name, tensor in chain(*(named(remove_duplicate=False) for named in held)):
+                self._names.setdefault(id(tensor), []).append(name)
+            for name, module in root.named_modules(remove_duplicate=False):
+                self._modules.setdefault(str(id(module)), []).append(name)
 
     def __call__(self, call: fx.Node, weight: fx.Node | None) -> str:
-        path = module_path(call) or ""
+        path = self._called_in(call)
         if weight is None:
             return path or call.name
         names = self._names.get(id(self._parameters.get(weight)))
@@ -106,6 +110,15 @@ class SiteNames:
         # Either may be longer: the path starts at what Dynamo compiles, the name at the root.
         sites = [_without_weight(name) for name in names]
         return max(sites, key=lambda site: _shared_end(site, path))
+
+    def _called_in(self, call: fx.Node) -> str:
+        """The module that a node was traced in, by the name that ``root`` has for it: Dynamo's
+        begins with the variable, or at the module, in which it began to trace.
+        """
+        path = module_path(call) or ""
+        key = next(reversed(call.meta.get("nn_module_stack") or {}), "")
+        names = self._modules.get(key.partition("@")[0], [path])  # "@1": it is called again
+        return max(names, key=lambda name: _shared_end(name, path))
 
 
 def module_path(node: fx.Node) -> str | None:

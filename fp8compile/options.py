@@ -190,8 +190,7 @@ def _scaling(value: Any, recipes: Sequence[Recipe]) -> str:
 def _own_passes(value: Any) -> tuple[tuple[str, Callable[[Any], int]], ...]:
     """Which passes there are is for the compiler to say."""
     if not isinstance(value, Mapping) or not all(
-        isinstance(after, str) and callable(run) and hasattr(run, "__name__")
-        for after, run in value.items()
+        isinstance(after, str) and callable(run) for after, run in value.items()
     ):
         raise OptionError(
             f"option 'own_passes' is {value!r}; give a dict from the name of a pass to a function "

@@ -21,13 +21,13 @@ Step = Callable[[Callable[..., Any], Any], Any]  # what is done with a model and
 ARGS, KWARGS = "fresh_args", "fresh_kwargs"  # how Dynamo calls what ``fresh`` passes on
 
 
-def fresh(target: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy with a code object of its own: what Dynamo remembers of the target stays untouched."""
+def fresh(model: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy with a code object of its own: what Dynamo remembers of the model stays untouched."""
 
     def call(*fresh_args: Any, **fresh_kwargs: Any) -> Any:
-        return target(*fresh_args, **fresh_kwargs)
+        return model(*fresh_args, **fresh_kwargs)
 
-    function = target if isinstance(target, types.FunctionType) else call
+    function = model if isinstance(model, types.FunctionType) else call
     code = function.__code__.replace(co_name=f"fresh_{next(_calls)}")
     copy = types.FunctionType(code, function.__globals__, closure=function.__closure__)
     copy.__defaults__, copy.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
@@ -99,7 +99,8 @@ def left_as_it_was(model: Any) -> Iterator[None]:
             yield
         finally:
             for names, tensors in held:
-                names.update(tensors)
+                for name, tensor in tensors.items():  # a script module's names have no update
+                    names[name] = tensor
             for buffer, value in buffers:
                 # Nothing else may write to a tensor that was made in inference mode.
                 with torch.inference_mode(buffer.is_inference()), torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
 from .errors import PassError
@@ -13,10 +14,12 @@ from .ir import (
     CASTS,
     SCALED_MMS,
     TRACK_AMAX,
+    GemmInfo,
     args_of,
     constant_factor,
     format_type,
     format_value,
+    gemm_info,
     is_backward,
     is_cast,
     is_given_in_fp8,
@@ -24,10 +27,13 @@ from .ir import (
     result_types,
     scale_of,
 )
+from .recipe import GRANULARITIES
 
 
 class Verifier:
     """Checks a graph after each of several passes, and every node only once with its arguments.
+
+    ``before``: the graph as it was given to the first of them, for 5.
 
     1. The graph lints: topologically sorted, no dangling names.
     2. Every fp8 tensor is an output of a cast and has exactly one scale_inv: the same node's.
@@ -35,10 +41,15 @@ class Verifier:
        the product scales it), or the graph returns it. Or it was given to the graph: what forward
        has cast, or frozen weights.
     3. Every ``meta["val"]`` of an ``fp8::`` node equals the re-evaluated fake (shape and dtype).
-    4. Nothing is mutated but amax, by at most one ``fp8::track_amax`` per direction.
+    4. A GEMM is what it is said to be: one that is cast has no reason to stay in high precision,
+       and operands in the formats of its edges; one that will be can be multiplied.
+    5. A pass adds nodes with a ``meta["val"]``, and no inputs or outputs. Nothing that it adds
+       mutates but ``fp8::track_amax``, at most once per direction, and operators of the user's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: fx.GraphModule | None = None) -> None:
+        self._given = None if before is None else set(before.graph.nodes)
+        self._signature = None if before is None else _signature(before)
         self._right: dict[fx.Node, Any] = {}  # with which arguments a node's value was found right
 
     def check(self, gm: fx.GraphModule, pass_name: str) -> None:
@@ -47,8 +58,13 @@ class Verifier:
             gm.graph.lint()
         except RuntimeError as error:
             raise PassError(pass_name, f"the graph does not lint: {error}") from error
+        if self._signature not in (None, _signature(gm)):
+            given = "changes what the graph takes or returns, which is what it is called with"
+            raise PassError(pass_name, f"{given}: {self._signature} before, {_signature(gm)} now")
         tracked = set()
         for node in gm.graph.nodes:
+            if self._given is not None and node not in self._given:
+                _verify_added(node, pass_name)
             if node.target in (*CASTS, *SCALED_MMS) and self._right.get(node) != node.args:
                 _verify_value(node, pass_name)
                 self._right[node] = node.args
@@ -60,11 +76,61 @@ class Verifier:
                 tracked.add(is_backward(node))
             elif node.op == "call_function":
                 _verify_takes_no_fp8(node, pass_name)
+            info = gemm_info(node)
+            if info is not None:
+                check = _verify_cast_gemm if node.target in SCALED_MMS else _verify_planned_gemm
+                check(node, info, pass_name)
 
 
 def verify(gm: fx.GraphModule, pass_name: str = "verify") -> None:
     """Check the rules of the IR once, see Verifier."""
     Verifier().check(gm, pass_name)
+
+
+def _signature(gm: fx.GraphModule) -> str:
+    """How much a graph takes and returns."""
+    returned = gm.graph.output_node().args[0]
+    count = len(returned) if isinstance(returned, list | tuple) else 1
+    return f"{len(gm.graph.find_nodes(op='placeholder'))} inputs and {count} outputs"
+
+
+def _verify_added(node: fx.Node, pass_name: str) -> None:
+    if node.op != "output" and "val" not in node.meta:
+        made = "has no meta['val']; make nodes with fp8compile.ir.emit, which evaluates them"
+        raise PassError(pass_name, made, node)
+    called = node.target if isinstance(node.target, torch._ops.OpOverload) else None
+    if called is not None and called.namespace == "aten" and called._schema.is_mutable:
+        how = "writes to a tensor, of which there may be other readers; add what returns a new one"
+        raise PassError(pass_name, how, node)
+
+
+def _verify_cast_gemm(node: fx.Node, info: GemmInfo, pass_name: str) -> None:
+    if info.reason is not None:
+        late = f"is cast, and has a reason not to be, {info.reason!r}; give it before insert_casts"
+        raise PassError(pass_name, late, node)
+    for edge, value in zip((info.left, info.right), args_of(node), strict=False):
+        found = value.meta["val"]
+        if edge.format is None or edge.format.dtype != found.dtype:
+            late = f"{edge.operand} is cast to {format_value(found)}, and its edge has"
+            late += f" {edge.format}; choose formats before insert_casts"
+            raise PassError(pass_name, late, node)
+
+
+def _verify_planned_gemm(node: fx.Node, info: GemmInfo, pass_name: str) -> None:
+    formats = info.left.format, info.right.format
+    if not info.is_fp8 or formats == (None, None):
+        return
+    if not all(isinstance(chosen, Format) for chosen in formats):
+        both = f"its operands have the formats {formats}; give both an fp8compile.Format"
+        raise PassError(pass_name, both, node)
+    if formats == (Format.E5M2, Format.E5M2):
+        raise PassError(pass_name, "e5m2 x e5m2: no tensor core multiplies these", node)
+    pair = info.left.granularity, info.right.granularity
+    if not {pair, pair[::-1]} & set(GRANULARITIES):
+        legal = ", ".join(f"{one} x {other}" for one, other in GRANULARITIES)
+        raise PassError(
+            pass_name, f"{pair[0]} x {pair[1]}: no GEMM takes these, only {legal}", node
+        )
 
 
 def _is_quantized(node: Any) -> bool:

@@ -172,7 +172,7 @@ def run_passes(
     not ours becomes a PassError that names the pass.
     """
     counts = {}
-    verifier = Verifier()
+    verifier = Verifier(gm)
     for run in passes:
         name = pass_name(run)
         start = time.perf_counter()
@@ -210,5 +210,6 @@ def _node_at_fault(error: Exception) -> fx.Node | None:
 
 
 def pass_name(run: Pass) -> str:
-    """The name of a pass, also when its settings are bound with ``partial``."""
-    return run.func.__name__ if isinstance(run, partial) else run.__name__
+    """The name of a pass, also when its settings are bound with ``partial`` or are an object's."""
+    function = run.func if isinstance(run, partial) else run
+    return getattr(function, "__name__", type(function).__name__)

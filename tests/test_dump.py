@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._inductor.utils import fresh_cache
 
 from fp8compile.dump import Dump
+from fp8compile.ir import gemms
 from fp8compile.options import DUMP_VARIABLE
 from tests.helpers import compile_interpreted
 from tests.models import MLP
@@ -119,3 +120,27 @@ def test_files_are_utf8_in_any_locale(tmp_path: Path, monkeypatch: pytest.Monkey
     Dump(str(tmp_path)).text("a.txt", "größer\n")
     (file,) = (tmp_path / "graph_000").iterdir()
     assert file.read_bytes().decode() == "größer\n"
+
+
+def test_a_pass_that_fails(tmp_path: Path) -> None:
+    """What it did to the graph is what its author wants to see."""
+
+    def careless(gm: fx.GraphModule) -> int:
+        (gemm, *_) = [node for node, _ in gemms(gm)]
+        with gm.graph.inserting_after(gemm):
+            gm.graph.call_function(torch.ops.aten.neg.default, (gemm,), name="by_mistake")
+        return 1
+
+    def senseless(gm: fx.GraphModule) -> int:
+        for node, _ in list(gemms(gm)):
+            node.meta["fp8"] = "no GemmInfo"
+        raise KeyError("a graph that has no text")
+
+    for run in (careless, senseless):
+        torch._dynamo.reset()
+        options = {"dump": tmp_path / run.__name__, "own_passes": {"find_gemms": run}}
+        with pytest.raises(Exception, match=f"PassError: pass {run.__name__} failed"):
+            compile_interpreted(MLP(32, 64), options)(torch.randn(16, 32))
+    folder = tmp_path / "careless" / "graph_000"
+    assert names(folder) == ["joint", "unbatch_gemms", "find_gemms", "careless.failed"]
+    assert "by_mistake" in text_of(folder, "careless.failed")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 import fp8compile
 from fp8compile.compile import compile_graph
+from fp8compile.ir import Site
 from fp8compile.modules import SiteNames, calling_module, owners_of
 from fp8compile.observer import Observer
 from fp8compile.options import Options
@@ -139,6 +140,61 @@ def test_the_name_of_a_tied_weight_is_that_of_the_module_that_is_called() -> Non
         assert sites_of(model, ids) == ["head"]
         rows = fp8compile.explain(model, ids, options=options).rows
         assert {row.reason for row in rows} == {"skipped by the user"}
+
+
+class Computed(nn.Module):
+    """Weights that are no parameters: one of a parametrization, a buffer, and none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
+        self.register_buffer("random", torch.randn(64, 64))
+
+    def forward(this, x: Tensor) -> Tensor:  # which Dynamo's names would begin with
+        y = this.norm(this.norm(x)) @ this.random
+        return torch.relu(y @ (y.t() @ y))
+
+
+class Broken(nn.Module):
+    """Dynamo traces its layers one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Computed()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            torch._dynamo.graph_break()
+            x = layer(x)
+        return x
+
+
+class Sites(Observer):
+    """Notes the names of a compile, which explain shall have, too."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def on_sites(self, sites: Sequence[Site]) -> None:
+        self.names += [site.fqn for site in sites]
+
+
+@pytest.mark.parametrize("make", [Computed, lambda: nn.Sequential(Computed()), Broken])
+def test_names_of_weights_that_are_no_parameters(make: Callable[[], nn.Module]) -> None:
+    model, x, seen = make(), torch.randn(32, 64), Sites()
+
+    def backend(gm: fx.GraphModule, inputs: list[Tensor]) -> Any:
+        return compile_graph(gm, inputs, Options(), inner_compile=interpret, observer=seen)
+
+    torch.compile(model, backend=backend)(x)
+    modules = {id(module): name for name, module in model.named_modules()}
+    (inner,) = (module for module in model.modules() if isinstance(module, Computed))
+    at = f"{name}." if (name := modules[id(inner)]) else ""
+    assert seen.names[:3] == [f"{at}norm", f"{at}norm", f"{at}random"]
+    explained = sites_of(model, x)
+    assert explained == list(dict.fromkeys(seen.names))
+    skipped = fp8compile.explain(model, x, options={"skip": [f"{at}norm"]}).rows
+    assert {row.decision for row in skipped if row.fqn == f"{at}norm"} == {"f32"}
 
 
 def test_names_in_a_function() -> None:

@@ -242,6 +242,25 @@ def test_a_glob_that_matches_nothing_names_the_sites() -> None:
         compile_interpreted(MLP(), {"skip": ["gate", "dwn"]})(torch.randn(16, 64))
 
 
+@pytest.mark.parametrize("option", [{"skip": ["mix"]}, {"overrides": {"m?x": "current"}}])
+def test_a_glob_that_matches_a_module_and_none_of_its_sites(option: dict[str, Any]) -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.MultiheadAttention(32, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mix(x, x, x, need_weights=False)[0]
+
+    x = torch.randn(16, 2, 32)
+    sites = r"\['mix.in_proj_weight', 'mix.out_proj'\]"
+    with pytest.warns(UserWarning, match=rf"matches a module, .* sites {sites}; 'm.x\.\*' does"):
+        compile_interpreted(Attends(), option)(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compile_interpreted(Attends(), {"skip": ["mix.*"]})(x)
+
+
 class Broken(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import fx, nn
 
 import fp8compile
-from fp8compile import Format, OptionError
+from fp8compile import Format, OptionError, PassError
 from fp8compile.ir import QUANTIZE, emit, gemms, quantize_output
 from fp8compile.options import parse_options
 from fp8compile.passes import joint_passes
@@ -58,6 +59,30 @@ def test_what_it_decides_is_what_is_compiled() -> None:
         torch.testing.assert_close(compiled(x), model(x))
 
 
+def test_settings_may_be_bound_or_kept_by_an_object() -> None:
+    """By ``partial``, as the passes of the pipeline have theirs."""
+
+    def keep(gm: fx.GraphModule, *, reason: str) -> int:
+        node, info = next(gemms(gm))
+        node.meta["fp8"] = replace(info, reason=reason)
+        return 1
+
+    class Keep:
+        def __call__(self, gm: fx.GraphModule) -> int:
+            return keep(gm, reason="not today")
+
+    class Broken:
+        def __call__(self, gm: fx.GraphModule) -> int:
+            raise KeyError("no such site")
+
+    model, x = mlp(), torch.randn(32, 64)
+    for run in (partial(keep, reason="not today"), Keep()):
+        explained = fp8compile.explain(model, x, options={"own_passes": {"choose_precision": run}})
+        assert {row.reason for row in explained.rows} == {"not today", ""}
+    with pytest.raises(PassError, match=r"pass Broken failed.*no such site"):
+        fp8compile.explain(model, x, options={"own_passes": {"choose_precision": Broken()}})
+
+
 def test_what_goes_wrong_names_it() -> None:
     def broken(gm: fx.GraphModule) -> int:
         return 1 // 0
@@ -71,9 +96,24 @@ def test_what_goes_wrong_names_it() -> None:
             emit(gm.graph, torch.ops.aten.clone.default, (copy,), "copy_of_it")
         return 1
 
+    def too_late(gm: fx.GraphModule) -> int:
+        """It would be FP8 all the same."""
+        return no_fp8(gm)
+
+    def without_value(gm: fx.GraphModule) -> int:
+        """As passes of torch.fx add nodes."""
+        gemm, _ = next(gemms(gm))
+        with gm.graph.inserting_after(gemm):
+            twice = gm.graph.call_function(torch.ops.aten.mul.Tensor, (gemm, 2.0))
+        gemm.replace_all_uses_with(twice, delete_user_cb=lambda user: user is not twice)
+        return 1
+
     cases = (
         ("find_gemms", broken, "broken.*ZeroDivisionError"),
         ("insert_casts", careless, "careless.*takes the fp8 tensor"),
+        ("insert_casts", too_late, "too_late.*not today.*before insert_casts"),
+        ("find_gemms", without_value, r"without_value.*no meta\['val'\].*ir.emit"),
+        ("plan_saved", without_value, r"without_value.*no meta\['val'\].*ir.emit"),
     )
     for after, run, message in cases:
         torch._dynamo.reset()

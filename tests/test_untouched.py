@@ -138,3 +138,10 @@ def test_meta_tensors_are_replaced_and_put_back(kind: str) -> None:
         assert given.device.type != "meta" and model.weight.device == given.device
         assert model.running_mean is not mean and call(given).device == given.device
     assert model.weight is weight and model.running_mean is mean
+
+
+def test_script_modules_are_left_as_they_were() -> None:
+    model = torch.jit.script(nn.BatchNorm1d(4))
+    with left_as_it_was(model):
+        model(torch.randn(8, 4))
+    assert model.num_batches_tracked == 0 and torch.equal(model.running_mean, torch.zeros(4))

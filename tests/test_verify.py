@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fp8compile import PassError, ir
+from fp8compile import RECIPES, Format, Granularity, PassError, ir
 from fp8compile.ir import CASTS, QUANTIZE, SCALED_MM, SCALED_MMS, TRACK_AMAX, emit, result_types
+from fp8compile.passes import choose_formats, find_gemms, insert_casts
 from fp8compile.verify import Verifier, verify
 from tests.helpers import compile_interpreted, trace
 
@@ -86,6 +89,74 @@ def test_a_node_whose_arguments_change_is_looked_at_again() -> None:
     cast.args = (*cast.args[:3], E5M2)
     with pytest.raises(PassError, match=r"second failed .*meta\['val'\] is e4m3.*, not e5m2"):
         verifier.check(gm, "second")
+
+
+def linear(**changed: Any) -> fx.GraphModule:
+    """A GEMM before its operands are cast, of whose left operand something is changed."""
+    gm = trace(lambda x, w: torch.mm(x, w.t()), x=torch.randn(16, 32), w=torch.randn(16, 32))
+    find_gemms(gm)
+    choose_formats(gm, recipe=RECIPES["current"])
+    ((node, info),) = ir.gemms(gm)
+    node.meta["fp8"] = replace(info, left=replace(info.left, **changed))
+    return gm
+
+
+def test_gemms_that_will_be_cast_can_be_multiplied() -> None:
+    verify(linear())
+    cases = (
+        ({"format": "e4m3"}, r"the formats \('e4m3', .*give both an fp8compile.Format"),
+        ({"format": None}, r"the formats \(None, .*give both an fp8compile.Format"),
+        ({"granularity": Granularity.ROW}, "rowwise x tensorwise: .*, only .*1x128 x 128x128"),
+    )
+    for changed, message in cases:
+        with pytest.raises(PassError, match=message):
+            verify(linear(**changed))
+    both = linear(format=Format.E5M2)
+    ((node, info),) = ir.gemms(both)
+    node.meta["fp8"] = replace(info, right=info.left)
+    with pytest.raises(PassError, match="e5m2 x e5m2"):
+        verify(both)
+    node.meta["fp8"] = replace(info, right=info.left, reason="not in FP8")
+    verify(both)
+
+
+def test_a_gemm_that_is_cast_is_what_it_is_said_to_be() -> None:
+    gm = linear()
+    insert_casts(gm, recipe=RECIPES["current"])
+    verify(gm)
+    ((node, info),) = ir.gemms(gm)
+    for changed, message in (
+        (replace(info, reason="too precious"), "reason not to be, 'too precious'"),
+        (replace(info, left=replace(info.left, format=Format.E5M2)), "cast to e4m3.* has e5m2"),
+    ):
+        node.meta["fp8"] = changed
+        with pytest.raises(PassError, match=f"{message}.*before insert_casts"):
+            verify(gm)
+
+
+def test_what_a_pass_adds() -> None:
+    gm = product()
+    verifier, (x, _) = Verifier(gm), gm.graph.find_nodes(op="placeholder")
+    with gm.graph.inserting_after(gemm(gm)):
+        added = gm.graph.call_function(torch.ops.aten.neg.default, (gemm(gm),))
+    with pytest.raises(PassError, match=r"no meta\['val'\]"):
+        verifier.check(gm, "a pass")
+    gm.graph.erase_node(added)
+    with gm.graph.inserting_after(x):
+        added = emit(gm.graph, torch.ops.aten.mul_.Tensor, (x, 2.0), "doubled")
+    with pytest.raises(PassError, match=r"at node %doubled.*writes to a tensor"):
+        verifier.check(gm, "a pass")
+    Verifier(gm).check(gm, "who did not add it")
+    gm.graph.erase_node(added)
+    verifier.check(gm, "a pass")
+
+
+def test_a_graph_takes_and_returns_what_it_did() -> None:
+    gm = product()
+    verifier, output = Verifier(gm), gm.graph.output_node()
+    output.args = ((output.args[0], output.args[0]),)
+    with pytest.raises(PassError, match="2 inputs and 1 outputs before, 2 inputs and 2 outputs"):
+        verifier.check(gm, "a pass")
 
 
 def test_what_evaluation_gives_is_what_the_operator_gives() -> None:

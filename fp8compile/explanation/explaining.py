@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,6 +48,8 @@ def explain(
     under a profiler, which needs a GPU; a step is a forward and, where there are gradients, a
     backward.
 
+    Warns where PyTorch cannot trace the model at all, so that nothing is compiled.
+
     Raises OptionError and RecipeError for what is wrong with the options, and OptionError for
     ``measure`` without a GPU that has FP8.
     """
@@ -73,6 +76,15 @@ def explain(
         without_data(target, (inputs, kwargs)) as (args, named),
     ):
         torch.compile(fresh(target), backend=backend, dynamic=False)(*args, **named)
+    if not graphs:
+        name = getattr(target, "__name__", type(target).__name__)
+        warnings.warn(
+            f"PyTorch traced no graph of {name}, which runs as it is with any backend: something "
+            "that it cannot trace, such as an nn.LSTM or a module of torch.jit, keeps it from all "
+            "that is called around; TORCH_LOGS=graph_breaks says what. Call that in a function "
+            "under torch.compiler.disable, or compile the layers beside it one by one",
+            stacklevel=2,
+        )
     explanation = Explanation(
         tuple(_by_site([row for graph in graphs for row in graph.rows])),
         parsed.recipe,

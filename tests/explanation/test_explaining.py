@@ -293,3 +293,21 @@ def test_scales_and_events_after_training() -> None:
         assert (edge.not_finite, edge.saturated, edge.jumped) == tuple(counts)
     text = str(fp8compile.explain(model, x))
     assert "saturated" in text and f"6 FP8 operands, {len(events)} with events" in text
+
+
+def test_a_model_that_pytorch_cannot_trace() -> None:
+    """Nothing would say that it is compiled in vain: no backend is called."""
+
+    class Scripted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(32, 32), torch.jit.script(nn.Linear(32, 32))])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    with pytest.warns(UserWarning, match=r"no graph of Scripted.*TORCH_LOGS=graph_breaks"):
+        explained = fp8compile.explain(Scripted(), torch.randn(16, 32))
+    assert explained.rows == ()
