@@ -33,6 +33,7 @@ from fp8compile.ir import (
     args_of,
     aten,
     gemms,
+    takes_slot,
     value_key,
 )
 from fp8compile.recipe import Gemm, Granularity, Operand, Recipe, Scaling
@@ -57,7 +58,7 @@ class Cast:
         _, first, second, format, *_ = args_of(cast)
         if cast.target is not QUANTIZE:
             return Cast(format, tuple(first), second)
-        kept = first is not None
+        kept = takes_slot(cast)
         return Cast(format, Granularity.TENSOR.block, kept=kept, slot=second if kept else None)
 
     @staticmethod
