@@ -87,6 +87,12 @@ class _Draft:
         return {node for node, _ in self.reads}
 
     @property
+    def inputs(self) -> set[fx.Node]:
+        """All that has to be there before it runs: its leaves, and the scales that it is given."""
+        scales = {args_of(cast)[1] for cast in self.casts if cast.target is QUANTIZE}
+        return self.leaves | (scales - {None})
+
+    @property
     def matrices(self) -> set[fx.Node]:
         """Those of its leaves that are as large as its space."""
         return {n for n, place in self.reads if self.space.extent(place) == self.space.size}
@@ -213,14 +219,14 @@ class _Grower:
 
     def _merged(self, first: _Draft, second: _Draft) -> _Draft | None:
         """One region for both, if they share matrices and do not depend on each other's casts."""
-        if first.space != second.space or self._needs(second.leaves, first.casts):
+        if first.space != second.space or self._needs(second.inputs, first.casts):
             return None
         if not second.matrices & (first.matrices | first.computed.keys()):
             return None
         merged = self._grown(first.space, first.casts + second.casts, replaces=first)
         if not merged.computed and (first.computed or second.computed):
             return None
-        if self._needs(merged.leaves, merged.casts):
+        if self._needs(merged.inputs, merged.casts):
             return None
         self.owner |= dict.fromkeys(merged.computed, merged)
         return merged
@@ -285,7 +291,7 @@ class _Grower:
         self._absorb(trial, value, place)
         if not trial.matrices <= draft.matrices or not trial.matrices:
             return False
-        if self._depends(draft.leaves, node) or self._needs(trial.leaves, draft.casts):
+        if self._depends(draft.inputs, node) or self._needs(trial.leaves, draft.casts):
             return False
         user = next(iter(node.users), node)
         draft.sums.append(user if sum_behind(user) is node else node)
@@ -300,7 +306,7 @@ class _Grower:
         """Decide what each region writes for others; returns values that would close a cycle."""
         sums = [node for draft in self.drafts for node in draft.sums]
         inside = {*sums, *map(sum_behind, sums), *(c for d in self.drafts for c in d.casts)}
-        stored = {leaf for draft in self.drafts for leaf in draft.leaves}
+        stored = {value for draft in self.drafts for value in draft.inputs}
         needed = set(stored)
         writers = {node: draft for draft in reversed(self.drafts) for node in draft.computed}
         for node in reversed(self.gm.graph.nodes):
@@ -318,7 +324,7 @@ class _Grower:
             node
             for draft in self.drafts
             for node in draft.written
-            if self._depends(draft.leaves, node)
+            if self._depends(draft.inputs, node)
         }
 
 
@@ -401,7 +407,7 @@ def _call(
     """A submodule for a draft, and its call at the end of the graph."""
     sums = {*draft.sums, *map(sum_behind, draft.sums)}
     inside = sorted({*draft.computed, *draft.casts, *sums}, key=order.__getitem__)
-    inputs = _inputs(draft, order)
+    inputs = sorted(draft.inputs, key=order.__getitem__)
     module = module_of(_copy(inside, inputs, outputs), "Region")
     module.meta["fp8_space"] = draft.space
     name = f"region_{index}"
@@ -429,11 +435,6 @@ def _outputs_of_casts(draft: _Draft) -> list[fx.Node]:
 
 def _index(item: fx.Node) -> int:
     return int(args_of(item)[1])
-
-
-def _inputs(draft: _Draft, order: dict[fx.Node, int]) -> list[fx.Node]:
-    scales = {args_of(cast)[1] for cast in draft.casts if cast.target is QUANTIZE} - {None}
-    return sorted({*draft.leaves, *scales}, key=order.__getitem__)
 
 
 def _copy(inside: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.Graph:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ..ir import QUANTIZE, args_of, aten, is_backward
+from ..ir import QUANTIZE, args_of, aten, is_backward, quantize_output
 from .insert_casts import quantize_getitem
-from .plan_saved import checkpointed_region
 from .share_casts import cast_key
 
 
@@ -27,8 +26,8 @@ def keep_scales(gm: fx.GraphModule) -> int:
 
     Requires: plan_saved, which says what is cast again; a joint graph.
     Ensures: of two casts of one value to one format, only the first has to find a scale.
-    Leaves alone: casts of an activation-checkpointed region, which is computed again as a whole;
-        scales per row or block, of which the transposed copy that backward needs has its own.
+    Leaves alone: what only backward casts; scales per row or block, of which the transposed copy
+        that backward needs has its own.
     Numerics: exact.
     """
     found: dict[object, fx.Node] = {}
@@ -37,7 +36,7 @@ def keep_scales(gm: fx.GraphModule) -> int:
         if cast.target is not QUANTIZE or args_of(cast)[1] is not None:
             continue
         first = found.setdefault(_cast_of(cast), cast)
-        if is_backward(cast) and not is_backward(first) and checkpointed_region(first) is None:
+        if is_backward(cast) and not is_backward(first) and _is_needed(first):
             _take_scale(gm.graph, cast, first)
             rewrites += 1
     return rewrites
@@ -50,6 +49,12 @@ def _cast_of(cast: fx.Node) -> object:
     value = args_of(cast)[0]
     rows = value.target is aten.cat.default and value.args[1:] in ((), (0,))
     return cast_key(cast, tuple(args_of(value)[0]) if rows else None)[:2]
+
+
+def _is_needed(cast: fx.Node) -> bool:
+    """Whether a copy of it is used: else all are made by backward's cast, which finds the scale."""
+    copies = [quantize_output(cast, name) for name in ("fp8", "fp8_t")]
+    return any(copy is not None and copy.users for copy in copies)
 
 
 def _take_scale(graph: fx.Graph, cast: fx.Node, first: fx.Node) -> None:

@@ -95,6 +95,14 @@ def opaque_between(x: Tensor, scale: Tensor) -> Outputs:
     return (*quantize(h * 2, scale)[0::2], *quantize(h * h.cumsum(0), scale, 1)[0::2], h)
 
 
+def scale_of_another(x: Tensor, scale: Tensor) -> Outputs:
+    """The second cast reads what the first does, but needs its scale first."""
+    h = x.exp()
+    first = torch.ops.fp8.quantize(h, scale, 2, torch.float8_e4m3fn)
+    second = torch.ops.fp8.quantize(h, first[4], 0, torch.float8_e5m2)
+    return first[0], first[2], second[1], second[2]
+
+
 def weights(a: Tensor, b: Tensor, scale: Tensor) -> Outputs:
     return quantize(torch.cat([a, b]), scale)[:3]
 
@@ -103,6 +111,7 @@ SIZES = {
     "norm": (norm, {"x": (2, 8, 32), "o": (2, 8, 32), "w": (32,)}),
     "swiglu": (swiglu, {"gate_up": (16, 64)}),
     "two_casts": (two_casts, {"x": (16, 32), "y": (16, 32)}),
+    "scale_of_another": (scale_of_another, {"x": (16, 32)}),
     "chained": (chained, {"x": (32, 32), "w": (32, 32)}),
     "weight_gradient": (weight_gradient, {"g": (16, 32), "x": (16, 32)}),
     "bias_gradient": (bias_gradient, {"g": (16, 32), "x": (16, 32)}),
@@ -310,6 +319,12 @@ getitem : e4m3[16, 32] = region_0[0]
 getitem_2 : f32[1] = region_0[1]
 return (getitem, getitem_2)""",
     )
+
+
+def test_a_cast_that_takes_the_scale_of_another_is_apart() -> None:
+    gm = grown("scale_of_another")
+    first, second = gm.graph.find_nodes(op="call_module")
+    assert {arg.args[0] for arg in second.args if arg.op == "call_function"} >= {first}
 
 
 def test_no_region_writes_what_it_depends_on() -> None:

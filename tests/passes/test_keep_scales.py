@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import fx, nn
-from torch.utils.checkpoint import CheckpointPolicy
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 import fp8compile
 from fp8compile.ir import QUANTIZE, is_backward, takes_slot
@@ -54,11 +54,11 @@ def test_what_is_cast_again() -> None:
     assert again.args[1].name == f"{again.args[0].name}_scale_used"
 
 
-def test_a_checkpointed_region_finds_its_scales_again() -> None:
+def test_a_checkpointed_region_casts_its_weights_with_it() -> None:
     x = torch.randn(16, 32, requires_grad=True)
     gm, rewrites = kept(trace_joint(Checkpointed(), x, options=CURRENT))
     taken = {n.args[0].op for n in gm.graph.nodes if n.target is QUANTIZE and n.args[1] is not None}
-    assert rewrites == 2 and taken == {"placeholder"}  # weights, which are not computed
+    assert rewrites == 2 and taken == {"placeholder"}  # the partitioner repeats all else
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "rowwise"])
@@ -81,3 +81,20 @@ def test_results_are_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     found = step()
     monkeypatch.setattr(fp8compile.passes.pipeline, "keep_scales", lambda gm: 0)
     assert all(torch.equal(a, b) for a, b in zip(found, step(), strict=True))
+
+
+class CheckpointedPair(Pair):
+    def forward(self, x: Tensor) -> object:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def test_weights_put_together_in_a_checkpointed_region() -> None:
+    def step(wrapped: type[Pair]) -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = wrapped(lambda a, b: a.tanh().sum() + b.sigmoid().sum())
+        x = torch.randn(16, 32, dtype=torch.bfloat16, requires_grad=True)
+        torch.compile(model, backend="fp8", options=CURRENT)(x).backward()
+        return [x.grad, model.w1.grad, model.w2.grad]
+
+    assert all(map(torch.equal, step(Pair), step(CheckpointedPair)))
