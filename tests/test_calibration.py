@@ -166,7 +166,7 @@ def by_hand(model: nn.Sequential, x: Tensor, amaxes: list[float]) -> Tensor:
             torch.ops.fp8.quantize(value, E4M3_MAX / torch.tensor([of]), 0, Format.E4M3.dtype)
             for value, of in operands
         ]
-        (a, _, a_inv, _), (b, _, b_inv, _) = cast
+        (a, _, a_inv, *_), (b, _, b_inv, *_) = cast
         bias = layer.bias.detach()
         x = torch.ops.fp8.scaled_mm(a, b, a_inv, b_inv, bias, torch.float32, True)
         x = x.tanh() if layer is model[0] else x

@@ -107,7 +107,7 @@ def test_one_e4m3_gemm(distribution: str) -> None:
     elif distribution == "outliers":
         x[:, 7] *= 50  # one hot channel, as language models have
     operands = [torch.ops.fp8.quantize(t, None, 0, torch.float8_e4m3fn) for t in (x, w)]
-    (a, _, a_inv, _), (b, _, b_inv, _) = operands
+    (a, _, a_inv, *_), (b, _, b_inv, *_) = operands
     out = torch.ops.fp8.scaled_mm(a, b, a_inv, b_inv, None, torch.float32, True)
     assert sqnr_db(x @ w.t(), out) >= GEMM_DB
 

@@ -118,6 +118,14 @@ def test_copies_are_contiguous_and_alias_nothing(shape: tuple[int, int], layout:
     assert not q.numel() or q.data_ptr() != q_t.data_ptr()
 
 
+@FORMATS
+def test_a_value_is_cast_again_with_the_scale_that_was_used(fmt: torch.dtype) -> None:
+    x = torch.randn(16, 32)
+    first = quantize(x, None, fmt)
+    again = quantize(x, first[4], fmt)
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(first, again, strict=True))
+
+
 def test_unwanted_copies_are_empty() -> None:
     x = torch.randn(16, 32)
     q, q_t, _, _, _ = fp8.quantize(x, None, 0, E4M3, True, False)
