@@ -31,14 +31,13 @@ class Before(TileText):
     def sums(self, name: str) -> str:
         """The kernel that sums over whole rows, for one that computes tiles of columns."""
         lines = [*self._extent(), "first_m = tl.program_id(0) * BLOCK_M", "first_n = 0"]
-        lines += [*self._rows(), *self._cols()]
-        lines += [self._call(function, "", function.returns) for function in self.values.sums]
-        for i, total in enumerate(self.values.totals.values()):
-            lines.append(f"tl.store(totals_ptr + {i} * M + rows, {total.name}, mask=in_m)")
+        lines += [*self._rows(), *self._cols(), *self._summed(), *self._leave_totals()]
         return definition(name, [*self._inputs(), "totals_ptr"], lines)
 
     def amax(self, name: str) -> str:
-        """The kernel that finds the amax of the casts, unless all scales are known, and of rows."""
+        """The kernel that finds the amax of the casts, unless all scales are known, and of rows.
+        One that always does makes the sums over rows, too.
+        """
         casts = range(len(self.region.casts))
         height = self.region.search_height or "BLOCK_M"
         lines = [*self._extent(height), *self._tile_counts(height)]
@@ -120,7 +119,17 @@ class Before(TileText):
 
     def _values_of_tile(self) -> list[str]:
         lines = [*self._place(), *self._rows(), *self._cols()]
-        return [*lines, *self._totals(), *self._results()]
+        if not self.region.sums_in_search:
+            return [*lines, *self._totals(), *self._results()]
+        # What is stored comes last: what the sums have loaded need not be loaded again before it.
+        return [*lines, *self._summed(), *self._results(), *self._leave_totals()]
+
+    def _leave_totals(self) -> list[str]:
+        """Leave the sums over rows for the kernel that casts."""
+        return [
+            f"tl.store(totals_ptr + {i} * M + rows, {total.name}, mask=in_m)"
+            for i, total in enumerate(self.values.totals.values())
+        ]
 
     def _leave_amax(self, i: int, bits: str) -> list[str]:
         amax = f"tile_amax({bits}).to(tl.int32, bitcast=True)"

@@ -55,7 +55,7 @@ def emit(region: Region) -> Source:
     name = kernel_name(region)
     writer = Writer(region, values, search_apart=search_apart(region))
     parts = [f'"""{describe(region, name)}\n"""', IMPORTS, *writer.functions(), writer.main(name)]
-    if region.sums_apart:
+    if region.sums_alone:
         parts.append(writer.before.sums(f"{name}_sums"))
     if search_apart(region):
         parts.append(writer.before.amax(f"{name}_amax"))
@@ -77,8 +77,7 @@ def search_apart(region: Region) -> bool:
     loaded, takes such kernels 12 to 23 % longer (H200). It costs others 2 %, and spares a launch.
     Where no scale is ever known, every step searches, which a kernel without a wait does faster.
     """
-    delayed = all(cast.is_delayed for cast in region.casts)
-    searches = bool(region.casts) and (region.transposes or not delayed)
+    searches = bool(region.casts) and (region.transposes or region.always_searches)
     return searches or bool(region.searched)
 
 
@@ -164,8 +163,8 @@ def describe(region: Region, name: str) -> str:
     read, written = bytes_read(region), bytes_written(region)
     text = re.sub(r"(fp8\.quantize\(\w+, \w+), \d+", r"\1, slot", format_graph(region.gm))
     body = "\n".join(f"    {line}" for line in text.splitlines())
-    before = ["what the sums over rows are made of"] * region.sums_apart
-    before += ["what the scales are found in"] * bool(region.searched)
+    before = ["what the sums over rows are made of"] * region.sums_alone
+    before += ["what the scales are found in"] * bool(region.searched or region.always_searches)
     once = f"each byte once, and before that {' and '.join(before)}" if before else "each byte once"
     return f"{name}: reads {_size(read)}, writes {_size(written)}, {once}.\n\n{body}"
 

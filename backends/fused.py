@@ -44,7 +44,9 @@ class Tile:
 
 _SHARED = {"words_ptr", "found_ptr"}  # through which programs find scales together
 _MULTIPROCESSORS = 132  # of an H100 SXM or H200
-_SEARCH_PROGRAMS = 4 * _MULTIPROCESSORS
+# The most programs that look for an amax: enough to wait for memory all the time, where that is
+# done at every call; few, which end sooner, where it is done at the first only.
+_SEARCH_PROGRAMS = {True: 32 * _MULTIPROCESSORS, False: 4 * _MULTIPROCESSORS}
 _COLUMN_SUMS = Tile(64, 32, 4)  # of the rows of partial sums
 
 
@@ -107,11 +109,10 @@ def _whole_rows(region: Region) -> list[Tile]:
 
 def _search_tile(region: Region) -> Tile:
     """The tile of the kernel that finds the amax: whole rows where it sums over them itself."""
-    if region.reduces and not region.sums_apart:
+    if region.reduces and (region.sums_in_search or not region.sums_apart):
         return _whole_rows(region)[0]
-    if region.searched:
-        return Tile(16, GROUP, 2 if emit_once(region).loads_little else 4)
-    return Tile(32, GROUP, 4)
+    little = region.searched and emit_once(region).loads_little
+    return Tile(16, GROUP, 2 if little else 4)
 
 
 def launches(
@@ -124,15 +125,15 @@ def launches(
     n: Any,
     tile: Tile,
 ) -> list[Launch]:
-    """The launches of a region, in order: sums over rows and the search for amax, if they have
-    kernels of their own; what writes the results; and what completes sums over columns.
+    """The launches of a region, in order: sums over rows and the search for amax, if they are made
+    before; what writes the results; and what completes sums over columns.
 
     ``tensors`` holds every pointer argument of the emitted functions by name without ``_ptr``;
     ``sizes`` the values of symbolic sizes; ``m`` and ``n`` are the extent of the space.
     """
     module = load(source.text)
     made = []
-    if region.sums_apart:
+    if region.sums_alone:
         rows = _whole_rows(region)[0]
         summing, writes = getattr(module, source.sums_name), {"totals_ptr"}
         made.append(_launch(summing, tensors, sizes, rows, _cdiv(m, rows.block_m), writes))
@@ -140,10 +141,11 @@ def launches(
         found_by = _search_tile(region)
         programs = _cdiv(m, region.search_height or found_by.block_m) * _cdiv(n, found_by.block_n)
         if region.casts:  # whose largest all leave in one place
-            known = isinstance(programs, int)
-            programs = min(programs, _SEARCH_PROGRAMS) if known else _SEARCH_PROGRAMS
+            most = _SEARCH_PROGRAMS[region.always_searches]
+            programs = min(programs, most) if isinstance(programs, int) else most
         search = getattr(module, source.amax_name)
-        writes = written(region, search.arg_names) - {"totals_ptr"}
+        writes = written(region, search.arg_names)
+        writes -= set() if region.sums_in_search else {"totals_ptr"}
         made.append(_launch(search, tensors, sizes, found_by, programs, writes))
     tiles_m = tiles_down(region, m, tile)
     programs = tiles_m * _tiles_along(region, n, tile.block_n)

@@ -261,11 +261,26 @@ class Region:
 
     @property
     def sums_apart(self) -> bool:
-        """Whether a kernel of their own computes the reductions over rows: tiles of whole rows have
-        too few for a transposed copy, or for blocks of several rows.
+        """Whether a kernel before computes the reductions over rows: tiles of whole rows have too
+        few for a transposed copy, or for blocks of several rows.
         """
         high = any(cast.block[0] > 1 for cast in self.blocks)
         return self.reduces and (self.transposes or high)
+
+    @property
+    def sums_alone(self) -> bool:
+        """Whether that kernel does nothing else."""
+        return self.sums_apart and not self.sums_in_search
+
+    @property
+    def sums_in_search(self) -> bool:
+        """Whether it is the one that looks for an amax: at every call, that reads all there is."""
+        return self.sums_apart and self.always_searches and not self.searched
+
+    @property
+    def always_searches(self) -> bool:
+        """Whether every call looks for an amax, since no step before has found one."""
+        return not all(cast.is_delayed for cast in self.casts)
 
     @property
     def is_large(self) -> bool:

@@ -77,7 +77,7 @@ def _row(regions: Sequence[Region], text: str, direction: str, device: Device | 
 def _functions(region: Region, source: Source) -> tuple[str, ...]:
     """The names of a region's launches, in order."""
     launched = {
-        source.sums_name: region.sums_apart,
+        source.sums_name: region.sums_alone,
         source.amax_name: search_apart(region),
         source.name: True,
         source.column_sums_name: bool(region.sums),

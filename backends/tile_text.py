@@ -63,7 +63,7 @@ class TileText:
     def _totals(self) -> list[str]:
         """The sums over rows that the values depend on: from memory, or of this tile itself."""
         if not self.region.sums_apart:
-            return [self._call(function, "", function.returns) for function in self.values.sums]
+            return self._summed()
         lines = []
         for i, total in enumerate(self.values.totals.values()):
             for letter in self.sets:
@@ -71,6 +71,10 @@ class TileText:
                 load = f"tl.load(totals_ptr + {i} * M + {rows}, mask={in_m}, other=0.0)"
                 lines.append(f"{named(total.name, letter)} = {load}")
         return lines
+
+    def _summed(self) -> list[str]:
+        """The sums over the rows of a tile that holds whole ones."""
+        return [self._call(function, "", function.returns) for function in self.values.sums]
 
     def _results(self, wanted: Sequence[str] | None = None) -> list[str]:
         """Call the last function, or the one of the part that the tile lies in. ``wanted``: the

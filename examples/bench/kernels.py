@@ -115,7 +115,7 @@ class Parts:
     def _add_region(self, gm: Any, way: str) -> None:
         region = Region.of(gm)
         self.regions.setdefault(region_key(region), Found(gm)).calls[way] += 1
-        apart = {SUMS: region.sums_apart, SEARCH: search_apart(region), COLUMNS: region.sums}
+        apart = {SUMS: region.sums_alone, SEARCH: search_apart(region), COLUMNS: region.sums}
         self.launches[way] += Counter({FUSED: 1, **{k: int(bool(v)) for k, v in apart.items()}})
 
 
@@ -370,7 +370,7 @@ def row_of(found: Found, layers: int) -> Row:
         name=emit_once(region).name.removeprefix("fp8_"),
         calls={way: found.calls[way] / layers for way in WAYS},
         bytes=float(bytes_read(region) + bytes_written(region)),
-        kernels=1 + region.sums_apart + search_apart(region) + bool(region.sums),
+        kernels=1 + region.sums_alone + search_apart(region) + bool(region.sums),
         size=f"{region.space.m}x{region.space.n}",
     )
 

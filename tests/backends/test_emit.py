@@ -311,6 +311,14 @@ def test_only_kernels_of_large_tiles_look_for_a_missing_amax_themselves() -> Non
     assert tiled.amax_name in tiled.text and "_search(" not in main
 
 
+def test_a_search_at_every_call_makes_the_sums_over_rows_too() -> None:
+    known, always = (emit(make("norm_backward", scale).region) for scale in ([30.0, 700.0], None))
+    assert f"def {known.sums_name}(" in known.text
+    assert f"def {always.sums_name}(" not in always.text
+    search = always.text.split(f"def {always.amax_name}(")[1].split("@triton.jit")[0]
+    assert "_sums_0(" in search and "tl.store(totals_ptr" in search
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["norm_backward", "merged_swiglu", "converted_sums", "dropout"])
 def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
@@ -420,7 +428,8 @@ def test_sums_over_rows_come_from_functions_of_their_own() -> None:
 def test_the_header_says_what_is_computed_and_how_many_bytes_are_moved() -> None:
     case = only_region(plain, x=torch.randn(1000, 512), scale=None)
     text = emit(case.region).text
-    assert text.startswith('"""fp8_cast: reads 2.0 MB, writes 1.0 MB, each byte once.')
+    twice = "and before that what the scales are found in"
+    assert text.startswith(f'"""fp8_cast: reads 2.0 MB, writes 1.0 MB, each byte once, {twice}.')
     assert "= fp8.quantize(input_1, None, slot, e4m3)" in text.split('"""')[1]
 
 
