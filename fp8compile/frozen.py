@@ -309,6 +309,8 @@ def left_out(
         others = [each for each in names[id(weight)] if each != f"{name}.weight".lstrip(".")]
         if others:
             return f"its weight is also {', '.join(others)}"
+        if not weight.numel():
+            return "its weight is empty"
         if module.in_features % multiple:
             return f"in_features, {module.in_features}, is not divisible by {multiple}"
         if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):

@@ -95,7 +95,7 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Restore what ``state_dict`` returned, before or after the first compiled call.
 
     Raises ScalingStateError, and changes nothing, if entries are missing, foreign or of the wrong
-    shape; it lists them.
+    shape; it lists them. Raises TypeError for what is no mapping.
     """
     model = _unwrapped(model)
     parameters = dict(model.named_parameters())
@@ -110,6 +110,9 @@ def check_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor]
 ) -> dict[str, dict[int, dict[str, Tensor]]]:
     """What ``load_state_dict`` would restore, by parameter and use; it raises as that does."""
+    if not isinstance(state_dict, Mapping):
+        given = type(state_dict).__name__
+        raise TypeError(f"a {given} is no scaling state; give what fp8compile.state_dict returned")
     model = _unwrapped(model)
     loaded, problems = _parse(state_dict, dict(model.named_parameters()))
     expected = {key.rpartition(".")[0] for key in _entries(model)}

@@ -423,6 +423,15 @@ def test_static_scales_cannot_be_derived_from_them() -> None:
         served(compile_interpreted(model, {"recipe": "static"}), inputs())
 
 
+@pytest.mark.parametrize("sizes", [(0, 32), (32, 0)], ids=str)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_an_empty_weight_stays_as_it_is(sizes: tuple[int, int]) -> None:
+    layer, x = nn.Linear(*sizes), torch.randn(4, sizes[0])
+    want = layer(x)
+    assert fp8compile.freeze(layer) == {"": "its weight is empty"}
+    assert torch.equal(layer(x), want)
+
+
 def test_frozen_weights_are_not_declined_and_may_be_skipped() -> None:
     model, x = Block().bfloat16(), inputs(1)
     fp8compile.freeze(model)

@@ -615,6 +615,11 @@ def test_every_problem_is_listed_at_once() -> None:
         assert part in str(error.value)
 
 
+def test_what_is_no_state_is_refused() -> None:
+    with pytest.raises(TypeError, match="a NoneType is no scaling state; give what fp8compile"):
+        fp8compile.load_state_dict(two_layers(), None)  # type: ignore[arg-type]
+
+
 def test_part_of_a_state_loaded_before_the_first_call_raises_there() -> None:
     model, _ = trained(steps=1)
     part = {k: v for k, v in fp8compile.state_dict(model).items() if k.startswith("0.")}

@@ -113,7 +113,13 @@ class Checkpoint:
     def _open(self, file: str) -> dict[str, Stored]:
         path = self.path / file
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing; download or save the checkpoint again")
+            others = sorted(
+                p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth")
+            )
+            instead = f", and of {others[0]} nothing is read" if others else ""
+            raise CheckpointError(
+                f"{path} is missing{instead}; download or save the checkpoint again, as safetensors"
+            )
         try:
             opened = self._closing.enter_context(safe_open(path, "pt"))
             found = {name: _stored(file, opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118

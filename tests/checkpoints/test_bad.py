@@ -173,7 +173,14 @@ def test_no_such_folder(tmp_path: Path) -> None:
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     write(tmp_path / "x", {})
     (tmp_path / "x" / "model.safetensors").unlink()
-    refused(small(), tmp_path / "x", "model.safetensors is missing", recipe="rowwise")
+    refused(small(), tmp_path / "x", "model.safetensors is missing; download", recipe="rowwise")
+
+
+def test_a_folder_with_weights_of_another_kind(tmp_path: Path) -> None:
+    write(tmp_path / "x", {})
+    (tmp_path / "x" / "model.safetensors").rename(tmp_path / "x" / "pytorch_model.bin")
+    said = "model.safetensors is missing, and of pytorch_model.bin nothing is read; download"
+    refused(small(), tmp_path / "x", said, recipe="rowwise")
 
 
 @pytest.mark.parametrize("size", (0, 4, 100, -1), ids=("empty", "in the size", "header", "data"))
@@ -194,7 +201,7 @@ def shards(tmp_path: Path) -> Path:
 def test_a_missing_file_of_several(shards: Path) -> None:
     file = sorted(shards.glob("*.safetensors"))[1]
     file.unlink()
-    refused(small(), shards, f"{file.name} is missing; download or save the checkpoint again")
+    refused(small(), shards, f"{file.name} is missing; download or save the checkpoint again, as")
 
 
 def test_files_that_lack_what_the_index_says(shards: Path) -> None:
