@@ -44,9 +44,6 @@ class Tile:
 
 _SHARED = {"words_ptr", "found_ptr"}  # through which programs find scales together
 _MULTIPROCESSORS = 132  # of an H100 SXM or H200
-# The most programs that look for an amax: enough to wait for memory all the time, where that is
-# done at every call; few, which end sooner, where it is done at the first only.
-_SEARCH_PROGRAMS = {True: 32 * _MULTIPROCESSORS, False: 4 * _MULTIPROCESSORS}
 _COLUMN_SUMS = Tile(64, 32, 4)  # of the rows of partial sums
 
 
@@ -115,6 +112,16 @@ def _search_tile(region: Region) -> Tile:
     return Tile(16, GROUP, 2 if little else 4)
 
 
+def _search_programs(region: Region, tiles: Any) -> int:
+    """How many programs look for an amax in so many tiles: enough for loads to be under way all the
+    time, where every call does; few, which end sooner, where only the first call does, or where the
+    tiles may be few: a size that is known at run time only.
+    """
+    known = isinstance(tiles, int)
+    most = (32 if region.always_searches and known else 4) * _MULTIPROCESSORS
+    return min(tiles, most) if known else most
+
+
 def launches(
     region: Region,
     source: Source,
@@ -141,8 +148,7 @@ def launches(
         found_by = _search_tile(region)
         programs = _cdiv(m, region.search_height or found_by.block_m) * _cdiv(n, found_by.block_n)
         if region.casts:  # whose largest all leave in one place
-            most = _SEARCH_PROGRAMS[region.always_searches]
-            programs = min(programs, most) if isinstance(programs, int) else most
+            programs = _search_programs(region, programs)
         search = getattr(module, source.amax_name)
         writes = written(region, search.arg_names)
         writes -= set() if region.sums_in_search else {"totals_ptr"}
