@@ -22,7 +22,7 @@ from ..ir import (
     size_expr,
 )
 from ..recipe import Gemm, Operand
-from .tag_sites import EINSUM_TAG, LEFT_OUT_TAG, OTHER_EINSUM, TWO_ACTIVATIONS
+from .tag_sites import ATTENTION_TAG, EINSUM_TAG, LEFT_OUT_TAG, OTHER_EINSUM, TWO_ACTIVATIONS
 
 _GEMM_OPS = (aten.mm.default, aten.addmm.default)
 _BATCHED, _CONVOLUTION = "batched matmul of two activations", "convolution"
@@ -173,7 +173,7 @@ def unsited_matmuls(gm: fx.GraphModule) -> list[tuple[fx.Node, str]]:
 def _why_unsited(node: fx.Node) -> str | None:
     """What is known of the call that a matmul comes from."""
     custom = node.meta.get("custom") or {}
-    if node.target is aten.bmm.default and SITE_TAG in custom:
+    if node.target is aten.bmm.default and SITE_TAG in custom and ATTENTION_TAG not in custom:
         return OTHER_EINSUM if EINSUM_TAG in custom else _BATCHED_SITE
     return custom.get(LEFT_OUT_TAG)
 

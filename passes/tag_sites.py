@@ -22,6 +22,7 @@ from ..recipe import Recipe
 
 Block = tuple[int, int]  # rows and elements of K, see Granularity
 EINSUM_TAG = "fp8_einsum"  # beside SITE_TAG: the call is an einsum, which ATen makes a bmm of
+ATTENTION_TAG = "fp8_attention"  # beside it, too: the call multiplies activations as well
 LEFT_OUT_TAG = "fp8_left_out"  # instead of it: why the GEMMs of a call cannot be those of a site
 TWO_ACTIVATIONS = "matmul of two activations"
 _VECTOR = "a 1-D operand, as a sample in vmap is; give it a second dimension, such as x[None]"
@@ -124,8 +125,7 @@ class _Tagger:
             )
             matmuls = _matmuls(node, inputs)
             if matmuls:
-                einsum = {EINSUM_TAG: True} if node.target in _EINSUM else {}
-                _mark(node, {SITE_TAG: len(self.sites), **einsum})
+                _mark(node, {SITE_TAG: len(self.sites), **_kind(node)})
             elif (why_not := _left_out(node, inputs)) is not None:
                 _mark(node, {LEFT_OUT_TAG: why_not})
             for position, operands in enumerate(matmuls):
@@ -261,6 +261,13 @@ def _left_out(node: fx.Node, inputs: Mapping[fx.Node, _Input]) -> str | None:
     if not any(_is_parameter(_origin(arg, inputs)) for arg in operands):
         return None
     return OTHER_EINSUM if is_einsum else _BATCH_OF_WEIGHTS
+
+
+def _kind(node: fx.Node) -> dict[str, bool]:
+    """The tag of a call whose batched matmuls are not those of a plain matmul."""
+    if node.target is _ATTENTION:
+        return {ATTENTION_TAG: True}
+    return {EINSUM_TAG: True} if node.target in _EINSUM else {}
 
 
 def _mark(node: fx.Node, tags: Mapping[str, Any]) -> None:

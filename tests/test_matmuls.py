@@ -308,6 +308,21 @@ def test_multi_head_attention(kind: str) -> None:
     assert names == {"attention.in_proj_weight", "attention.out_proj"}
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_that_returns_its_weights_is_accepted_by_strict(masked: bool) -> None:
+    class Weights(nn.MultiheadAttention):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            mask = torch.ones(16, 16).triu(1).bool() if masked else None
+            out, weights = super().forward(x, x, x, attn_mask=mask)
+            return out + weights.sum(-1, keepdim=True)
+
+    model, x = Weights(32, 2, batch_first=True), normal(2, 16, 32)
+    options = {"strict": True}
+    rows = assert_as_eager(model, x, fp8_gemms=6, options=options, chained=CHAINED)
+    reasons = {row.reason for row in rows if not row.is_fp8}
+    assert reasons == {"batched matmul of two activations"}
+
+
 def test_separate_weights_of_multi_head_attention_are_three_sites() -> None:
     attention = CrossAttention(3, kdim=32, vdim=32).attention
     attention._qkv_same_embed_dim = False  # what other sizes of key and value would make it
