@@ -308,6 +308,16 @@ def test_multi_head_attention(kind: str) -> None:
     assert names == {"attention.in_proj_weight", "attention.out_proj"}
 
 
+@pytest.mark.parametrize("inputs", [1, 2, 3])
+def test_multi_head_attention_without_a_batch_multiplies_each_input_by_itself(inputs: int) -> None:
+    model, options = CrossAttention(inputs), {"strict": True}
+    rows = assert_as_eager(model, normal(16, 32), fp8_gemms=12, options=options, chained=CHAINED)
+    assert [row.fqn for row in rows if row.gemm == "fprop"] == [
+        *["attention.in_proj_weight"] * 3,
+        "attention.out_proj",
+    ]
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_that_returns_its_weights_is_accepted_by_strict(masked: bool) -> None:
     class Weights(nn.MultiheadAttention):
