@@ -338,6 +338,6 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
     """The recipe of that name, or the recipe itself; RecipeError lists the names there are."""
     if isinstance(recipe, Recipe):
         return recipe
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise RecipeError(f"unknown recipe {recipe!r}; choose one of {sorted(RECIPES)}")
     return RECIPES[recipe]

@@ -65,6 +65,8 @@ def test_get_recipe() -> None:
 def test_unknown_recipe_lists_the_names() -> None:
     with pytest.raises(RecipeError, match=r"'delyed'.*\['blockwise', 'current', 'delayed', "):
         get_recipe("delyed")
+    with pytest.raises(RecipeError, match=r"\{'scaling': 'current'\}; choose one of"):
+        get_recipe({"scaling": "current"})  # type: ignore[arg-type]
 
 
 def test_a_recipe_is_frozen_and_hashable() -> None:
