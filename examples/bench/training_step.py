@@ -44,6 +44,7 @@ from timing import (
     category_of,
     device_name,
     equal_conditions,
+    heat_up,
     kernel_times,
     load_compiler,
     median_ms,
@@ -247,6 +248,7 @@ def on_cpu(output: Tensor, x: Tensor, model: nn.Module) -> dict[str, Tensor]:
 def measure_all(names: list[str], job: Job) -> list[Result]:
     """Measure each contender alone; one that fails is reported and left out."""
     load_compiler(job.device)
+    heat_up(job.device)
     results = []
     for name in progress(names, "contenders"):
         print(f"... {name}", flush=True)
