@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import FrozenError, OptionError, RecipeError
 from .formats import FP8_DTYPES, Format
-from .internals import uncompiled
+from .modules import checked_model
 from .ops import ALIGNMENT, current_scale
 from .options import parse_options
 from .progress import progress
@@ -185,7 +185,7 @@ def freeze(
     be kept in, OptionError for names to skip that match nothing, for no batch, and for batches with
     which a layer's input is not finite.
     """
-    model, recipe = checked(model, "freeze"), get_recipe(recipe)
+    model, recipe = checked_model(model, "freeze"), get_recipe(recipe)
     granularity = frozen_granularity(recipe)
     left = left_out(model, granularity, skip)
     before = _bytes(model)
@@ -216,7 +216,7 @@ def unfreeze(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
 
     Returns the names of the modules that were frozen. Raises OptionError for a dtype of no float.
     """
-    model = checked(model, "unfreeze")
+    model = checked_model(model, "unfreeze")
     if dtype is not None and dtype not in _UNFROZEN:
         raise OptionError(f"dtype={dtype!r}; weights become one of {[*map(str, _UNFROZEN)]}")
     names = [name for name, module in linears(model) if is_frozen(module)]
@@ -239,17 +239,6 @@ def _thaw(module: Any) -> None:
     """Let a module be of the class that it was of before it was frozen."""
     module.__class__ = type(module).__bases__[1]
     del module.weight_scale, module.granularity, module.weight_dtype
-
-
-def checked(model: Any, what: str) -> nn.Module:
-    """The module that ``torch.compile`` was given, if this is what it returned, or that this is.
-
-    Raises OptionError for anything else.
-    """
-    model = uncompiled(model)
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"{what} takes a model, an nn.Module, and no {type(model).__name__}")
-    return model
 
 
 @torch.inference_mode(False)

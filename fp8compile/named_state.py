@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .errors import ScalingStateError
+from .modules import checked_model
 from .recipe import Operand, Scaling
 from .scaling import (
     HISTORY,
@@ -49,9 +50,11 @@ def events(model: nn.Module) -> dict[str, Events]:
     ``jumped`` counts how often the amax of the last steps came to lie further apart than the
     recipe's ``jump_limit``: from the next step on until they agree again, the operand is cast with
     current scaling. A spike is one jump, and so are two within ``history_len`` steps.
+
+    Raises OptionError for what is no model.
     """
     counts: dict[str, Tensor] = {}
-    for key, state, site in named_states(model):
+    for key, state, site in named_states(checked_model(model, "events")):
         counts[key] = counts.get(key, 0) + state.events[:, slots_of(site)].cpu()
     return {
         f"{key}.{operand}": Events(*found)
@@ -70,14 +73,14 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
     For a site with weight ``layers.0.wq.weight`` there are ``layers.0.wq.weight.scale``,
     ``f32[3]`` (input, weight, grad_output), and ``layers.0.wq.weight.amax_history``, ``f32[H, 3]``
     from oldest to newest. A weight's second use in a graph is ``layers.0.wq.weight#1``. Entries
-    loaded but not used yet are included.
+    loaded but not used yet are included. Raises OptionError for what is no model.
     """
-    return _entries(model)
+    return _entries(checked_model(model, "state_dict"))
 
 
 def _entries(model: nn.Module) -> dict[str, Tensor]:
     entries: dict[str, Tensor] = {}
-    for fqn, parameter in _unwrapped(model).named_parameters():
+    for fqn, parameter in model.named_parameters():
         known: dict[int, Mapping[str, Tensor]] = dict(parked_entries.get(parameter, {}))
         for state in states_by_weight.get(parameter, ()):
             for weight, use, recipe in zip(
@@ -95,9 +98,9 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Restore what ``state_dict`` returned, before or after the first compiled call.
 
     Raises ScalingStateError, and changes nothing, if entries are missing, foreign or of the wrong
-    shape; it lists them. Raises TypeError for what is no mapping.
+    shape; it lists them. Raises TypeError for what is no mapping, OptionError for what is no model.
     """
-    model = _unwrapped(model)
+    model = checked_model(model, "load_state_dict")
     parameters = dict(model.named_parameters())
     for fqn, uses in check_state_dict(model, state_dict).items():
         _apply(parameters[fqn], uses)
@@ -113,7 +116,6 @@ def check_state_dict(
     if not isinstance(state_dict, Mapping):
         given = type(state_dict).__name__
         raise TypeError(f"a {given} is no scaling state; give what fp8compile.state_dict returned")
-    model = _unwrapped(model)
     loaded, problems = _parse(state_dict, dict(model.named_parameters()))
     expected = {key.rpartition(".")[0] for key in _entries(model)}
     present = {_key(fqn, use) for fqn, uses in loaded.items() for use in uses}
@@ -179,14 +181,9 @@ def _key(fqn: str, use: int) -> str:
     return f"{fqn}#{use}" if use else fqn
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module, if this is what ``torch.compile`` returned for it."""
-    return getattr(model, "_orig_mod", model)
-
-
 def named_states(model: nn.Module) -> Iterator[tuple[str, ScalingState, int]]:
     """Every (key, state, site index) of a model, for inspection."""
-    for fqn, parameter in _unwrapped(model).named_parameters():
+    for fqn, parameter in model.named_parameters():
         for state in states_by_weight.get(parameter, ()):
             for index, (weight, use) in enumerate(zip(state.weights(), state.uses(), strict=True)):
                 if weight is parameter:

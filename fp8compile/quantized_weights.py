@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .ir import CAT_ROWS, RESHAPES, SCALED_MMS, args_of, format_graph
+from .modules import checked_model
 from .scaling import generation_of, listen
 
 WEIGHTS_GRAPH = "fp8_weights_graph"  # key in meta of a graph that does nothing but cast weights
@@ -229,8 +230,9 @@ def refresh(model: nn.Module) -> None:
     Compiled calls without gradients quantize a weight once. They notice that it was written to, by
     an optimizer, ``load_state_dict`` or any operation in place, and take ``update_scales`` for the
     end of a step of training, but not a write through ``.data``, or to a tensor made under
-    ``torch.inference_mode()``: then call this.
+    ``torch.inference_mode()``: then call this. Raises OptionError for what is no model.
     """
+    model = checked_model(model, "refresh")
     _forget({id(x) for x in (*model.parameters(), *model.buffers())})
 
 

@@ -28,6 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import ScalingStateError
 from .ir import SLOTS_PER_SITE
+from .modules import checked_model
 from .recipe import Operand, Recipe, Scaling
 
 SCALE, HISTORY = ".scale", ".amax_history"
@@ -517,7 +518,10 @@ def update_scales(model: nn.Module | None = None) -> None:
     Optimizers of ``torch.optim`` do this by themselves; calling it as well does no harm, for a
     state that has seen no training call since its last update stays as it is. Static scales never
     move; but writes to the weights up to here count as a step, after which they stay.
+
+    Raises OptionError for what is no model.
     """
+    model = None if model is None else checked_model(model, "update_scales")
     states = _known_states() if model is None else _trained_with(model)
     for state in states:
         if state.rule.scaling is Scaling.STATIC:

@@ -76,11 +76,15 @@ def plain_step(call: Callable[..., Any], batch: Any) -> Any:
 
 
 def checked_batches(batches: Iterable[Any]) -> Iterable[Any]:
-    """The batches; OptionError for a single one, whose rows or names would be taken for batches."""
-    if isinstance(batches, Tensor | Mapping | str):
+    """The batches; OptionError for a single one, whose rows or names would be taken for batches,
+    and for what is none.
+    """
+    several = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")  # as a Dataset has
+    if isinstance(batches, Tensor | Mapping | str) or not several:
+        given = type(batches).__name__
         raise OptionError(
-            f"batches is a {type(batches).__name__}; give a list of what the model is called with, "
-            "such as [x], of tensors, tuples of arguments or dicts of keyword arguments"
+            f"batches is of type {given}; give a list of what the model is called with, such as "
+            "[x], of tensors, tuples of arguments or dicts of keyword arguments"
         )
     return batches
 

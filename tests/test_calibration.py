@@ -415,8 +415,11 @@ def test_a_delayed_recipe_of_ones_own() -> None:
     ("arguments", "message"),
     [
         ({"batches": []}, "calibrate needs at least one batch"),
-        ({"batches": torch.ones(16, 32)}, r"batches is a Tensor; give a list .* such as \[x\]"),
-        ({"batches": {"input": torch.ones(16, 32)}}, "batches is a dict"),
+        (
+            {"batches": torch.ones(16, 32)},
+            r"of type Tensor; give a list .* such as \[x\]",
+        ),
+        ({"batches": {"input": torch.ones(16, 32)}}, "batches is of type dict"),
         ({"observer": "mean"}, r"observer='mean'; choose one of \['max', 'percentile', 'mse'\]"),
         ({"percentile": 0}, "percentile=0; give a share of all elements, such as 99.99"),
         ({"percentile": 101}, "percentile=101"),

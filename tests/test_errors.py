@@ -219,3 +219,29 @@ def test_who_looks_raises_our_errors_as_they_are(name: str, tmp_path: Path) -> N
 def test_who_looks_leaves_errors_of_others_alone() -> None:
     with pytest.raises(BackendCompilerFailed, match="not ours"), own_errors():
         raise BackendCompilerFailed(Model, ValueError("not ours"), None)
+
+
+TAKE_A_MODULE = {
+    "freeze": fp8compile.freeze,
+    "unfreeze": fp8compile.unfreeze,
+    "state_dict": fp8compile.state_dict,
+    "load_state_dict": lambda model: fp8compile.load_state_dict(model, {}),
+    "events": fp8compile.events,
+    "update_scales": fp8compile.update_scales,
+    "refresh": fp8compile.refresh,
+    "Monitor": fp8compile.Monitor,
+}
+
+
+@pytest.mark.parametrize("name", TAKE_A_MODULE)
+def test_what_is_no_model_is_refused(name: str) -> None:
+    for wrong in (3, torch.relu):
+        with pytest.raises(OptionError, match=rf"^{name} takes a model, an nn.Module, and no "):
+            TAKE_A_MODULE[name](wrong)  # type: ignore[operator]
+
+
+def test_what_cannot_be_called_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"^explain takes a model or a function, and no int"):
+        fp8compile.explain(3, torch.ones(1))  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"^view takes a model or a function, and no int"):
+        fp8compile.view(3, torch.ones(1), path=tmp_path / "x.html")  # type: ignore[arg-type]

@@ -196,8 +196,9 @@ def test_batches_of_arguments(batch: Any) -> None:
 def test_nothing_to_profile() -> None:
     with pytest.raises(OptionError, match="at least one batch"):
         fp8compile.profile(nn.Linear(16, 16), [])
-    with pytest.raises(OptionError, match=r"batches is a Tensor; give a list .* such as \[x\]"):
-        fp8compile.profile(nn.Linear(16, 16), torch.ones(16, 16))
+    for wrong in (torch.ones(16, 16), 3):
+        with pytest.raises(OptionError, match=r"of type \w+; give a list .* such as \[x\]"):
+            fp8compile.profile(nn.Linear(16, 16), wrong)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="no GEMM of this model can run in FP8"):
         fp8compile.profile(nn.ReLU(), [torch.ones(16, 16)])
 

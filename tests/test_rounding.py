@@ -170,7 +170,7 @@ def test_a_layer_may_be_called_by_keyword_and_with_a_vector() -> None:
 @pytest.mark.parametrize("batches", [torch.ones(4, 256), {"x": torch.ones(4, 256)}, "x"], ids=type)
 def test_one_batch_that_is_no_list_is_refused(batches: Any) -> None:
     model = Net().eval()
-    with pytest.raises(OptionError, match=r"batches is a \w+; give a list .* such as \[x\]"):
+    with pytest.raises(OptionError, match=r"batches is of type \w+; give a list .* such as \[x\]"):
         fp8compile.freeze(model, batches=batches)
     assert model.first.weight.dtype is torch.float32
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, OptionError
-from ..frozen import checked, frozen_granularity, is_frozen, quantize_weight, set_frozen
+from ..frozen import frozen_granularity, is_frozen, quantize_weight, set_frozen
+from ..modules import checked_model
 from ..named_state import load_state_dict
 from ..recipe import Granularity, Recipe, get_recipe
 from .buffers import rebuilt_buffers
@@ -59,7 +60,7 @@ def load(
     Raises CheckpointError, and changes nothing, for a checkpoint that is not whole, has another
     format, or does not fit: it lists what is missing, unexpected, or of the wrong shape or dtype.
     """
-    model = checked(model, "load")
+    model = checked_model(model, "load")
     if not isinstance(ignore, list | tuple | set) or not all(isinstance(g, str) for g in ignore):
         raise OptionError(
             f"ignore={ignore!r}; give a list of globs over names of tensors, such as ['*.rotary.*']"

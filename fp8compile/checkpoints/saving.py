@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..frozen import checked, is_frozen
+from ..frozen import is_frozen
+from ..modules import checked_model
 from ..named_state import state_dict
 from .reading import CONFIG, GENERATION, SCALES
 from .scales import input_scales, to_json
@@ -47,7 +48,7 @@ def save_pretrained(
             f"max_shard_bytes is {max_shard_bytes!r}; it must be at least 1, a number of bytes "
             "such as 5 * 10**9"
         )
-    model = checked(model, "save_pretrained")
+    model = checked_model(model, "save_pretrained")
     tensors, scales = _tensors(model), input_scales(model)
     config = _config(model) | {"quantization_config": quantization_config(model, scales)}
     state = state_dict(model)

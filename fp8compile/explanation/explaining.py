@@ -14,6 +14,7 @@ from .. import internals
 from ..backends import kernel_rows
 from ..compile import compile_graph
 from ..errors import own_errors
+from ..modules import checked_callable
 from ..observer import FinalGraphs, Observer
 from ..options import parse_options
 from ..passes import run_final_passes
@@ -68,7 +69,7 @@ def explain(
         )
         return gm.forward
 
-    target = internals.uncompiled(model)
+    target = checked_callable(model, "explain")
     times = measure_step(target, inputs, kwargs, options) if measure else None
     with (
         own_errors(),

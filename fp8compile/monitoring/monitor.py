@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from ..errors import MonitorError, OptionError
-from ..internals import uncompiled
+from ..modules import checked_model
 from ..options import parse_options
 from ..recipe import Operand
 from ..records import Record
@@ -64,11 +64,7 @@ class Monitor:
         step: int | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        model = uncompiled(model)
-        if not isinstance(model, nn.Module):
-            raise OptionError(
-                f"a Monitor names edges by a model's parameters: give it an nn.Module, not {model}"
-            )
+        model = checked_model(model, "Monitor")
         self.every = _steps_of("every", every, 1)
         self.measured: dict[EdgeName, Measured] = {}  # what the last ``measure`` saw
         self._options = parse_options(options)

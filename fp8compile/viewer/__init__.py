@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from .. import internals
 from ..compile import compile_graph
 from ..errors import own_errors
-from ..modules import cleaned, module_path
+from ..modules import checked_callable, cleaned, module_path
 from ..options import parse_options
 from ..untouched import fresh, left_as_it_was, without_data
 from .collect import Collector
@@ -45,7 +45,7 @@ def view(
     check_writable(path)
     parsed = replace(parse_options(options), strict=False)
     collectors: list[Collector] = []
-    target = internals.uncompiled(model)
+    target = checked_callable(model, "view")
     root = target if isinstance(target, nn.Module) else None
     known: dict[int, str] = {}
 

@@ -131,7 +131,7 @@ def test_wrong_arguments(arguments: dict[str, Any], says: str) -> None:
 
 
 def test_a_function_has_no_names() -> None:
-    with pytest.raises(OptionError, match=r"give it an nn\.Module"):
+    with pytest.raises(OptionError, match=r"Monitor takes a model, an nn\.Module"):
         Monitor(F.relu)  # type: ignore[arg-type]
 
 
