@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import checked_model
 from .errors import OptionError, ScalingStateError
 from .histogram import Histogram
-from .internals import uncompiled
 from .ir import SLOTS_PER_SITE
 from .named_state import named_states
 from .observers import MAX, OBSERVERS, Observed, chosen_amax
@@ -65,11 +65,7 @@ def calibrate(
     calibrate; ScalingStateError for an operand that is not finite. Then the state, too, is as it
     was.
     """
-    model = uncompiled(model)
-    if not isinstance(model, nn.Module):
-        raise OptionError(
-            f"calibrate keeps scales with a model's parameters: give it an nn.Module, not {model!r}"
-        )
+    model = checked_model(model, "calibrate")
     chosen, given = parse_options(options), checked_batches(batches)
     _check(observer, percentile, chosen)
     found = _Found(model, observer, percentile)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from .arguments import checked_model
 from .errors import FrozenError, OptionError, RecipeError
 from .formats import FP8_DTYPES, Format
-from .modules import checked_model
 from .ops import ALIGNMENT, current_scale
 from .options import parse_options
 from .progress import progress

@@ -139,12 +139,6 @@ def is_static_input(node: fx.Node) -> bool:
     return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
 
 
-def uncompiled(target: Any) -> Any:
-    """The module or function that ``torch.compile`` was given, if this is what it returned."""
-    original = getattr(target, "_orig_mod", target)
-    return getattr(original, "_torchdynamo_orig_callable", original)
-
-
 def is_traced() -> bool:
     """Whether someone follows the operators that run: Dynamo, export, or a mode such as make_fx's,
     functorch, or TorchScript.

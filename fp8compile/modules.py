@@ -17,28 +17,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import OptionError
-from .internals import source_name, uncompiled
+from .internals import source_name
 from .untouched import ARGS, KWARGS
-
-
-def checked_model(model: Any, what: str) -> nn.Module:
-    """The module that ``torch.compile`` was given, if this is what it returned, or that this is.
-
-    Raises OptionError for anything else, which ``what``, a function of ours, was called with.
-    """
-    model = uncompiled(model)
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"{what} takes a model, an nn.Module, and no {type(model).__name__}")
-    return model
-
-
-def checked_callable(target: Any, what: str) -> Any:
-    """The same where functions are welcome, too."""
-    target = uncompiled(target)
-    if not callable(target):
-        raise OptionError(f"{what} takes a model or a function, and no {type(target).__name__}")
-    return target
 
 
 def calling_module(parameter: Tensor) -> nn.Module | None:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from .arguments import checked_model
 from .errors import ScalingStateError
-from .modules import checked_model
 from .recipe import Operand, Scaling
 from .scaling import (
     HISTORY,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import internals
+from .arguments import checked_callable, uncompiled
 from .compile import compile_graph
 from .compiled_graph import CompiledGraph
 from .edge_records import EdgeRecord
@@ -74,7 +75,7 @@ def profile(
     is no batch or nothing to profile.
     """
     chosen = parse_options(options)
-    runs = _Runs(internals.uncompiled(model), step or plain_step, chosen)
+    runs = _Runs(checked_callable(model, "profile"), step or plain_step, chosen)
     given = list(checked_batches(batches))
     if not given:
         raise OptionError("profile needs at least one batch")
@@ -93,7 +94,7 @@ def watch(
 
     ``batch`` and ``step`` are as in ``profile``, and as much is left as it was.
     """
-    runs = _Runs(internals.uncompiled(model), step or plain_step, options, look)
+    runs = _Runs(uncompiled(model), step or plain_step, options, look)
     with own_errors(), left_as_it_was(runs.model):
         runs.observe([batch])
 
@@ -112,7 +113,7 @@ def look_at_casts(
     ``batches`` and ``step`` are as in ``profile``, and as much is left as it was, but that the
     model has the states that the same calls of the compiled model would have given it.
     """
-    runs = _Runs(internals.uncompiled(model), step or plain_step, options, look_at_cast=look)
+    runs = _Runs(uncompiled(model), step or plain_step, options, look_at_cast=look)
     with own_errors(), left_as_it_was(runs.model), torch.no_grad():
         for batch in progress(batches, "calibrating"):
             runs.run(batch)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .arguments import checked_model
 from .ir import CAT_ROWS, RESHAPES, SCALED_MMS, args_of, format_graph
-from .modules import checked_model
 from .scaling import generation_of, listen
 
 WEIGHTS_GRAPH = "fp8_weights_graph"  # key in meta of a graph that does nothing but cast weights

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .arguments import checked_model
 from .errors import ScalingStateError
 from .ir import SLOTS_PER_SITE
-from .modules import checked_model
 from .recipe import Operand, Recipe, Scaling
 
 SCALE, HISTORY = ".scale", ".amax_history"

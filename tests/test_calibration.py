@@ -425,7 +425,7 @@ def test_a_delayed_recipe_of_ones_own() -> None:
         ({"percentile": 101}, "percentile=101"),
         ({"percentile": "99"}, "percentile='99'"),
         ({"model": nn.ReLU()}, "no GEMM of this model can run in FP8 with a scale that is kept"),
-        ({"model": torch.relu}, "give it an nn.Module"),
+        ({"model": torch.relu}, r"calibrate takes a model, an nn\.Module, and no "),
         ({"options": {"reciep": "delayed"}}, "unknown option 'reciep'"),
         ({"options": {"skip": ["*"]}}, "no GEMM of this model can run in FP8"),
     ],

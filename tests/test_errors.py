@@ -230,6 +230,7 @@ TAKE_A_MODULE = {
     "update_scales": fp8compile.update_scales,
     "refresh": fp8compile.refresh,
     "Monitor": fp8compile.Monitor,
+    "calibrate": lambda model: fp8compile.calibrate(model, [torch.ones(1)]),
 }
 
 
@@ -243,5 +244,7 @@ def test_what_is_no_model_is_refused(name: str) -> None:
 def test_what_cannot_be_called_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"^explain takes a model or a function, and no int"):
         fp8compile.explain(3, torch.ones(1))  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"^profile takes a model or a function, and no int"):
+        fp8compile.profile(3, [torch.ones(1)])  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"^view takes a model or a function, and no int"):
         fp8compile.view(3, torch.ones(1), path=tmp_path / "x.html")  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ PACKAGE = Path(fp8compile.__file__).parent
 # Each module may import from layers below its own; within a layer, see ALLOWED_SIBLINGS.
 LAYERS = (
     {"errors", "formats", "histogram", "progress"},
-    {"recipe", "cost"},
+    {"arguments", "recipe", "cost"},
     {"ops", "internals"},
     {"observers", "profiles", "untouched", "read_only"},
     {"ir", "modules", "options"},

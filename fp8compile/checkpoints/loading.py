@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked_model
 from ..errors import CheckpointError, OptionError
 from ..frozen import frozen_granularity, is_frozen, quantize_weight, set_frozen
-from ..modules import checked_model
 from ..named_state import load_state_dict
 from ..recipe import Granularity, Recipe, get_recipe
 from .buffers import rebuilt_buffers

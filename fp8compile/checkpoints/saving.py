@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked_model
 from ..errors import CheckpointError
 from ..frozen import is_frozen
-from ..modules import checked_model
 from ..named_state import state_dict
 from .reading import CONFIG, GENERATION, SCALES
 from .scales import input_scales, to_json

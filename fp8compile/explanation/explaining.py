@@ -11,10 +11,10 @@ import torch
 from torch import fx, nn
 
 from .. import internals
+from ..arguments import checked_callable
 from ..backends import kernel_rows
 from ..compile import compile_graph
 from ..errors import own_errors
-from ..modules import checked_callable
 from ..observer import FinalGraphs, Observer
 from ..options import parse_options
 from ..passes import run_final_passes

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from ..arguments import checked_model
 from ..errors import MonitorError, OptionError
-from ..modules import checked_model
 from ..options import parse_options
 from ..recipe import Operand
 from ..records import Record

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import internals
+from ..arguments import checked_callable
 from ..compile import compile_graph
 from ..errors import own_errors
-from ..modules import checked_callable, cleaned, module_path
+from ..modules import cleaned, module_path
 from ..options import parse_options
 from ..untouched import fresh, left_as_it_was, without_data
 from .collect import Collector

@@ -7,11 +7,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fp8compile import scaling
+from fp8compile import Monitor, scaling
 
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
+    others = list(scaling._listeners)
+    scaling._listeners.clear()
     yield
-    scaling._listeners.clear()  # tests leave monitors open
+    # Tests leave monitors open. Whoever else began to listen does so once, for good.
+    added = [each for each in scaling._listeners if not isinstance(owner_of(each), Monitor)]
+    scaling._listeners[:] = [*others, *added]
+
+
+def owner_of(listener: object) -> object:
+    return getattr(listener, "__self__", None)
