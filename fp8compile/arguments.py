@@ -1,6 +1,6 @@
 """What our functions are called with: a model or a function, or what ``torch.compile`` made of it.
 
-Imports nothing that is slow: so does ``import fp8compile``.
+``import fp8compile`` loads it, so it loads neither Dynamo nor Inductor.
 """
 
 from __future__ import annotations

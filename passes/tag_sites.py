@@ -197,8 +197,10 @@ def _projections(node: fx.Node) -> list[tuple[Any, ...]]:
     if arguments["use_separate_proj_weight"]:
         weights = [arguments[f"{name}_proj_weight"] for name in "qkv"]
         projections = list(zip((query, key, value), weights, strict=True))
-    else:  # PyTorch multiplies an input with all its weights at once, but not where it has to give
-        batched = _dim(query) != 2  # each of the three a batch, after which they differ
+    else:
+        # PyTorch multiplies an input with all its weights at once, but not if there is no batch: it
+        # gives one to each of the three, and they are no longer the same tensor.
+        batched = _dim(query) != 2
         inputs = [query] if batched and query is key is value else [query, key]
         inputs += [] if batched and key is value else [value]
         projections = [(each, arguments["in_proj_weight"]) for each in inputs]
