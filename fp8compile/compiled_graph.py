@@ -11,7 +11,7 @@ from torch import nn
 
 from .ir import Site
 from .modules import calling_replicas, owners_of
-from .recipe import Recipe, Scaling
+from .recipe import Operand, Recipe, Scaling
 from .scaling import ScalingState, find_state
 from .static import StaticScales
 
@@ -37,7 +37,7 @@ class CompiledGraph:
             s.weight if s.weight is not None and is_parameter(example_inputs[s.weight]) else None
             for s in sites
         ]
-        self._leaders = [s.index if s.leader is None else s.leader for s in sites]
+        self._leaders = [site.leader_of(Operand.WEIGHT) for site in sites]
         self._trainable = [
             i for i, x in enumerate(example_inputs) if is_parameter(x) and x.requires_grad
         ]

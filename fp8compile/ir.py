@@ -57,9 +57,11 @@ class Site:
     its weight among the graph's inputs, or None. ``weight_first``: whether the weight is the
     left operand. ``reason``: why it stays in high precision whatever its shapes, or None.
     ``leader``: the first site that takes the same input, by its index. They share its scaling
-    state, so that it fits graphs that merge their GEMMs and graphs that do not. ``position``: which
-    matmul of its call it is, for a call that makes several, such as multi-head attention.
-    ``recipe``: its own, or None for that of the whole graph; the same as its leader's.
+    state, so that it fits graphs that merge their GEMMs and graphs that do not. ``grad_leader``:
+    the first of those that a common output of the graph is computed from; the others' gradients
+    are of other losses, and scaled on their own. ``position``: which matmul of its call it is, for
+    a call that makes several, such as multi-head attention. ``recipe``: its own, or None for that
+    of the whole graph; the same as its leader's.
     """
 
     index: int
@@ -68,6 +70,7 @@ class Site:
     weight_first: bool = False
     reason: str | None = None
     leader: int | None = None
+    grad_leader: int | None = None
     position: int = 0
     recipe: Recipe | None = None
 
@@ -78,8 +81,12 @@ class Site:
 
     def slot(self, operand: Operand) -> int:
         """Where this site's scaling state for an operand lies in the graph's flat tensors."""
-        leader = self.index if self.leader is None else self.leader
-        return SLOTS_PER_SITE * leader + operand.value
+        return SLOTS_PER_SITE * self.leader_of(operand) + operand.value
+
+    def leader_of(self, operand: Operand) -> int:
+        """The index of the site whose scaling state for an operand is used."""
+        leader = self.grad_leader if operand is Operand.GRAD_OUTPUT else self.leader
+        return self.index if leader is None else leader
 
 
 @dataclass(frozen=True)

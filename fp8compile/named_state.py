@@ -44,12 +44,13 @@ def events(model: nn.Module) -> dict[str, Events]:
 
     The key is the name of a site's weight, as in ``state_dict``, and an operand:
     ``layers.0.wq.weight.grad_output``. Sites with the same input share their scales, and stand
-    under the name of the first. ``not_finite`` counts the steps whose amax was inf or NaN: the
-    scale did not move. ``saturated`` counts those whose values had outgrown the scale so far that
-    clipping changed them by more than rounding does; the next step's scale is right again.
-    ``jumped`` counts how often the amax of the last steps came to lie further apart than the
-    recipe's ``jump_limit``: from the next step on until they agree again, the operand is cast with
-    current scaling. A spike is one jump, and so are two within ``history_len`` steps.
+    under the name of the first; of gradients, those that come from the same outputs of the graph.
+    ``not_finite`` counts the steps whose amax was inf or NaN: the scale did not move. ``saturated``
+    counts those whose values had outgrown the scale so far that clipping changed them by more than
+    rounding does; the next step's scale is right again. ``jumped`` counts how often the amax of the
+    last steps came to lie further apart than the recipe's ``jump_limit``: from the next step on
+    until they agree again, the operand is cast with current scaling. A spike is one jump, and so
+    are two within ``history_len`` steps.
 
     Raises OptionError for what is no model.
     """

@@ -30,6 +30,7 @@ from .ir import (
     Edge,
     GemmInfo,
     Site,
+    args_of,
     gemm_info,
     takes_slot,
 )
@@ -42,8 +43,9 @@ from .report import Row
 from .scaling import ScalingState
 from .untouched import Step, check_has_data, checked_batches, fresh, left_as_it_was, plain_step
 
-# Given the graph's number, a GEMM, one of its edges, the recipe, and the operand as ``[rows, K]``.
-Look = Callable[[int, GemmInfo, Edge, Recipe, Tensor], None]
+# Given the graph's number, a GEMM, one of its edges, the recipe, the operand as ``[rows, K]``, and
+# its static scale, ``f32[]``, which for gradients follows from those that enter the graph, or None.
+Look = Callable[[int, GemmInfo, Edge, Recipe, Tensor, Tensor | None], None]
 # Given the state that a cast has its scale from, the slot, and the value that it casts.
 LookAtCast = Callable[[ScalingState, int, Tensor], None]
 
@@ -92,7 +94,8 @@ def watch(
 ) -> None:
     """Run a batch in the model's own precision and let ``look`` see the operands of its FP8 GEMMs.
 
-    ``batch`` and ``step`` are as in ``profile``, and as much is left as it was.
+    ``batch`` and ``step`` are as in ``profile``, and as much is left as it was, but that a model
+    with static scales has the state that the compiled one would have given it.
     """
     runs = _Runs(uncompiled(model), step or plain_step, options, look)
     with own_errors(), left_as_it_was(runs.model):
@@ -176,7 +179,7 @@ class _Runs(Observer):
         run = compile_graph(
             gm,
             example_inputs,
-            _all_in_fp8(self.options) if self.look_at_cast else _stateless(self.options),
+            self._options(),
             inner_compile=interpret,
             observer=self,
             root=root,
@@ -188,6 +191,11 @@ class _Runs(Observer):
             return run(*args)
 
         return call
+
+    def _options(self) -> Options:
+        if self.look_at_cast is not None:
+            return _all_in_fp8(self.options)
+        return _without_history(self.options, keep_static=self.look is not None)
 
     def on_sites(self, sites: Sequence[Site]) -> None:
         self.sites |= dict.fromkeys(site.fqn for site in sites)
@@ -264,6 +272,7 @@ class _WithoutCasts(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, number: int, runs: _Runs) -> None:
         super().__init__(gm)
         self._number, self._runs = number, runs
+        self._scales: dict[Any, Tensor] = {}  # of the casts that do not find their own
 
     def run_node(self, n: fx.Node) -> Any:
         if n.target not in (*CASTS, *SCALED_MMS):
@@ -271,39 +280,43 @@ class _WithoutCasts(fx.Interpreter):
         args, _ = self.fetch_args_kwargs_from_env(n)
         if takes_slot(n):
             self._runs.cast(args[2], args[0])
+            self._scales[n] = args[1][args[2]]
         if n.target in CASTS:  # what fold_scales has made of a scale_inv is then a factor
             one = args[0].new_ones(1, dtype=torch.float32)
             return args[0], args[0].t(), *[one] * (len(CASTS[n.target]) - 2)
         info = gemm_info(n)
         assert info is not None
-        return self._multiply(info, n.target, args)
+        return self._multiply(info, n, args)
 
-    def _multiply(self, info: GemmInfo, target: Any, args: Sequence[Any]) -> Tensor:
+    def _multiply(self, info: GemmInfo, n: fx.Node, args: Sequence[Any]) -> Tensor:
         a, b, a_factor, b_factor, bias, dtype, *blocks_and_fast = args
-        leader = info.site.index if info.site.leader is None else info.site.leader
+        leader = info.site.leader_of(Operand.GRAD_OUTPUT)
         key = self._runs.names.setdefault((self._number, leader), info.site.fqn)
         recipe = self._runs.recipe_of(info.site.fqn)
         if self._runs.observing:
-            self._observe(key, info, recipe, a, b)
+            self._observe(key, info, recipe, n, a, b)
         if self._runs.in_fp8 == key:
             a, a_scale_inv = _quantized(a, info.left, recipe)
             b, b_scale_inv = _quantized(b, info.right, recipe)
             scales = a_scale_inv * a_factor, b_scale_inv * b_factor
-            return target(a, b, *scales, bias, dtype, *blocks_and_fast)
+            return n.target(a, b, *scales, bias, dtype, *blocks_and_fast)  # type: ignore[operator]
         if bias is not None:
             return torch.addmm(bias.to(a.dtype), a, b.t()).to(dtype)
         factor = float(a_factor * b_factor)
         return (a @ b.t() if factor == 1 else (a @ b.t()) * factor).to(dtype)
 
-    def _observe(self, key: str, info: GemmInfo, recipe: Recipe, a: Tensor, b: Tensor) -> None:
+    def _observe(
+        self, key: str, info: GemmInfo, recipe: Recipe, n: fx.Node, a: Tensor, b: Tensor
+    ) -> None:
         record = self._runs.records[key]
         record.sites |= dict.fromkeys(site.fqn for site in info.sites)
-        for edge, value in ((info.left, a), (info.right, b)):
+        for edge, value, copy in zip((info.left, info.right), (a, b), args_of(n), strict=False):
             # Once as the recipe's own GEMM takes it, and gradients in both GEMMs that do.
             if info.gemm is not Gemm.FPROP and edge.operand is not Operand.GRAD_OUTPUT:
                 continue
             if self._runs.look is not None:
-                self._runs.look(self._number, info, edge, recipe, value.detach())
+                scale = self._scales.get(args_of(copy)[0])
+                self._runs.look(self._number, info, edge, recipe, value.detach(), scale)
             else:
                 seen = record.edges.setdefault(edge.operand, EdgeRecord(edge, recipe))
                 seen.add(value.detach())
@@ -337,11 +350,12 @@ def _all_in_fp8(options: Options) -> Options:
     )
 
 
-def _stateless(options: Options) -> Options:
-    """The same choices, with every legal GEMM in FP8 and no scaling state."""
+def _without_history(options: Options, *, keep_static: bool) -> Options:
+    """The same choices, with every legal GEMM in FP8 and no scaling state, or only a static one."""
 
     def current(recipe: Recipe) -> Recipe:
-        return replace(recipe, scaling=Scaling.CURRENT)
+        keep = keep_static and recipe.scaling is Scaling.STATIC
+        return recipe if keep else replace(recipe, scaling=Scaling.CURRENT)
 
     return Options(
         recipe=current(options.recipe),

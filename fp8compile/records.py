@@ -17,8 +17,9 @@ class Record:
     their scales, and stand under the name of the first. ``operand``: input, weight or grad_output.
     ``format``: what it is cast to. ``amax``: the largest magnitude in that step; None if it was not
     finite, nothing was cast, or the scaling is static. ``scale``: what the next step multiplies
-    with before the cast; None if that cast finds its own. ``events``: how often something went
-    wrong so far, as in ``fp8compile.events``; None if nobody counts.
+    with before the cast; None if that cast finds its own. A static one of a gradient is that for
+    the size expected of those that enter the graph, and follows them. ``events``: how often
+    something went wrong so far, as in ``fp8compile.events``; None if nobody counts.
 
     The others are known only of what ``Monitor.measure`` has looked at; its ``amax`` is that of the
     value it saw, and its ``scale`` the one that it cast with, None where there are many.

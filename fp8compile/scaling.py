@@ -43,9 +43,9 @@ class ScalingState:
     finite, how often one was too large for the scale that was used, and how often one jumped (see
     ``fp8::update_scales``). Static scaling uses only ``scale``. ``weights``: for each site its
     weight, or None where it has no parameter. ``recipes``: the recipe of each site. ``rule``: see
-    ``rule_of``. ``leaders``: for each site the one whose slots it uses, see Site. ``replicas``: the
-    process group that trains copies of the weights on other data, or None. ``number``: states are
-    created, and so numbered, in the same order in every replica.
+    ``rule_of``. ``leaders``: for each site the one whose slots its input and weight use, see Site.
+    ``replicas``: the process group that trains copies of the weights on other data, or None.
+    ``number``: states are created, and so numbered, in the same order in every replica.
     """
 
     _numbers = itertools.count()

@@ -78,29 +78,52 @@ def derive_scales(gm: fx.GraphModule, *, inputs: Mapping[fx.Node, int]) -> int:
 
 
 def _follow_tangents(gm: fx.GraphModule, casts: Sequence[fx.Node], moments: Analysis) -> None:
-    """Divide the scales of gradients by the size of those that enter the graph."""
-    tangents = [n for n in gm.graph.nodes if is_tangent(n) and is_floating(n)]
-    computed = set(tangents)
-    for node in gm.graph.nodes:
-        if not computed.isdisjoint(node.all_input_nodes):
-            computed.add(node)
-    gradients = [cast for cast in casts if cast in computed]
-    first, *others = [tangent for tangent in tangents if 0 not in sizes(tangent)] or [None]
-    if not gradients or first is None:
+    """Divide the scales of gradients by the size of those that enter the graph, each by that of
+    those it is computed from: the losses of two heads may be of any sizes.
+    """
+    behind = _tangents_behind(gm)
+    of_slot: dict[int, frozenset[fx.Node]] = {}  # casts with one slot have one scale
+    for cast in casts:
+        slot = args_of(cast)[2]
+        of_slot[slot] = of_slot.get(slot, frozenset()) | behind[cast]
+    gradients: dict[frozenset[fx.Node], list[fx.Node]] = {}
+    for cast in casts:
+        if group := of_slot[args_of(cast)[2]]:
+            gradients.setdefault(group, []).append(cast)
+    if not gradients:
         return
-    scale, like = args_of(gradients[0])[1], gradients[0]
-    with gm.graph.inserting_before(gradients[0]):
-        largest = _ratio(gm.graph, first, moments)
-        for tangent in others:
-            args = (largest, _ratio(gm.graph, tangent, moments))
-            largest = emit(gm.graph, aten.maximum.default, args, f"{tangent}_max", like=like)
-        ratio = emit(gm.graph, aten.div.Tensor, (scale, largest), "scale_ratio", like=like)
+    tangents = [node for node in behind if any(node in group for group in gradients)]
+    like = next(iter(gradients.values()))[0]
+    scale = args_of(like)[1]
+    with gm.graph.inserting_before(like):
+        ratios = {tangent: _ratio(gm.graph, tangent, moments) for tangent in tangents}
         # Finite where all gradients are zero; where one is not finite, it is not positive, and each
         # cast finds its own.
-        most = emit(gm.graph, aten.full.default, ([], F32_MAX), "scale_most", ratio)
-        followed = emit(gm.graph, aten.minimum.default, (ratio, most), "scale_bwd", ratio)
-    for cast in gradients:
-        cast.update_arg(1, followed)
+        most = emit(gm.graph, aten.full.default, ([], F32_MAX), "scale_most", like)
+        for group, followers in gradients.items():
+            largest = _largest(gm.graph, [ratios[t] for t in tangents if t in group])
+            ratio = emit(gm.graph, aten.div.Tensor, (scale, largest), "scale_ratio", like=like)
+            followed = emit(gm.graph, aten.minimum.default, (ratio, most), "scale_bwd", ratio)
+            for cast in followers:
+                cast.update_arg(1, followed)
+
+
+def _tangents_behind(gm: fx.GraphModule) -> dict[fx.Node, frozenset[fx.Node]]:
+    """The gradients that enter the graph, of what has elements, which a value is computed from."""
+    found: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        enters = is_tangent(node) and is_floating(node) and 0 not in sizes(node)
+        behind = [found[each] for each in node.all_input_nodes]
+        found[node] = frozenset([node] if enters else []).union(*behind)
+    return found
+
+
+def _largest(graph: fx.Graph, ratios: Sequence[fx.Node]) -> fx.Node:
+    largest, *others = ratios
+    for ratio in others:
+        args = (largest, ratio)
+        largest = emit(graph, aten.maximum.default, args, f"{ratio}_max", like=ratio)
+    return largest
 
 
 def _ratio(graph: fx.Graph, tangent: fx.Node, moments: Analysis) -> fx.Node:

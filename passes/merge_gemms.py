@@ -68,7 +68,8 @@ def merge_gemms(gm: fx.GraphModule) -> int:
         of them is kept.
     Leaves alone: a group of which a GEMM stays in high precision, uses another's result, or has an
         output whose width is not a multiple of 16; whose dgrads are not summed in one place; of
-        which a view of an output is returned; or of which some weights are frozen, unless all are,
+        which a view of an output is returned; whose gradients come from different outputs of the
+        model, and so may differ by any factor; or of which some weights are frozen, unless all are,
         with scales that can stand below each other.
     Numerics: reorders (dgrad adds its parts in the GEMM).
     """
@@ -124,6 +125,7 @@ def _operand(node: fx.Node, operand: Operand) -> fx.Node:
 
 def _groups(gm: fx.GraphModule) -> list[list[_SiteGemms]]:
     """The sites whose fprop takes the same input, where there are several."""
+    training = any(is_backward(node) for node, _ in gemms(gm))
     backward: dict[tuple[int, Gemm], tuple[fx.Node, ...]] = {}
     groups: dict[object, list[fx.Node]] = {}
     for node, info in gemms(gm):
@@ -131,7 +133,7 @@ def _groups(gm: fx.GraphModule) -> list[list[_SiteGemms]]:
             key = (info.site.index, info.gemm)
             backward[key] = (*backward.get(key, ()), node)
         elif _is_plain(node):
-            groups.setdefault(_shared_by(node), []).append(node)
+            groups.setdefault(_shared_by(node, training=training), []).append(node)
 
     def site_gemms(node: fx.Node) -> _SiteGemms:
         site, weight = _info(node).site, _operand(node, Operand.WEIGHT)
@@ -141,12 +143,13 @@ def _groups(gm: fx.GraphModule) -> list[list[_SiteGemms]]:
     return [[site_gemms(node) for node in nodes] for nodes in groups.values() if len(nodes) > 1]
 
 
-def _shared_by(fprop: fx.Node) -> object:
+def _shared_by(fprop: fx.Node, *, training: bool) -> object:
     """What is equal for GEMMs that may be one."""
     info = _info(fprop)
     region = tuple(fprop.meta.get(key) for key in _REGION)
     # The leader: what shares no scaling state in one graph must not share it in another.
-    value = value_key(_operand(fprop, Operand.INPUT)), info.site.leader
+    leader = info.site.grad_leader if training else info.site.leader
+    value = value_key(_operand(fprop, Operand.INPUT)), leader
     return value, fprop.target, info.dtype, info.left, region
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from ..ir import DEQUANTIZE, SITE_TAG, Site, args_of, aten
 from ..recipe import Recipe
 
 Block = tuple[int, int]  # rows and elements of K, see Granularity
+Outputs = frozenset[int]  # some of a graph's, by position
 EINSUM_TAG = "fp8_einsum"  # beside SITE_TAG: the call is an einsum, which ATen makes a bmm of
 ATTENTION_TAG = "fp8_attention"  # beside it, too: the call multiplies activations as well
 LEFT_OUT_TAG = "fp8_left_out"  # instead of it: why the GEMMs of a call cannot be those of a site
@@ -72,7 +74,8 @@ def tag_sites(
 
     Requires: a graph of torch-level calls, as Dynamo gives it to a backend.
     Ensures: sites are numbered in graph order; inside activation-checkpointed regions too. Those
-        with the same input and recipe have the same leader.
+        with the same input and recipe have the same leader; of these, those that an output of the
+        graph has in common have the same grad_leader.
         A call of ``multi_head_attention_forward`` has a site for each of its projections. An einsum
         is a site if it sums over all that a parameter shares with its other operand.
     Leaves alone: matmuls of two batched operands (attention), 1-D operands, other einsums; those
@@ -83,7 +86,8 @@ def tag_sites(
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     tagger = _Tagger(placeholders, name_of or _name, recipe_of or (lambda name, block: None))
-    tagger.tag(gm, {node: _Input(node, _is_static(node)) for node in placeholders}, None)
+    inputs = {node: _Input(node, _is_static(node)) for node in placeholders}
+    tagger.tag(gm, inputs, None, _outputs_of(gm))
     gm.meta["fp8_sites"] = tagger.sites
     return len(tagger.sites)
 
@@ -114,9 +118,18 @@ class _Tagger:
         self._name_of = name_of
         self._recipe_of = recipe_of
         self._leaders: dict[Any, int] = {}
+        self._grad_leaders: dict[int, dict[int, Outputs]] = {}  # leader -> those of its sites
 
-    def tag(self, gm: fx.GraphModule, inputs: Mapping[fx.Node, _Input], reason: str | None) -> None:
-        """Number the matmuls of a graph; ``reason``: why none of them can be FP8, or None."""
+    def tag(
+        self,
+        gm: fx.GraphModule,
+        inputs: Mapping[fx.Node, _Input],
+        reason: str | None,
+        outputs: Mapping[fx.Node, Outputs],
+    ) -> None:
+        """Number the matmuls of a graph or body; ``reason``: why none of them can be FP8, or None.
+        ``outputs``: those of the whole graph that are computed from a node.
+        """
         static: dict[Any, bool] = {}
         for node in gm.graph.nodes:
             given = node.op == "placeholder"
@@ -135,9 +148,9 @@ class _Tagger:
                     for side, origin in zip(operands, origins, strict=True)
                 ]
                 why = reason or (None if any(is_weight) else TWO_ACTIVATIONS)
-                self.sites.append(self._site(node, position, operands, origins, why))
+                self.sites.append(self._site(node, position, operands, origins, why, outputs[node]))
             if isinstance(node.target, torch._ops.HigherOrderOperator):
-                self._tag_bodies(gm, node, inputs, static, reason)
+                self._tag_bodies(gm, node, inputs, static, reason, outputs[node])
 
     def _site(
         self,
@@ -146,21 +159,34 @@ class _Tagger:
         operands: Sequence[Any],
         origins: Sequence[fx.Node | None],
         reason: str | None,
+        outputs: Outputs,
     ) -> Site:
         weight_first = _is_parameter(origins[0]) and not _is_parameter(origins[1])
         weight, shared = origins[not weight_first], operands[weight_first]
         index, fqn = len(self.sites), self._name_of(node, weight)
         recipe = self._recipe_of(fqn, _frozen_block(operands[not weight_first]))
+        leader = self._leaders.setdefault((shared, recipe), index) if shared else index
         return Site(
             index=index,
             fqn=fqn,
             weight=self._placeholders.index(weight) if weight in self._placeholders else None,
             weight_first=weight_first,
             reason=reason,
-            leader=self._leaders.setdefault((shared, recipe), index) if shared else index,
+            leader=leader,
+            grad_leader=self._grad_leader(index, leader, outputs),
             position=position,
             recipe=recipe,
         )
+
+    def _grad_leader(self, site: int, leader: int, outputs: Outputs) -> int:
+        """The first of the sites with a leader that has an output in common with this one. Where no
+        output is found, as behind what is written in place, any may be.
+        """
+        known = self._grad_leaders.setdefault(leader, {})
+        alike = (i for i, theirs in known.items() if not (outputs and theirs) or outputs & theirs)
+        found = next(alike, site)
+        known[found] = known.get(found, frozenset()) | outputs
+        return found
 
     def _tag_bodies(
         self,
@@ -169,6 +195,7 @@ class _Tagger:
         inputs: Mapping[fx.Node, _Input],
         static: Mapping[Any, bool],
         reason: str | None,
+        outputs: Outputs,
     ) -> None:
         name = node.target.name()  # type: ignore[union-attr]
         inner_reason = reason or (None if name in _INLINED else f"inside {name}")
@@ -177,7 +204,19 @@ class _Tagger:
             # The operands come last, behind a predicate if there is one.
             for inner, arg in zip(reversed(bound), reversed(args), strict=False):
                 bound[inner] = _Input(_origin(arg, inputs), static.get(arg, False))
-            self.tag(body, bound, inner_reason)
+            self.tag(body, bound, inner_reason, dict.fromkeys(body.graph.nodes, outputs))
+
+
+def _outputs_of(gm: fx.GraphModule) -> dict[fx.Node, Outputs]:
+    """The positions of the outputs that are computed from each node."""
+    (last,) = gm.graph.find_nodes(op="output")
+    own: dict[Any, set[int]] = defaultdict(set)
+    for position, value in enumerate(torch.utils._pytree.tree_leaves(last.args)):
+        own[value].add(position)
+    found: dict[fx.Node, Outputs] = {}
+    for node in reversed(gm.graph.nodes):
+        found[node] = frozenset(own[node]).union(*(found[user] for user in node.users))
+    return found
 
 
 def _matmuls(node: fx.Node, inputs: Mapping[fx.Node, _Input]) -> list[tuple[Any, ...]]:

@@ -119,3 +119,39 @@ def test_quality_does_not_depend_on_the_magnitude(magnitude: float) -> None:
     model = nn.Linear(64, 64, bias=False)
     x = torch.randn(32, 64) * magnitude
     assert sqnr_db(model(x).detach(), compile_interpreted(model)(x).detach()) >= GEMM_DB
+
+
+class TwoHeads(nn.Module):
+    """A trunk with two heads that take its output; their losses are no business of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(32, 64)
+        self.a, self.b = (
+            nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, n)) for n in (32, 16)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.trunk(x).tanh()
+        return self.a(y), self.b(y)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "current", "static", "e4m3_only", "blockwise"])
+@pytest.mark.parametrize("factor", [1e-9, 1e9])
+def test_losses_of_several_outputs_may_be_of_any_sizes(recipe: str, factor: float) -> None:
+    """Gradients of different outputs share no scale, though their heads take one input."""
+    torch.manual_seed(0)
+    model, x = TwoHeads(), torch.randn(64, 32)
+
+    def gradients(call: Callable[[Tensor], tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        model.zero_grad()
+        a, b = call(x)
+        (a.square().mean() + factor * b.square().mean()).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    expected, compiled = gradients(model), compile_interpreted(model, {"recipe": recipe})
+    for _ in range(2):  # the second time with scales that are kept
+        actual = gradients(compiled)
+        fp8compile.update_scales(model)
+        quality = {name: sqnr_db(expected[name], actual[name]) for name in expected}
+        assert all(db > GRADIENT_DB for db in quality.values()), quality

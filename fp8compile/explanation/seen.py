@@ -55,7 +55,7 @@ def edge_rows(
     """
     rows: dict[tuple[int, Any, str], EdgeRow] = {}
     for info, edge in _edges(graphs):
-        leader = sites[info.site.index if info.site.leader is None else info.site.leader]
+        leader = sites[info.site.leader_of(edge.operand)]
         key = (leader.index, edge.operand, edge.cast)
         if key not in rows:
             found = _state_of(leader, sites, example_inputs)

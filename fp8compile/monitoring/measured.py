@@ -92,15 +92,22 @@ def measure(
     """Run a model once, in its own precision, and cast every operand as its recipe says.
 
     ``run(call)`` calls ``call`` in place of the model, and returns a scalar loss if gradients are
-    to be measured, too. A delayed or static scale is the one of the model's state; where that knows
-    none, as with other recipes, the cast finds its own. Raises OptionError if the state is that of
-    other recipes, or no GEMM is in FP8.
+    to be measured, too. A delayed scale is the one of the model's state; where that knows none, as
+    with other recipes, the cast finds its own. Raises OptionError if the state is that of other
+    recipes, or no GEMM is in FP8.
     """
     scales = _known_scales(model, options)
     found: dict[EdgeName, Measured] = {}
     uses: dict[tuple[int, str], list[int]] = {}  # graph and name -> the sites of that name
 
-    def look(graph: int, info: GemmInfo, edge: Edge, recipe: Recipe, value: Tensor) -> None:
+    def look(
+        graph: int,
+        info: GemmInfo,
+        edge: Edge,
+        recipe: Recipe,
+        value: Tensor,
+        static_scale: Tensor | None,
+    ) -> None:
         same = uses.setdefault((graph, info.site.fqn), [])
         if info.site.index not in same:
             same.append(info.site.index)
@@ -110,7 +117,9 @@ def measure(
         if not x.numel():
             return
         scale = current_scale(x.abs().amax(), to.max)
-        if scales.get(name):
+        if static_scale is not None and static_scale > 0:
+            scale = static_scale
+        elif scales.get(name):
             scale = torch.full_like(scale, scales[name])
         is_one = edge.granularity is Granularity.TENSOR
         new = Measured(tuple(s.fqn for s in info.sites), to, float(scale) if is_one else None)
@@ -128,21 +137,24 @@ def _use_of(fqn: str, use: int) -> str:
 
 
 def _known_scales(model: nn.Module, options: Options) -> Mapping[EdgeName, float]:
-    """The scales in the states, those of the most often updated; 0 where a cast finds its own."""
+    """The delayed scales, of the states most often updated; 0 where a cast finds its own."""
     known: dict[EdgeName, float] = {}
-    others: dict[str, Recipe] = {}  # sites whose state is one of another compile
+    own: set[str] = set()  # sites with a state of this compile
+    others: dict[str, Recipe] = {}  # and with one of another
     states = sorted(named_states(model), key=lambda named: named[1].updates)
     on_host = {id(state): state.scale.tolist() for _, state, _ in states}
     for key, state, index in states:
         site, recipe = site_of(key), state.recipes[index]
         if recipe != _recipe_of(site, options):
             others[site] = recipe
-        elif recipe.scaling is not Scaling.CURRENT:
+            continue
+        own.add(site)
+        if recipe.scaling is Scaling.DELAYED:
             values = on_host[id(state)][slots_of(index)]
             known |= {(site, str(o)): v for o, v in zip(Operand, values, strict=True)}
     for site, recipe in others.items():
         chosen = _recipe_of(site, options)
-        if (site, str(Operand.INPUT)) not in known and chosen.scaling is not Scaling.CURRENT:
+        if site not in own and chosen.scaling is not Scaling.CURRENT:
             raise OptionError(
                 f"the scaling state of {site} is that of the recipe {recipe}, but the Monitor's "
                 f"options say {chosen}: give it the options that the model was compiled with, "

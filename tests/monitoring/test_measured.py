@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fp8compile
 from fp8compile import Format, Monitor, OptionError
@@ -68,6 +69,20 @@ def test_measure_knows_every_recipe(recipe: str) -> None:
         assert (record.scale is not None) == one_scale and record.saturated_share == 0
         floor = 28 if record.format is Format.E4M3 else 22
         assert record.sqnr_db is not None and floor < record.sqnr_db < 45
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e9])
+def test_static_scales_are_measured_as_they_follow_the_loss(factor: float) -> None:
+    model, options = two_layers(), {"recipe": "static"}
+    train(compile_interpreted(model, options), sgd(model), 1)
+
+    def step(call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return factor * call(x).square().mean()
+
+    records = Monitor(model, options=options).measure(torch.randn(16, 32), step=step)
+    gradients = [r for r in records if r.operand == "grad_output"]
+    assert len(gradients) == 2
+    assert all(r.saturated_share == 0 and r.sqnr_db > 22 for r in gradients)
 
 
 def test_measure_of_what_is_not_finite_or_zero() -> None:

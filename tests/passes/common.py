@@ -39,7 +39,7 @@ class Pair(nn.Module):
         super().__init__()
         self.w1 = nn.Parameter(torch.randn(64, 32, dtype=torch.bfloat16))
         self.w2 = nn.Parameter(torch.randn(width, 32, dtype=torch.bfloat16))
-        self.combine = combine or (lambda a, b: (a.tanh(), b.sigmoid()))
+        self.combine = combine or (lambda a, b: torch.cat([a.tanh(), b.sigmoid()], -1))
 
     def forward(self, x: Tensor) -> object:
         return self.combine(F.linear(x, self.w1), F.linear(x, self.w2))

@@ -188,8 +188,8 @@ def test_the_parts_of_a_merged_gemm_have_one_scale() -> None:
             super().__init__()
             self.q, self.k = (nn.Linear(32, 64, bias=False, dtype=BF16) for _ in range(2))
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.q(x) * 0.125, self.k(x).tanh()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) * 0.125 + self.k(x).tanh()
 
     gm, run = before("fold_scales", trace_joint(Parts(), torch.randn(16, 32, dtype=BF16)))
     assert any("mm_merged" in node.name for node in gm.graph.nodes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from expecttest import assert_expected_inline
 
 from fp8compile import RECIPES
-from fp8compile.ir import TRACK_AMAX
+from fp8compile.ir import SLOTS_PER_SITE, TRACK_AMAX
 from fp8compile.passes import joint_passes
 from fp8compile.passes.pipeline import pass_name
 from tests.passes.common import Pair, before, check_pass, linear_joint, lines_of, pair_joint
@@ -31,6 +31,13 @@ def test_sites_with_one_input_share_their_slots_merged_or_not() -> None:
         assert check_pass(gm, run) == casts
         slots = [n.args[2] for n in gm.graph.nodes if n.target is TRACK_AMAX]
         assert [set(direction) for direction in slots] == [{0, 1}, {2}]
+
+
+def test_gradients_of_several_outputs_have_slots_of_their_own() -> None:
+    gm, run = before("track_amax", pair_joint(Pair(lambda a, b: (a.tanh(), b.sigmoid()))))
+    assert check_pass(gm, run) == 5
+    slots = [n.args[2] for n in gm.graph.nodes if n.target is TRACK_AMAX]
+    assert [set(direction) for direction in slots] == [{0, 1}, {2, SLOTS_PER_SITE + 2}]
 
 
 def test_both_must_stay_where_they_are() -> None:
