@@ -1,7 +1,7 @@
 """GEMMs of operands with a scale per block, in an operator of PyTorch where that takes them.
 
 ``aten._scaled_mm`` has CUTLASS for scales per row, and cuBLASLt for blocks of 128. Elsewhere our
-own kernel multiplies. A few rows with a scale each are not done here: passes/scale_few_rows.py.
+own kernels multiply, and where there are few rows with a scale each, for which CUTLASS is slow.
 """
 
 from __future__ import annotations

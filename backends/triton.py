@@ -33,7 +33,7 @@ from ..ir import (
     fake_mode_of,
     size_expr,
 )
-from ..regions import hint, is_aligned, scales_afterwards
+from ..regions import hint, is_aligned
 from .before import word_count
 from .block_gemms import inline, is_scaled_mm, lower_to_scaled_mm
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
@@ -41,6 +41,12 @@ from .fused import emit_once, launches, tiles, tiles_down
 from .kernels.launch import Launch
 from .kernels.scaled_mm import TileConfig, scaled_mm_launch
 from .kernels.scaled_mm_blocks import config_for, scaled_mm_blocks_launch
+from .kernels.scaled_mm_few_rows import (
+    FEW_ROWS,
+    FewRowsConfig,
+    few_rows_config_for,
+    scaled_mm_few_rows_launch,
+)
 from .kernels.update_scales import update_scales
 from .region import Cast, Region
 from .tuning import CUBLASLT, GemmShape, choose_gemm
@@ -81,7 +87,6 @@ class _Lowering:
         self._tracked = self._take_tracking()  # amax getitem -> the state's amax tensor
         self._taken = 0  # of the words below
         self._materialized: set[fx.Node] = set()
-        self._unit: fx.Node | None = None
         self._regions = regions_of(gm)
         if self._regions:
             first = next(iter(self._regions))
@@ -260,14 +265,13 @@ class _Lowering:
 
     def scaled_mm(self, node: fx.Node) -> None:
         """``fp8::scaled_mm`` -> our kernel or ``aten._scaled_mm``, whichever is faster here."""
-        if args_of(node)[2] is None:
-            one = self._one(node)
-            node.args = (*node.args[:2], one, one, *node.args[4:])
         shape, device = _gemm_shape(node), args_of(node)[0].meta["val"].device.index or 0
         config = choose_gemm(shape, device)
         if config is None:
             with self.graph.inserting_before(node):
                 out = self._cublaslt(node)
+        elif isinstance(config, FewRowsConfig):
+            out = self._few_rows(node, config, per_row=False)
         else:
             launch = functools.partial(
                 scaled_mm_launch,
@@ -280,12 +284,18 @@ class _Lowering:
         node.replace_all_uses_with(out)
 
     def scaled_mm_blocks(self, node: fx.Node) -> None:
-        """``fp8::scaled_mm_blocks`` -> ``aten._scaled_mm`` where it can, else our kernel."""
-        if is_scaled_mm(node):
+        """``fp8::scaled_mm_blocks`` -> ``aten._scaled_mm`` where it can, else our kernels; which
+        for few rows are faster.
+        """
+        few_rows = _few_rows_config(node)
+        if few_rows is None and is_scaled_mm(node):
             node.replace_all_uses_with(lower_to_scaled_mm(node))
             return
         for value in args_of(node)[:4]:
             self._materialize(value)
+        if few_rows is not None:
+            node.replace_all_uses_with(self._few_rows(node, few_rows, per_row=True))
+            return
         launch = functools.partial(
             scaled_mm_blocks_launch,
             blocks=args_of(node)[6:8],
@@ -302,6 +312,15 @@ class _Lowering:
         (out,) = inline(node, fn, q, scale_inv)
         node.replace_all_uses_with(out)
         self.graph.erase_node(node)
+
+    def _few_rows(self, node: fx.Node, config: FewRowsConfig, *, per_row: bool) -> fx.Node:
+        launch = functools.partial(
+            scaled_mm_few_rows_launch,
+            per_row=per_row,
+            config=config,
+            fast_accum=args_of(node)[-1],
+        )
+        return self._own_gemm(node, launch, "scaled_mm_few_rows")
 
     def _own_gemm(self, node: fx.Node, launch_of: Callable[..., Launch], stem: str) -> fx.Node:
         """Launch a kernel of ours for a GEMM; returns its output."""
@@ -372,18 +391,6 @@ class _Lowering:
         with fake_mode_of(self.graph):
             node.meta["val"] = torch.empty(sizes, dtype=dtype, device=device)
         return node
-
-    def _one(self, before: fx.Node) -> fx.Node:
-        """The number 1, as a scale that changes nothing; made in front of the first that needs it.
-
-        Written once: Inductor would have every GEMM that takes it write two of its own. It
-        materializes nothing that has a single element.
-        """
-        if self._unit is None:
-            with self.graph.inserting_before(before):
-                ones = self._empty((_ALIGNED,), torch.float32, before.all_input_nodes[0], 1.0)
-                self._unit = self._element(emit_materialized(self.graph, ones, [1]), 0)
-        return self._unit
 
     def _element(self, flat: fx.Node, index: int) -> fx.Node:
         """A view of one element: Inductor compiles one kernel for all slots that way."""
@@ -469,34 +476,47 @@ def _submodule(gm: fx.GraphModule, call: fx.Node) -> fx.GraphModule:
 
 def gemm_kernel_name(node: fx.Node) -> str:
     """What was, or will be, chosen for a scaled_mm node."""
-    if node.target is SCALED_MM_BLOCKS and not scales_afterwards(node):
+    if node.target is SCALED_MM_BLOCKS:
+        if (few_rows := _few_rows_config(node)) is not None:
+            return f"triton {few_rows}"
         return "_scaled_mm" if is_scaled_mm(node) else f"triton {_block_config(node)}"
     device = args_of(node)[0].meta["val"].device
     config = choose_gemm(_gemm_shape(node), device.index or 0)
     return CUBLASLT if config is None else f"triton {config}"
 
 
+def _few_rows_config(node: fx.Node) -> FewRowsConfig | None:
+    """What multiplies few rows that have a scale each; None for other GEMMs with blocks."""
+    m, n, _ = _gemm_sizes(node)
+    *_, a_block, b_block, fast_accum = args_of(node)
+    if m > FEW_ROWS or [*a_block, *b_block] != [1, 0, 1, 0]:
+        return None
+    return few_rows_config_for(m, n, fast_accum=fast_accum)
+
+
 def _block_config(node: fx.Node) -> TileConfig:
+    return config_for(*_gemm_sizes(node), args_of(node)[6][1])
+
+
+def _gemm_sizes(node: fx.Node) -> tuple[int, int, int]:
+    """m, n and k; hints where they are symbolic."""
     a, b = (value.meta["val"] for value in args_of(node)[:2])
-    (m, k), n = a.shape, b.shape[0]
-    return config_for(hint(m), hint(n), hint(k), args_of(node)[6][1])
+    return hint(a.shape[0]), hint(b.shape[0]), hint(a.shape[1])
 
 
 def _gemm_shape(node: fx.Node) -> GemmShape:
-    a, b, _, _, bias, out_dtype, *_, fast_accum = args_of(node)
-    if node.target is SCALED_MM_BLOCKS:  # which scales_afterwards
-        bias, out_dtype = None, torch.float32
-    (m, k), n = a.meta["val"].shape, b.meta["val"].shape[0]
+    a, b, _, _, bias, out_dtype, fast_accum = args_of(node)
+    m, n, k = _gemm_sizes(node)
     return GemmShape(
-        m=hint(m),
-        n=hint(n),
-        k=hint(k),
+        m=m,
+        n=n,
+        k=k,
         left=a.meta["val"].dtype,
         right=b.meta["val"].dtype,
         out=out_dtype,
         bias=None if bias is None else bias.meta["val"].dtype,
         fast_accum=bool(fast_accum),
-        aligned=is_aligned(size_expr(n)),
+        aligned=is_aligned(size_expr(b.meta["val"].shape[0])),
     )
 
 

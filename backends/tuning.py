@@ -21,6 +21,12 @@ from ..internals import cache_folder, outside_tracing
 from ..progress import progress
 from .json_file import add_entry, read_entries
 from .kernels.scaled_mm import TileConfig, candidates, scaled_mm
+from .kernels.scaled_mm_few_rows import (
+    FEW_ROWS,
+    FewRowsConfig,
+    few_rows_config_for,
+    scaled_mm_few_rows,
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +37,7 @@ _TIMED_CONFIGS, _TIMED_CONFIGS_ALONE = 1, 3
 _WARMUP, _ROUNDS, _BATCH_US = 5, 7, 2000
 _NOISE = 0.01
 
-Choice = TileConfig | None  # None stands for cuBLASLt
+Choice = TileConfig | FewRowsConfig | None  # None stands for cuBLASLt
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,8 @@ def cublaslt_supports(shape: GemmShape) -> bool:
 
 
 @functools.cache
-def choose_gemm(shape: GemmShape, device_index: int) -> TileConfig | None:
-    """The fastest tile configuration for a shape, or None for cuBLASLt."""
+def choose_gemm(shape: GemmShape, device_index: int) -> Choice:
+    """What is fastest for a shape."""
     file = _cache_file(device_index)
     remembered = read_entries(file).get(str(shape), "never timed")
     for choice in choices(shape):  # what would not be timed today is not taken from a file
@@ -89,10 +95,11 @@ def choose_gemm(shape: GemmShape, device_index: int) -> TileConfig | None:
 def choices(shape: GemmShape) -> list[Choice]:
     """What is worth timing for a shape; None stands for cuBLASLt."""
     m, n, k, aligned = shape.m, shape.n, shape.k, shape.aligned
+    cublaslt = [None] if cublaslt_supports(shape) else []
+    if m <= FEW_ROWS:
+        return [*cublaslt, few_rows_config_for(m, n, fast_accum=shape.fast_accum)]
     configs = candidates(m, n, k, fast_accum=shape.fast_accum, aligned=aligned)
-    if cublaslt_supports(shape):
-        return [None, *configs[:_TIMED_CONFIGS]]
-    return [*configs[:_TIMED_CONFIGS_ALONE]]
+    return [*cublaslt, *configs[: _TIMED_CONFIGS if cublaslt else _TIMED_CONFIGS_ALONE]]
 
 
 def _entry(choice: Choice) -> dict[str, int | bool] | None:
@@ -103,28 +110,55 @@ def _entry(choice: Choice) -> dict[str, int | bool] | None:
 def time_choices(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
     """Microseconds of every choice on fresh random data."""
     a = torch.randn(shape.m, shape.k, device=device).to(shape.left)
-    b = torch.randn(shape.n, shape.k, device=device).to(shape.right)
     one = torch.ones(1, dtype=torch.float32, device=device)
     bias = None if shape.bias is None else torch.randn(shape.n, device=device).to(shape.bias)
-    runs: dict[Choice, Callable[[], Tensor]] = {}
-    out, fast, aligned = shape.out, shape.fast_accum, shape.aligned
-    for choice in choices(shape):
+    rights = [
+        torch.randn(shape.n, shape.k, device=device).to(shape.right)
+        for _ in range(_copies(shape, device))
+    ]
+
+    def multiply(choice: Choice, b: Tensor) -> None:
+        operands, out, fast = (a, b, one, one, bias), shape.out, shape.fast_accum
         if choice is None:
-            runs[None] = lambda: torch._scaled_mm(
-                a, b.t(), one, one, bias, out_dtype=out, use_fast_accum=fast
-            )
-            continue
-        run = functools.partial(scaled_mm, a, b, one, one, bias, out_dtype=out, aligned=aligned)
-        runs[choice] = functools.partial(run, config=choice, fast_accum=fast)
-    return _fastest(runs, f"autotuning {shape}")
+            torch._scaled_mm(a, b.t(), one, one, bias, out_dtype=out, use_fast_accum=fast)
+        elif isinstance(choice, FewRowsConfig):
+            scaled_mm_few_rows(*operands, out_dtype=out, config=choice, fast_accum=fast)
+        else:
+            aligned = shape.aligned
+            scaled_mm(*operands, out_dtype=out, config=choice, fast_accum=fast, aligned=aligned)
+
+    def run(choice: Choice) -> None:
+        for b in rights:
+            multiply(choice, b)
+
+    runs = {choice: functools.partial(run, choice) for choice in choices(shape)}
+    times = _fastest(runs, f"autotuning {shape}", as_graph=shape.m <= FEW_ROWS)
+    return {choice: time / len(rights) for choice, time in times.items()}
 
 
-def _fastest(runs: Mapping[Choice, Callable[[], Tensor]], what: str) -> dict[Choice, float]:
-    """Microseconds per launch of every choice, measured in turns so that clocks drift for all."""
+def _copies(shape: GemmShape, device: torch.device) -> int:
+    """How many matrices to multiply few rows with in turns, so that none is in L2 any more when it
+    comes again: like weights, when a model decodes.
+    """
+    if shape.m > FEW_ROWS:
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return triton.cdiv(2 * cache, shape.n * shape.k)
+
+
+def _fastest(
+    runs: Mapping[Choice, Callable[[], None]], what: str, *, as_graph: bool
+) -> dict[Choice, float]:
+    """Microseconds per run of every choice, measured in turns so that clocks drift for all.
+
+    ``as_graph``: replayed, for what takes longer to launch than to run.
+    """
     batches = {}
     for choice, run in progress(runs.items(), what):  # their compiling takes the time
         run()
-        estimate = _microseconds(run, _WARMUP)
+        if as_graph:
+            runs = {**runs, choice: _captured(run)}
+        estimate = _microseconds(runs[choice], _WARMUP)
         batches[choice] = max(1, int(_BATCH_US / estimate))
     times: dict[Choice, list[float]] = {choice: [] for choice in runs}
     for _ in range(_ROUNDS):
@@ -133,7 +167,16 @@ def _fastest(runs: Mapping[Choice, Callable[[], Tensor]], what: str) -> dict[Cho
     return {choice: statistics.median(values) for choice, values in times.items()}
 
 
-def _microseconds(run: Callable[[], Tensor], launches: int) -> float:
+def _captured(run: Callable[[], None]) -> Callable[[], None]:
+    """The launches of a run as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        run()
+    return graph.replay
+
+
+def _microseconds(run: Callable[[], None], launches: int) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(launches):

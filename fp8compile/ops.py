@@ -365,8 +365,8 @@ def _(parts: Sequence[Tensor]) -> Tensor:
 def scaled_mm(
     a: Tensor,
     b: Tensor,
-    a_scale_inv: Tensor | None,
-    b_scale_inv: Tensor | None,
+    a_scale_inv: Tensor,
+    b_scale_inv: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
@@ -375,14 +375,12 @@ def scaled_mm(
 
     Args:
         a: ``[M, K]`` FP8, contiguous. b: ``[N, K]`` FP8, contiguous. K is a multiple of 16.
-        a_scale_inv, b_scale_inv: ``f32[1]``, or both None for 1. bias: ``[N]``, float, or None.
+        a_scale_inv, b_scale_inv: ``f32[1]``. bias: ``[N]``, float, or None.
         out_dtype: bfloat16, float16 or float32. fast_accum: see Recipe; ignored here.
 
     Returns ``[M, N]`` of ``out_dtype``. Products and sums are in float32.
     """
-    out = a.float() @ b.float().t()
-    if a_scale_inv is not None and b_scale_inv is not None:
-        out = out * (a_scale_inv * b_scale_inv)
+    out = (a.float() @ b.float().t()) * (a_scale_inv * b_scale_inv)
     return (out if bias is None else out + bias).to(out_dtype)
 
 
@@ -390,8 +388,8 @@ def scaled_mm(
 def _(
     a: Tensor,
     b: Tensor,
-    a_scale_inv: Tensor | None,
-    b_scale_inv: Tensor | None,
+    a_scale_inv: Tensor,
+    b_scale_inv: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,

@@ -33,8 +33,6 @@ from .ops import ALIGNMENT, GROUP
 
 prims = torch.ops.prims
 
-FEW_ROWS = 128  # one tile of CUTLASS's kernel for scales per row, which is too large for fewer
-
 ROW, COL = sympy.symbols("row col", integer=True, nonnegative=True)
 Position = tuple[sympy.Expr, ...]
 
@@ -489,15 +487,6 @@ def cast_shape(cast: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
 def is_aligned(size: sympy.Expr) -> bool:
     """Whether a size is known to be a multiple of 16: a row of that many is not padded."""
     return bool(sympy.Mod(size, ALIGNMENT) == 0)
-
-
-def scales_afterwards(gemm: fx.Node) -> bool:
-    """Whether an ``fp8::scaled_mm_blocks`` multiplies few rows, with a scale each, so that cuBLASLt
-    does it without scales, which then are factors of its output.
-    """
-    a, b, *_, a_block, b_block, _ = args_of(gemm)
-    m, n = a.meta["val"].shape[0], b.meta["val"].shape[0]
-    return [*a_block, *b_block] == [1, 0, 1, 0] and hint(m) < FEW_ROWS and is_aligned(size_expr(n))
 
 
 def cast_parts(cast: fx.Node, space: Space) -> list[Part]:

@@ -37,9 +37,8 @@ class Verifier:
 
     1. The graph lints: topologically sorted, no dangling names.
     2. Every fp8 tensor is an output of a cast and has exactly one scale_inv: the same node's.
-       Only a scaled_mm takes it, with that scale_inv, a constant times it, or none (what reads
-       the product scales it), or the graph returns it. Or it was given to the graph: what forward
-       has cast, or frozen weights.
+       Only a scaled_mm takes it, with that scale_inv or a constant times it, or the graph returns
+       it. Or it was given to the graph: what forward has cast, or frozen weights.
     3. Every ``meta["val"]`` of an ``fp8::`` node equals the re-evaluated fake (shape and dtype).
     4. A GEMM is what it is said to be: one that is cast has no reason to stay in high precision,
        and operands in the formats of its edges; one that will be can be multiplied.
@@ -156,7 +155,7 @@ def _verify_scaled_mm(node: fx.Node, pass_name: str) -> None:
             if is_given_in_fp8(value):
                 continue
             raise PassError(pass_name, f"operand {value} is not an output of a cast", node)
-        if scale_inv is not None and not _is_scale_of(scale_inv, value):
+        if not _is_scale_of(scale_inv, value):
             raise PassError(pass_name, f"{value} is used with {scale_inv}, not its own", node)
     formats = {value.meta["val"].dtype for value in (a, b)}
     if formats == {Format.E5M2.dtype}:

@@ -21,7 +21,6 @@ from .pipeline import (
     with_own_passes,
 )
 from .plan_saved import plan_saved
-from .scale_few_rows import scale_few_rows
 from .share_casts import share_casts
 from .store_activations import store_activations
 from .tag_sites import tag_sites
@@ -49,7 +48,6 @@ __all__ = [
     "plan_saved",
     "run_final_passes",
     "run_passes",
-    "scale_few_rows",
     "share_casts",
     "store_activations",
     "tag_sites",

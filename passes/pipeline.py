@@ -28,7 +28,6 @@ from .insert_casts import insert_casts
 from .keep_scales import keep_scales
 from .merge_gemms import merge_gemms
 from .plan_saved import plan_saved
-from .scale_few_rows import scale_few_rows
 from .share_casts import share_casts
 from .store_activations import store_activations
 from .take_frozen_weights import take_frozen_weights
@@ -136,7 +135,7 @@ def run_final_passes(gm: fx.GraphModule, direction: str, *, fused: bool) -> None
     """Prepare a graph without the other direction's nodes (``direction``: forward, backward or
     weights) for its kernels; ``fused``: for those of regions.
     """
-    for run in (drop_unused_outputs, *((scale_few_rows, grow_regions) if fused else ())):
+    for run in (drop_unused_outputs, *([grow_regions] if fused else [])):
         with naming_errors(f"{run.__name__} ({direction})"):
             run(gm)
 

@@ -14,11 +14,12 @@ from torch import Tensor, fx, nn
 from fp8compile.backends import triton
 from fp8compile.backends.block_gemms import is_scaled_mm
 from fp8compile.backends.fused import emit_once, tiles
+from fp8compile.backends.kernels.scaled_mm_few_rows import FEW_ROWS
 from fp8compile.compile import compile_graph
 from fp8compile.frozen import freeze
 from fp8compile.ir import SCALED_MM_BLOCKS, aten
 from fp8compile.options import parse_options
-from fp8compile.passes import drop_unused_outputs, grow_regions, scale_few_rows
+from fp8compile.passes import drop_unused_outputs, grow_regions
 from tests.backends.common import DEVICE, only_region
 from tests.helpers import interpret, trace_final
 from tests.models import MLP, sqnr_db
@@ -279,7 +280,6 @@ def lowered(
         graph.output(graph.graph_copy(gm.graph, {}))
         copy = fx.GraphModule(gm, graph)
         drop_unused_outputs(copy)
-        scale_few_rows(copy)
         regions = grow_regions(copy)
         with mock.patch.object(triton, "choose_gemm", lambda shape, device: None):
             triton.lower_to_triton(copy)
@@ -311,16 +311,16 @@ def test_whole_graphs_are_lowered(recipe: str, dynamic: bool) -> None:
         assert all("val" in n.meta for n in arithmetic)
 
 
-def test_gemms_of_few_rows_take_one_number_for_their_scales() -> None:
+@pytest.mark.parametrize("rows", [48, 200])
+def test_few_rows_with_a_scale_each_have_a_kernel_of_their_own(rows: int) -> None:
     with torch.no_grad():
-        found = lowered(MLP(128, 256).bfloat16(), torch.randn(48, 128).bfloat16(), "rowwise")
-    (gm,) = [gm for _, gm in found if aten._scaled_mm.default in {n.target for n in gm.graph.nodes}]
-    scales = [
-        scale
+        found = lowered(MLP(128, 256).bfloat16(), torch.randn(rows, 128).bfloat16(), "rowwise")
+    scaled_mms = [
+        mm
+        for _, gm in found
         for mm in gm.graph.find_nodes(op="call_function", target=aten._scaled_mm.default)
-        for scale in mm.args[2:4]
     ]
-    assert len(scales) == 4 and len(set(scales)) == 1
+    assert len(scaled_mms) == (0 if rows <= FEW_ROWS else 2)
 
 
 @pytest.mark.parametrize("recipe", ["rowwise", "blockwise"])

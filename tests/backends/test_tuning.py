@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 
 from fp8compile.backends import tuning
 from fp8compile.backends.json_file import add_entry, read_entries
+from fp8compile.backends.kernels.scaled_mm_few_rows import FEW_ROWS, FewRowsConfig
 from fp8compile.backends.tuning import Choice, GemmShape, choices, choose_gemm
 
 E4M3 = torch.float8_e4m3fn
 ALIGNED = GemmShape(1024, 512, 256, E4M3, E4M3, torch.bfloat16, None, fast_accum=True)
 UNALIGNED = replace(ALIGNED, n=500, aligned=False)  # nothing that cuBLASLt could do
+FEW = replace(ALIGNED, m=16)
 GOOD = asdict(choices(UNALIGNED)[0])
 
 
@@ -42,10 +45,28 @@ def in_another_process(shape: GemmShape) -> Choice:
     return choose_gemm(shape, 0)
 
 
-@pytest.mark.parametrize("shape", [ALIGNED, UNALIGNED], ids=str)
+@pytest.mark.parametrize("shape", [ALIGNED, UNALIGNED, FEW], ids=str)
 def test_a_shape_is_timed_once(timed: list[GemmShape], shape: GemmShape) -> None:
     assert in_another_process(shape) == in_another_process(shape) == choices(shape)[-1]
     assert timed == [shape]
+
+
+def test_few_rows_have_a_kernel_of_their_own() -> None:
+    assert [type(choice) for choice in choices(FEW)] == [type(None), FewRowsConfig]
+    assert [type(choice) for choice in choices(replace(UNALIGNED, m=FEW_ROWS))] == [FewRowsConfig]
+    assert FewRowsConfig not in map(type, choices(replace(FEW, m=FEW_ROWS + 1)))
+
+
+def test_few_rows_are_timed_with_matrices_that_are_not_in_l2(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = 50 * 2**20
+    properties = SimpleNamespace(L2_cache_size=cache)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    for n, k in ((64, 256), (4096, 4096), (28672, 4096), (128256, 4096)):
+        copies = tuning._copies(replace(FEW, n=n, k=k), torch.device("cuda", 0))
+        assert 2 * cache <= copies * n * k < 2 * cache + n * k or copies == 1
+    assert tuning._copies(ALIGNED, torch.device("cuda", 0)) == 1
 
 
 def test_cublaslt_is_remembered_and_preferred_within_the_noise(

@@ -17,9 +17,6 @@ from fp8compile.passes import (
     choose_scaling,
     find_gemms,
     grow_regions,
-    joint_passes,
-    run_passes,
-    scale_few_rows,
     store_activations,
     take_frozen_weights,
 )
@@ -36,7 +33,7 @@ from tests.passes.common import (
     pair_joint,
 )
 
-PASSES = [*JOINT_PASSES, scale_few_rows, grow_regions]
+PASSES = [*JOINT_PASSES, grow_regions]
 SECTIONS = ("Before:", "After:", "Requires:", "Ensures:", "Leaves alone:", "Numerics:")
 
 
@@ -83,10 +80,6 @@ def example(name: str) -> tuple[fx.GraphModule, Pass]:
         return gm, partial(choose_scaling, recipe=RECIPES["delayed"], device=H200)
     if name == "take_frozen_weights":
         return frozen_fprop(), take_frozen_weights
-    if name == "scale_few_rows":
-        gm = fprop()
-        run_passes(gm, joint_passes(recipe=RECIPES["rowwise"], training=False))
-        return gm, scale_few_rows
     if name == "grow_regions":
         return negated_linear(), grow_regions
     if name == "store_activations":

@@ -28,6 +28,10 @@ from fp8compile.backends.fused import Tile, prepare, tiles
 from fp8compile.backends.kernels.launch import Launch
 from fp8compile.backends.kernels.scaled_mm import TileConfig, candidates, scaled_mm_launch
 from fp8compile.backends.kernels.scaled_mm_blocks import config_for, scaled_mm_blocks_launch
+from fp8compile.backends.kernels.scaled_mm_few_rows import (
+    few_rows_config_for,
+    scaled_mm_few_rows_launch,
+)
 from fp8compile.backends.kernels.update_scales import update_scales_launch
 from tests.backends.common import Case, bundled, only_region
 
@@ -127,6 +131,30 @@ def fine_gemm(
         fast_accum=False,
         aligned=n % 16 == 0,
     )
+
+
+def few_rows_launches() -> Iterator[tuple[str, Launch]]:
+    """GEMMs of few rows in all configurations, with and without whole tiles."""
+    for fast_accum in (True, False):
+        for m, n in ((16, N), (16, 28672), (32, 28672), (64, 4096), (64, 8192), (128, 28672)):
+            config = few_rows_config_for(m, n, fast_accum=fast_accum)
+            for columns, k, out, per_row in ((n, K, BF16, True), (n - 7, K - 16, F32, False)):
+                scales = (meta(m), meta(columns)) if per_row else (meta(1), meta(1))
+                launch = scaled_mm_few_rows_launch(
+                    meta(m, k, dtype=E4M3),
+                    meta(columns, k, dtype=E4M3),
+                    meta(m, columns, dtype=out),
+                    *scales,
+                    meta(columns, dtype=BF16),
+                    m=m,
+                    n=columns,
+                    k=k,
+                    per_row=per_row,
+                    config=config,
+                    fast_accum=fast_accum,
+                )
+                accumulation = "fast" if fast_accum else "precise"
+                yield f"{config} {columns} {accumulation}", launch
 
 
 def fine_launches() -> Iterator[tuple[str, Launch]]:
@@ -239,6 +267,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
         yield f"cast e5m2 {x}", both
     yield from region_launches()
     yield from fine_launches()
+    yield from few_rows_launches()
     for shape in ((M, 1), (N,), ()):
         case = shared_value(*shape)
         for launch in prepare(case.gm, case.inputs)[0]:
@@ -447,6 +476,17 @@ def test_an_unaligned_gemm_loads_by_tma_and_stores_by_itself(reports: dict[str, 
         assert re.search(r"cp\.async\.bulk\.tensor\.2d\.shared::(cluster|cta)\.global", ptx)
         assert not re.search(r"cp\.async\.bulk\.tensor\.2d\.global", ptx)
         assert re.search(r"wgmma\.mma_async", ptx) and re.search(r"\bst\.global", ptx)
+
+
+def test_few_rows_use_the_tensor_cores_and_copy_16_bytes_at_once(
+    reports: dict[str, Report],
+) -> None:
+    found = [r["ptx"] for name, r in reports.items() if name.startswith("few rows")]
+    assert len(found) == 24
+    for ptx in found:
+        assert re.search(r"wgmma\.mma_async", ptx) and not re.search(r"\bmma\.sync", ptx)
+        copies = set(re.findall(r"cp\.async\.c\w\.shared\S*\s.*?, (0x\w+|\d+)[,;]", ptx))
+        assert {int(size, 0) for size in copies} == {16}
 
 
 def test_padded_transposed_copies_are_stored_in_wide_stores(reports: dict[str, Report]) -> None:
