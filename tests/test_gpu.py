@@ -144,6 +144,21 @@ def test_odd_token_counts(m: int) -> None:
         assert sqnr_db(reference, value) > 18
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("recipe", ["rowwise", "current"])
+def test_few_rows_as_in_decoding(recipe: str, dynamic: bool) -> None:
+    """With a symbolic number of rows, the kernel that is for few of them multiplies many, too."""
+    model = MLP(256, 512, bias=True).to(DEVICE, torch.bfloat16).eval()
+    inputs = [torch.randn(m, 256, device=DEVICE, dtype=torch.bfloat16) for m in (16, 1, 100, 300)]
+    expected = [model(x) - x for x in inputs]
+    fp8compile.freeze(model, recipe)
+    options = FP8 | {"recipe": recipe, "kernels": "triton"}
+    compiled = torch.compile(model, backend="fp8", dynamic=dynamic, options=options)
+    with torch.no_grad():
+        for x, want in zip(inputs, expected, strict=True):
+            assert sqnr_db(want, compiled(x) - x) > 22
+
+
 def test_explain_names_the_kernels() -> None:
     model = MLP(256, 512).to(DEVICE, torch.bfloat16)
     x = torch.randn(256, 256, device=DEVICE, dtype=torch.bfloat16)
