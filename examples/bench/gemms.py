@@ -1,17 +1,18 @@
-"""Time the GEMMs of Llama layers alone: this repository's FP8 kernel against cuBLASLt.
+"""Time the GEMMs of Llama layers alone: this repository's FP8 kernels against cuBLASLt.
 
-    python examples/bench/gemms.py      # the GEMMs of a Llama-3-8B layer, 2 x 8192 tokens
+    python examples/bench/gemms.py      # the GEMMs of a Llama-3-8B layer: 2 x 8192 tokens, and few
 
-`training_step.py` prints the same table for the layers that it measures. Every GEMM computes
-`a[m, k] @ b[n, k].T` in FP8 with one scale per operand, fast accumulation and a bf16 output.
+`training_step.py` prints the first table for the layers that it measures. Every GEMM computes
+`a[m, k] @ b[n, k].T` in FP8 with one scale per operand, fast accumulation and a bf16 output. Those
+of few rows, as in decoding, are timed as the compiler does it, with weights that are not in L2.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 import triton
@@ -20,12 +21,19 @@ from timing import median_gap_ms
 from torch import Tensor
 
 from fp8compile.backends.kernels.scaled_mm import TileConfig, candidates, scaled_mm
-from fp8compile.backends.tuning import GemmShape, choose_gemm
+from fp8compile.backends.kernels.scaled_mm_few_rows import FewRowsConfig, scaled_mm_few_rows
+from fp8compile.backends.tuning import Choice, GemmShape, choose_gemm, time_choices
 from fp8compile.progress import progress
 
-Choice: TypeAlias = TileConfig | None  # None is cuBLASLt, as for the compiler
 SETS = 3  # of operands, which take turns: no call finds its own in the L2 cache
 ROUNDS = 3
+FEW_ROWS = (1, 16, 32, 64, 128)
+# Rows and columns: of Llama-3-8B's layers, merged, and of its head; of smaller models; one of many
+# rows and one of long ones.
+WEIGHTS = (
+    *((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)),
+    *((2304, 768), (768, 3072), (1024, 4096), (3072, 3072), (57344, 8192), (8192, 28672)),
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class GemmResult:
     chosen: Choice
 
     @property
-    def best_kernel(self) -> TileConfig:
+    def best_kernel(self) -> Choice:
         kernels = [choice for choice in self.speed if choice is not None]
         return max(kernels, key=lambda kernel: self.speed[kernel])
 
@@ -128,6 +136,8 @@ def call(choice: Choice, a: Tensor, b: Tensor) -> Callable[[], Tensor]:
         return lambda: torch._scaled_mm(
             a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
         )
+    if isinstance(choice, FewRowsConfig):
+        return lambda: scaled_mm_few_rows(a, b, one, one, out_dtype=torch.bfloat16, config=choice)
     return lambda: scaled_mm(a, b, one, one, out_dtype=torch.bfloat16, config=choice)
 
 
@@ -145,11 +155,14 @@ def fitting(case: GemmCase, operands: tuple[Tensor, Tensor]) -> list[TileConfig]
 
 def compilers_choice(case: GemmCase) -> Choice:
     """What `torch.compile(backend="fp8")` launches for this GEMM."""
+    return choose_gemm(gemm_shape(case), torch.cuda.current_device())
+
+
+def gemm_shape(case: GemmCase) -> GemmShape:
     a_format, b_format = case.formats
-    shape = GemmShape(
+    return GemmShape(
         case.m, case.n, case.k, a_format, b_format, torch.bfloat16, bias=None, fast_accum=True
     )
-    return choose_gemm(shape, torch.cuda.current_device())
 
 
 def median_ms(calls: Sequence[Callable[[], object]], repeats: int) -> float:
@@ -184,8 +197,28 @@ def print_gemms(results: list[GemmResult]) -> None:
         )
 
 
+def print_few_rows() -> None:
+    """Time cuBLASLt and the kernel for few rows, and print each as it comes."""
+    print("\nMicroseconds per GEMM of few rows")
+    print(f"{'m':>4}{'n':>8}{'k':>7}{'cuBLASLt':>10}{'our kernel':>12}{'ratio':>7}{'TB/s':>7}")
+    ratios = []
+    for m, (n, k) in itertools.product(FEW_ROWS, WEIGHTS):
+        shape = gemm_shape(GemmCase("", "fprop", m, n, k))
+        times = time_choices(shape, torch.device("cuda"))
+        (config,) = set(times) - {None}
+        cublaslt, kernel = times[None], times[config]
+        ratios.append(cublaslt / kernel)
+        print(
+            f"{m:>4}{n:>8}{k:>7}{cublaslt:>10.1f}{kernel:>12.1f}{ratios[-1]:>6.2f}x"
+            f"{n * k / kernel / 1e6:>7.2f}  {config}",
+            flush=True,
+        )
+    print(f"geometric mean {statistics.geometric_mean(ratios):.3f}x, minimum {min(ratios):.2f}x")
+
+
 def main() -> None:
     print_gemms(measure_gemms(gemm_cases(LlamaShape.of_width(4096), tokens=2 * 8192)))
+    print_few_rows()
 
 
 if __name__ == "__main__":
