@@ -43,6 +43,8 @@ from .kernels.scaled_mm import TileConfig, scaled_mm_launch
 from .kernels.scaled_mm_blocks import config_for, scaled_mm_blocks_launch
 from .kernels.scaled_mm_few_rows import (
     FEW_ROWS,
+    FEW_ROWS_BLOCK,
+    ONE_SCALE,
     FewRowsConfig,
     few_rows_config_for,
     scaled_mm_few_rows_launch,
@@ -271,7 +273,7 @@ class _Lowering:
             with self.graph.inserting_before(node):
                 out = self._cublaslt(node)
         elif isinstance(config, FewRowsConfig):
-            out = self._few_rows(node, config, per_row=False)
+            out = self._few_rows(node, config, ONE_SCALE)
         else:
             launch = functools.partial(
                 scaled_mm_launch,
@@ -294,7 +296,7 @@ class _Lowering:
         for value in args_of(node)[:4]:
             self._materialize(value)
         if few_rows is not None:
-            node.replace_all_uses_with(self._few_rows(node, few_rows, per_row=True))
+            node.replace_all_uses_with(self._few_rows(node, few_rows, args_of(node)[6:8]))
             return
         launch = functools.partial(
             scaled_mm_blocks_launch,
@@ -313,10 +315,12 @@ class _Lowering:
         node.replace_all_uses_with(out)
         self.graph.erase_node(node)
 
-    def _few_rows(self, node: fx.Node, config: FewRowsConfig, *, per_row: bool) -> fx.Node:
+    def _few_rows(
+        self, node: fx.Node, config: FewRowsConfig, blocks: Sequence[Sequence[int]]
+    ) -> fx.Node:
         launch = functools.partial(
             scaled_mm_few_rows_launch,
-            per_row=per_row,
+            blocks=blocks,
             config=config,
             fast_accum=args_of(node)[-1],
         )
@@ -486,10 +490,10 @@ def gemm_kernel_name(node: fx.Node) -> str:
 
 
 def _few_rows_config(node: fx.Node) -> FewRowsConfig | None:
-    """What multiplies few rows that have a scale each; None for other GEMMs with blocks."""
+    """What multiplies few rows with scales per row or block; None for other GEMMs with blocks."""
     m, n, _ = _gemm_sizes(node)
-    *_, a_block, b_block, fast_accum = args_of(node)
-    if m > FEW_ROWS or [*a_block, *b_block] != [1, 0, 1, 0]:
+    *_, (_, columns), _, fast_accum = args_of(node)
+    if m > FEW_ROWS or columns not in (0, FEW_ROWS_BLOCK):
         return None
     return few_rows_config_for(m, n, fast_accum=fast_accum)
 

@@ -2,12 +2,15 @@
 
 Both operands are K-major. The time is that of reading `b`, so every program reads rows of `b` from
 the first column to the last, and multiplies them with all of `a`, which comes from L2. The tensor
-cores take 64 rows on their left: where `a` has fewer, they multiply `b @ a.T`. Scales are one each,
-or one per row. Bytes: N*K and M*K read, M*N of the output type written. FLOPs: 2*M*N*K.
+cores take 64 rows on their left: where `a` has fewer, they multiply `b @ a.T`. An operand has one
+scale, or one per row, or one per block; then the products of every block of K are scaled and added
+up in float32 (arXiv 2412.19437, section 3.3.2). Bytes: N*K, M*K and the scales read, M*N of the
+output type written. FLOPs: 2*M*N*K.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +23,23 @@ from .launch import Launch, run
 from .scaled_mm import SMS, _check_operands
 
 FEW_ROWS = 128  # for more, b no longer is what takes the time
+FEW_ROWS_BLOCK = 128  # columns of K that are summed up precisely, and may have a scale
+ONE_SCALE = ((0, 0), (0, 0))  # blocks of all rows and columns
 _LEFT_ROWS = 64  # of an operand of the tensor cores
+
+
+@triton.jit
+def _scales_of_rows(scales_ptr, rows, blocks_k, ROWS: tl.constexpr):
+    """Where the first scale of each row is; `ROWS`: how many share one, or 0 for all.
+
+    Scales of blocks of one row lie one block of K after the other, others row by row.
+    """
+    if ROWS == 0:
+        return scales_ptr
+    elif ROWS == 1:
+        return scales_ptr + rows
+    else:
+        return scales_ptr + (rows // ROWS) * blocks_k
 
 
 @triton.jit
@@ -40,7 +59,10 @@ def _scaled_mm_few_rows_kernel(
     B_LEFT: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
-    PER_ROW: tl.constexpr,
+    A_ROWS: tl.constexpr,
+    B_ROWS: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FAST_ACCUM: tl.constexpr,
 ):
@@ -52,9 +74,16 @@ def _scaled_mm_few_rows_kernel(
     in_n = (cols < N) | EVEN_N
     a_at = a_ptr + rows.to(tl.int64)[:, None] * K + ks[None, :]
     b_at = b_ptr + cols.to(tl.int64)[:, None] * K + ks[None, :]
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    a_scales = _scales_of_rows(a_scale_inv_ptr, rows, blocks_k, A_ROWS)
+    b_scales = _scales_of_rows(b_scale_inv_ptr, cols, blocks_k, B_ROWS)
+    a_step = M if A_ROWS == 1 else 1
+    b_step = N if B_ROWS == 1 else 1
     imprecise: tl.constexpr = None if FAST_ACCUM else BLOCK_K  # then promoted to float32
     acc = tl.zeros((BLOCK_N, BLOCK_M) if B_LEFT else (BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
+    # With their number told to the loop, all loads have stages, those of scales too.
+    for block in tl.range(0, blocks_k, num_stages=NUM_STAGES):
+        k = block * BLOCK_K
         in_k = (k + ks < K) | EVEN_K
         a = tl.load(a_at + k, mask=in_m[:, None] & in_k[None, :], other=0.0)
         # Nothing reads b again: what does come again shall stay in L2.
@@ -64,17 +93,24 @@ def _scaled_mm_few_rows_kernel(
             other=0.0,
             eviction_policy="evict_first",
         )
-        if B_LEFT:
+        if not WHOLE_K:
+            a_scale = tl.load(a_scales + block * a_step, mask=in_m, other=0.0)
+            b_scale = tl.load(b_scales + block * b_step, mask=in_n, other=0.0)
+            if B_LEFT:
+                acc += tl.dot(b, a.T) * b_scale[:, None] * a_scale[None, :]
+            else:
+                acc += tl.dot(a, b.T) * a_scale[:, None] * b_scale[None, :]
+        elif B_LEFT:
             acc = tl.dot(b, a.T, acc, max_num_imprecise_acc=imprecise)
         else:
             acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=imprecise)
     if B_LEFT:
         acc = acc.T
-    if PER_ROW:
-        acc *= tl.load(a_scale_inv_ptr + rows, mask=in_m, other=0.0)[:, None]
-        acc *= tl.load(b_scale_inv_ptr + cols, mask=in_n, other=0.0)[None, :]
-    else:
-        acc *= tl.load(a_scale_inv_ptr) * tl.load(b_scale_inv_ptr)
+    if WHOLE_K and A_ROWS == 0:
+        acc *= tl.load(a_scales) * tl.load(b_scales)
+    elif WHOLE_K:
+        acc *= tl.load(a_scales, mask=in_m, other=0.0)[:, None]
+        acc *= tl.load(b_scales, mask=in_n, other=0.0)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + cols, mask=in_n, other=0.0).to(tl.float32)[None, :]
     c_at = c_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
@@ -117,8 +153,8 @@ def few_rows_config_for(m: int, n: int, *, fast_accum: bool = True) -> FewRowsCo
     config = next(at_once, configs[-1])
     if fast_accum:
         return config
-    # Products are promoted to float32 every 128 of K, as elsewhere.
-    return replace(config, block_k=128, num_stages=config.num_stages * config.block_k // 128)
+    stages = config.num_stages * config.block_k // FEW_ROWS_BLOCK
+    return replace(config, block_k=FEW_ROWS_BLOCK, num_stages=stages)
 
 
 def _programs(m: int, n: int, config: FewRowsConfig) -> int:
@@ -136,7 +172,7 @@ def scaled_mm_few_rows_launch(
     m: Any,
     n: Any,
     k: Any,
-    per_row: bool,
+    blocks: Sequence[Sequence[int]],
     config: FewRowsConfig,
     fast_accum: bool,
 ) -> Launch:
@@ -145,9 +181,13 @@ def scaled_mm_few_rows_launch(
     Args:
         a, b: FP8, `[m, k]` and `[n, k]`, contiguous; k a multiple of 16; not both E5M2.
         out: `[m, n]`, contiguous.
-        a_scale_inv, b_scale_inv: `f32`, contiguous, a number per row if `per_row`, else one.
+        a_scale_inv, b_scale_inv: `f32`, contiguous, a number per block.
+        blocks: rows and columns of a block of `a` and of `b`, 0 for all; both have as many columns,
+            which divide k.
         bias: `[n]`, any float type, added in float32; or None.
+        config: whose block of K is that of the scales, where blocks of K have scales.
     """
+    (a_rows, columns), (b_rows, _) = blocks
     return Launch(
         kernel=_scaled_mm_few_rows_kernel,
         tensors={
@@ -166,14 +206,16 @@ def scaled_mm_few_rows_launch(
             "B_LEFT": config.block_m < _LEFT_ROWS,
             "EVEN_N": isinstance(n, int) and n % config.block_n == 0,
             "EVEN_K": isinstance(k, int) and k % config.block_k == 0,
-            "PER_ROW": per_row,
+            "A_ROWS": a_rows,
+            "B_ROWS": b_rows,
+            "WHOLE_K": columns == 0,
+            "NUM_STAGES": config.num_stages,
             "HAS_BIAS": bias is not None,
             "FAST_ACCUM": fast_accum,
         },
         grid=(_blocks(m, config.block_m), _blocks(n, config.block_n), 1),
         writes=frozenset({"c_ptr"}),
         num_warps=4,
-        num_stages=config.num_stages,
     )
 
 
@@ -189,7 +231,7 @@ def scaled_mm_few_rows(
     bias: Tensor | None = None,
     *,
     out_dtype: torch.dtype,
-    per_row: bool = False,
+    blocks: Sequence[Sequence[int]] = ONE_SCALE,
     config: FewRowsConfig | None = None,
     fast_accum: bool = True,
 ) -> Tensor:
@@ -207,7 +249,7 @@ def scaled_mm_few_rows(
         m=m,
         n=n,
         k=k,
-        per_row=per_row,
+        blocks=blocks,
         config=config or few_rows_config_for(m, n, fast_accum=fast_accum),
         fast_accum=fast_accum,
     )

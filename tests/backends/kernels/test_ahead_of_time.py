@@ -29,6 +29,7 @@ from fp8compile.backends.kernels.launch import Launch
 from fp8compile.backends.kernels.scaled_mm import TileConfig, candidates, scaled_mm_launch
 from fp8compile.backends.kernels.scaled_mm_blocks import config_for, scaled_mm_blocks_launch
 from fp8compile.backends.kernels.scaled_mm_few_rows import (
+    ONE_SCALE,
     few_rows_config_for,
     scaled_mm_few_rows_launch,
 )
@@ -138,8 +139,14 @@ def few_rows_launches() -> Iterator[tuple[str, Launch]]:
     for fast_accum in (True, False):
         for m, n in ((16, N), (16, 28672), (32, 28672), (64, 4096), (64, 8192), (128, 28672)):
             config = few_rows_config_for(m, n, fast_accum=fast_accum)
-            for columns, k, out, per_row in ((n, K, BF16, True), (n - 7, K - 16, F32, False)):
-                scales = (meta(m), meta(columns)) if per_row else (meta(1), meta(1))
+            cases = [
+                (n, K, BF16, [(1, 0), (1, 0)], (meta(m), meta(n))),
+                (n - 7, K - 16, F32, ONE_SCALE, (meta(1), meta(1))),
+            ]
+            if not fast_accum:
+                scales = (meta(K // 128, m), meta(-(-n // 128), K // 128))
+                cases.append((n, K, BF16, [(1, 128), (128, 128)], scales))
+            for columns, k, out, blocks, scales in cases:
                 launch = scaled_mm_few_rows_launch(
                     meta(m, k, dtype=E4M3),
                     meta(columns, k, dtype=E4M3),
@@ -149,12 +156,12 @@ def few_rows_launches() -> Iterator[tuple[str, Launch]]:
                     m=m,
                     n=columns,
                     k=k,
-                    per_row=per_row,
+                    blocks=blocks,
                     config=config,
                     fast_accum=fast_accum,
                 )
                 accumulation = "fast" if fast_accum else "precise"
-                yield f"{config} {columns} {accumulation}", launch
+                yield f"{config} {columns} {blocks} {accumulation}", launch
 
 
 def fine_launches() -> Iterator[tuple[str, Launch]]:
@@ -481,12 +488,13 @@ def test_an_unaligned_gemm_loads_by_tma_and_stores_by_itself(reports: dict[str, 
 def test_few_rows_use_the_tensor_cores_and_copy_16_bytes_at_once(
     reports: dict[str, Report],
 ) -> None:
-    found = [r["ptx"] for name, r in reports.items() if name.startswith("few rows")]
-    assert len(found) == 24
-    for ptx in found:
+    """In several stages, which scales of blocks of K have as well, 4 bytes at once."""
+    found = {name: r["ptx"] for name, r in reports.items() if name.startswith("few rows")}
+    assert len(found) == 30
+    for name, ptx in found.items():
         assert re.search(r"wgmma\.mma_async", ptx) and not re.search(r"\bmma\.sync", ptx)
         copies = set(re.findall(r"cp\.async\.c\w\.shared\S*\s.*?, (0x\w+|\d+)[,;]", ptx))
-        assert {int(size, 0) for size in copies} == {16}
+        assert {int(size, 0) for size in copies} == ({4, 16} if "(128, 128)" in name else {16})
 
 
 def test_padded_transposed_copies_are_stored_in_wide_stores(reports: dict[str, Report]) -> None:

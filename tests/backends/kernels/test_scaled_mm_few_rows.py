@@ -8,13 +8,35 @@ from torch import Tensor
 
 from fp8compile.backends.kernels.scaled_mm_few_rows import (
     FEW_ROWS,
+    ONE_SCALE,
     FewRowsConfig,
     few_rows_config_for,
     scaled_mm_few_rows,
 )
 
+Blocks = tuple[tuple[int, int], tuple[int, int]]
+PER_ROW = ((1, 0), (1, 0))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def scale_shapes(m: int, n: int, k: int, blocks: Blocks) -> list[tuple[int, int]]:
+    """Those of the scales of both operands; of blocks of one row, K comes first."""
+    shapes = []
+    for rows, (high, wide) in zip((m, n), blocks, strict=True):
+        along_k = k // wide if wide else 1
+        if high == 1:
+            shapes.append((along_k, rows))
+        else:
+            shapes.append((-(-rows // high) if high else 1, along_k))
+    return shapes
+
+
+def per_element(scales: Tensor, block: tuple[int, int], q: Tensor) -> Tensor:
+    """A scale for every element of an operand."""
+    high, wide = block
+    scales = scales.t() if high == 1 else scales.repeat_interleave(high or len(q), 0)[: len(q)]
+    return scales.repeat_interleave(wide or q.shape[1], 1)
 
 
 def check(
@@ -22,7 +44,7 @@ def check(
     n: int,
     k: int,
     *,
-    per_row: bool = True,
+    blocks: Blocks = PER_ROW,
     formats: tuple[torch.dtype, torch.dtype] = (E4M3, E4M3),
     bias_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype = torch.float32,
@@ -36,7 +58,7 @@ def check(
         return torch.randn(*shape, generator=generator).to(DEVICE)
 
     a, b = random(m, k).to(formats[0]), random(n, k).to(formats[1])
-    left, right = (5 ** random(1, rows if per_row else 1) for rows in (m, n))
+    left, right = (5 ** random(*shape) for shape in scale_shapes(m, n, k, blocks))
     bias = None if bias_dtype is None else random(n).to(bias_dtype)
     out = scaled_mm_few_rows(
         a,
@@ -45,13 +67,15 @@ def check(
         right,
         bias,
         out_dtype=out_dtype,
-        per_row=per_row,
+        blocks=blocks,
         config=config,
         fast_accum=fast_accum,
     )
-    scales = left.double().t() * right.double()
-    want = (a.double() @ b.double().t()) * scales
-    sizes = (a.double().abs() @ b.double().abs().t()) * scales
+    x, y = (
+        q.double() * per_element(scales.double(), block, q)
+        for q, scales, block in ((a, left, blocks[0]), (b, right, blocks[1]))
+    )
+    want, sizes = x @ y.t(), x.abs() @ y.abs().t()
     if bias is not None:
         want += bias.double()
         sizes += bias.double().abs()
@@ -62,12 +86,21 @@ def check(
     assert (((out.double() - want).abs() - rounding) / sizes).max() <= accumulation
 
 
-@pytest.mark.parametrize("per_row", [False, True], ids=["tensorwise", "rowwise"])
+@pytest.mark.parametrize("blocks", [ONE_SCALE, PER_ROW], ids=["tensorwise", "rowwise"])
 @pytest.mark.parametrize(
     "shape", [(1, 64, 256), (5, 16, 16), (16, 200, 288), (33, 77, 160), (128, 96, 512)]
 )
-def test_shapes(shape: tuple[int, int, int], per_row: bool) -> None:
-    check(*shape, per_row=per_row)
+def test_shapes(shape: tuple[int, int, int], blocks: Blocks) -> None:
+    check(*shape, blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    "blocks", [((1, 128), (128, 128)), ((128, 128), (1, 128)), ((1, 128), (1, 128))], ids=str
+)
+@pytest.mark.parametrize("shape", [(1, 64, 256), (16, 200, 384), (33, 77, 128), (128, 300, 512)])
+def test_blocks(shape: tuple[int, int, int], blocks: Blocks) -> None:
+    """The configuration is the one of precise sums, whose block of K is 128."""
+    check(*shape, blocks=blocks, fast_accum=False)
 
 
 @pytest.mark.parametrize("fast_accum", [False, True], ids=["precise", "fast"])
