@@ -44,6 +44,7 @@ from .kernels.scaled_mm_blocks import config_for, scaled_mm_blocks_launch
 from .kernels.scaled_mm_few_rows import (
     FEW_ROWS,
     FEW_ROWS_BLOCK,
+    FEW_ROWS_OF_BLOCKS,
     ONE_SCALE,
     FewRowsConfig,
     few_rows_config_for,
@@ -493,7 +494,8 @@ def _few_rows_config(node: fx.Node) -> FewRowsConfig | None:
     """What multiplies few rows with scales per row or block; None for other GEMMs with blocks."""
     m, n, _ = _gemm_sizes(node)
     *_, (_, columns), _, fast_accum = args_of(node)
-    if m > FEW_ROWS or columns not in (0, FEW_ROWS_BLOCK):
+    few = {0: FEW_ROWS, FEW_ROWS_BLOCK: FEW_ROWS_OF_BLOCKS}
+    if m > few.get(columns, 0):
         return None
     return few_rows_config_for(m, n, fast_accum=fast_accum)
 

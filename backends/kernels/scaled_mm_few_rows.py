@@ -22,7 +22,8 @@ from torch import Tensor
 from .launch import Launch, run
 from .scaled_mm import SMS, _check_operands
 
-FEW_ROWS = 128  # for more, b no longer is what takes the time
+# For more, `b` no longer is what takes the time; sums of their own for blocks of K take some, too.
+FEW_ROWS, FEW_ROWS_OF_BLOCKS = 128, 64
 FEW_ROWS_BLOCK = 128  # columns of K that are summed up precisely, and may have a scale
 ONE_SCALE = ((0, 0), (0, 0))  # blocks of all rows and columns
 _LEFT_ROWS = 64  # of an operand of the tensor cores
@@ -145,7 +146,8 @@ def few_rows_config_for(m: int, n: int, *, fast_accum: bool = True) -> FewRowsCo
 
     On an H100, with `b` of 768 to 128256 rows, it is 1.00 to 1.19 times as fast as cuBLASLt for up
     to 64 rows, 1.07 times in the geometric mean, and 0.87 to 1.10 times for 128, which has one
-    scale for all rows there (`examples/bench/gemms.py`).
+    scale for all rows there (`examples/bench/gemms.py`). With blocks of 128, 0.94 to 1.39 times for
+    16 to 64 rows; of one row cuBLASLt takes none.
     """
     few = max(16, triton.next_power_of_2(m))
     configs = (_CONFIGS[0], FewRowsConfig(few, 64, 256, 6)) if few < _LEFT_ROWS else _CONFIGS

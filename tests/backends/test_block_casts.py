@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from fp8compile.backends import triton
 from fp8compile.backends.block_gemms import is_scaled_mm
 from fp8compile.backends.fused import emit_once, tiles
-from fp8compile.backends.kernels.scaled_mm_few_rows import FEW_ROWS
+from fp8compile.backends.kernels.scaled_mm_few_rows import FEW_ROWS, FEW_ROWS_OF_BLOCKS
 from fp8compile.compile import compile_graph
 from fp8compile.frozen import freeze
 from fp8compile.ir import SCALED_MM_BLOCKS, aten
@@ -311,16 +311,19 @@ def test_whole_graphs_are_lowered(recipe: str, dynamic: bool) -> None:
         assert all("val" in n.meta for n in arithmetic)
 
 
-@pytest.mark.parametrize("rows", [48, 200])
-def test_few_rows_with_a_scale_each_have_a_kernel_of_their_own(rows: int) -> None:
-    with torch.no_grad():
-        found = lowered(MLP(128, 256).bfloat16(), torch.randn(rows, 128).bfloat16(), "rowwise")
-    scaled_mms = [
-        mm
-        for _, gm in found
-        for mm in gm.graph.find_nodes(op="call_function", target=aten._scaled_mm.default)
-    ]
-    assert len(scaled_mms) == (0 if rows <= FEW_ROWS else 2)
+@pytest.mark.parametrize(
+    ("recipe", "most"), [("rowwise", FEW_ROWS), ("blockwise", FEW_ROWS_OF_BLOCKS)]
+)
+def test_few_rows_have_a_kernel_of_their_own(recipe: str, most: int) -> None:
+    for rows in (1, most, most + 4):
+        with torch.no_grad():
+            found = lowered(MLP(512, 512).bfloat16(), torch.randn(rows, 512).bfloat16(), recipe)
+        scaled_mms = [
+            mm
+            for _, gm in found
+            for mm in gm.graph.find_nodes(op="call_function", target=aten._scaled_mm.default)
+        ]
+        assert len(scaled_mms) == (0 if rows <= most else 2)
 
 
 @pytest.mark.parametrize("recipe", ["rowwise", "blockwise"])
