@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 import fp8compile
 from fp8compile.progress import progress
 
-WARMUP_CALLS = 5
+WARMUP_SECONDS = 1.0  # clocks have fallen while it was compiled, and a call may take half a ms
 Forward = Callable[..., Tensor]
 
 
@@ -116,8 +117,10 @@ def measure(
     forward = CONTENDERS[name](model, job.cuda_graphs)
     with torch.no_grad():
         compile_s = seconds(lambda: forward(x, cos, sin), device)
-        for _ in range(WARMUP_CALLS if device.type == "cuda" else 1):
-            output = forward(x, cos, sin).clone()
+        start = time.perf_counter()
+        output = forward(x, cos, sin).clone()
+        while device.type == "cuda" and time.perf_counter() - start < WARMUP_SECONDS:
+            seconds(lambda: forward(x, cos, sin), device)
         memory = allocated(device) - before
         ms = median_ms(lambda: forward(x, cos, sin), steps, device)
     parameters = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
