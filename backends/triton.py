@@ -18,7 +18,13 @@ from torch import fx
 
 from .. import ops
 from ..errors import PassError
-from ..internals import FloorDiv, emit_kernel_launch, emit_materialized, is_primal
+from ..internals import (
+    FloorDiv,
+    emit_kernel_launch,
+    emit_materialized,
+    is_primal,
+    stays_below,
+)
 from ..ir import (
     DEQUANTIZE,
     RESHAPES,
@@ -494,8 +500,8 @@ def _few_rows_config(node: fx.Node) -> FewRowsConfig | None:
     """What multiplies few rows with scales per row or block; None for other GEMMs with blocks."""
     m, n, _ = _gemm_sizes(node)
     *_, (_, columns), _, fast_accum = args_of(node)
-    few = {0: FEW_ROWS, FEW_ROWS_BLOCK: FEW_ROWS_OF_BLOCKS}
-    if m > few.get(columns, 0):
+    most = {0: FEW_ROWS, FEW_ROWS_BLOCK: FEW_ROWS_OF_BLOCKS}.get(columns, 0)
+    if m > most or not stays_below(args_of(node)[0].meta["val"].shape[0], most):
         return None
     return few_rows_config_for(m, n, fast_accum=fast_accum)
 
@@ -523,6 +529,7 @@ def _gemm_shape(node: fx.Node) -> GemmShape:
         bias=None if bias is None else bias.meta["val"].dtype,
         fast_accum=bool(fast_accum),
         aligned=is_aligned(size_expr(b.meta["val"].shape[0])),
+        grows=m <= FEW_ROWS and not stays_below(a.meta["val"].shape[0], FEW_ROWS),
     )
 
 

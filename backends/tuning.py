@@ -43,7 +43,7 @@ Choice = TileConfig | FewRowsConfig | None  # None stands for cuBLASLt
 @dataclass(frozen=True)
 class GemmShape:
     """What a choice depends on. ``m``, ``n``, ``k``: hints where they are symbolic; ``aligned``:
-    whether n is known to be a multiple of 16.
+    whether n is known to be a multiple of 16; ``grows``: whether few rows may become many.
     """
 
     m: int
@@ -55,6 +55,11 @@ class GemmShape:
     bias: torch.dtype | None
     fast_accum: bool
     aligned: bool = True
+    grows: bool = False
+
+    @property
+    def has_few_rows(self) -> bool:
+        return self.m <= FEW_ROWS and not self.grows
 
     def __str__(self) -> str:
         def short(dtype: torch.dtype | None) -> str:
@@ -63,7 +68,7 @@ class GemmShape:
         formats = f"{Format.of(self.left)}x{Format.of(self.right)}"
         accum = "fast" if self.fast_accum else "precise"
         types = f"{formats} {short(self.out)} bias={short(self.bias)}"
-        rows = "" if self.aligned else " unaligned"
+        rows = ("" if self.aligned else " unaligned") + (" grows" if self.grows else "")
         return f"{self.m}x{self.n}x{self.k} {types} {accum}{rows}"
 
 
@@ -96,7 +101,7 @@ def choices(shape: GemmShape) -> list[Choice]:
     """What is worth timing for a shape; None stands for cuBLASLt."""
     m, n, k, aligned = shape.m, shape.n, shape.k, shape.aligned
     cublaslt = [None] if cublaslt_supports(shape) else []
-    if m <= FEW_ROWS:
+    if shape.has_few_rows:
         return [*cublaslt, few_rows_config_for(m, n, fast_accum=shape.fast_accum)]
     configs = candidates(m, n, k, fast_accum=shape.fast_accum, aligned=aligned)
     return [*cublaslt, *configs[: _TIMED_CONFIGS if cublaslt else _TIMED_CONFIGS_ALONE]]
@@ -132,7 +137,7 @@ def time_choices(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
             multiply(choice, b)
 
     runs = {choice: functools.partial(run, choice) for choice in choices(shape)}
-    times = _fastest(runs, f"autotuning {shape}", as_graph=shape.m <= FEW_ROWS)
+    times = _fastest(runs, f"autotuning {shape}", as_graph=shape.has_few_rows)
     return {choice: time / len(rights) for choice, time in times.items()}
 
 
@@ -140,7 +145,7 @@ def _copies(shape: GemmShape, device: torch.device) -> int:
     """How many matrices to multiply few rows with in turns, so that none is in L2 any more when it
     comes again: like weights, when a model decodes.
     """
-    if shape.m > FEW_ROWS:
+    if not shape.has_few_rows:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return triton.cdiv(2 * cache, shape.n * shape.k)

@@ -55,6 +55,7 @@ from torch.utils._sympy.functions import FloorDiv as FloorDiv  # ``//`` in a sym
 
 WithoutSubclasses = torch._C.DisableTorchFunctionSubclass  # operators see plain tensors inside
 Split = Callable[[fx.GraphModule, fx.GraphModule, int], None]
+_LARGEST_SIZE = 2**62  # beyond it are the upper bounds that stand for none
 _FORCE_STRIDE_ORDER = inductor_prims.force_stride_order
 
 
@@ -565,3 +566,17 @@ def emit_kernel_launch(
     )
     node.meta["val"] = None
     return node
+
+
+def stays_below(size: int | torch.SymInt, most: int) -> bool:
+    """Whether a size that is at most ``most`` in the example always is.
+
+    Of a symbolic one that nothing is known of, PyTorch is told so, as a guard: where it is larger,
+    another graph is compiled. One that the user has given a range may not be told more.
+    """
+    if not isinstance(size, torch.SymInt):
+        return size <= most
+    largest = size.node.shape_env.bound_sympy(size.node.expr).upper
+    if largest < _LARGEST_SIZE:
+        return bool(largest <= most)
+    return bool(size <= most)

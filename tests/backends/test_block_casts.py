@@ -269,9 +269,11 @@ def test_what_scaled_mm_of_pytorch_can_do(
 
 
 def lowered(
-    model: nn.Module, x: Tensor, recipe: str, dynamic: bool = False
+    model: nn.Module, x: Tensor, recipe: str, dynamic: bool = False, more: Sequence[Tensor] = ()
 ) -> list[tuple[int, fx.GraphModule]]:
-    """How many regions the graphs of a call and its backward have, and what they are lowered to."""
+    """How many regions the graphs of a call and its backward have, and what they are lowered to;
+    and those that calls with ``more`` add.
+    """
     torch._dynamo.reset()
     found = []
 
@@ -290,9 +292,11 @@ def lowered(
         options = parse_options({"recipe": recipe})
         return compile_graph(gm, example_inputs, options, inner_compile=keep)
 
-    result = torch.compile(model, backend=backend, dynamic=dynamic)(x)
-    if result.requires_grad:
-        result.sum().backward()
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+    for each in (x, *more):
+        result = compiled(each)
+        if result.requires_grad:
+            result.sum().backward()
     return found
 
 
@@ -311,6 +315,12 @@ def test_whole_graphs_are_lowered(recipe: str, dynamic: bool) -> None:
         assert all("val" in n.meta for n in arithmetic)
 
 
+def scaled_mms(found: Sequence[tuple[int, fx.GraphModule]]) -> int:
+    """How many GEMMs are left to PyTorch, in all graphs."""
+    target = aten._scaled_mm.default
+    return sum(len(gm.graph.find_nodes(op="call_function", target=target)) for _, gm in found)
+
+
 @pytest.mark.parametrize(
     ("recipe", "most"), [("rowwise", FEW_ROWS), ("blockwise", FEW_ROWS_OF_BLOCKS)]
 )
@@ -318,12 +328,29 @@ def test_few_rows_have_a_kernel_of_their_own(recipe: str, most: int) -> None:
     for rows in (1, most, most + 4):
         with torch.no_grad():
             found = lowered(MLP(512, 512).bfloat16(), torch.randn(rows, 512).bfloat16(), recipe)
-        scaled_mms = [
-            mm
-            for _, gm in found
-            for mm in gm.graph.find_nodes(op="call_function", target=aten._scaled_mm.default)
-        ]
-        assert len(scaled_mms) == (0 if rows <= most else 2)
+        assert scaled_mms(found) == (0 if rows <= most else 2)
+
+
+def test_few_rows_that_become_many_are_another_graph() -> None:
+    few, as_many, many, more, as_few = (
+        torch.randn(rows, 512).bfloat16() for rows in (16, FEW_ROWS, 200, 300, 20)
+    )
+    model = MLP(512, 512).bfloat16()
+    with torch.no_grad():
+        before = lowered(model, few, "rowwise", dynamic=True, more=[as_many])
+        after = lowered(model, few, "rowwise", dynamic=True, more=[as_many, many, more, as_few])
+        never = lowered(model, many, "rowwise", dynamic=True, more=[more, few])
+    assert [scaled_mms(found) for found in (before, after, never)] == [0, 2, 2]
+    assert len(after) == 2 * len(before) and len(never) == len(before)
+
+
+def test_rows_of_a_given_range_are_not_guarded() -> None:
+    """PyTorch refuses to be told more of them than the user has said."""
+    for largest, wanted in ((FEW_ROWS, 0), (4096, 2)):
+        x = torch.randn(16, 512).bfloat16()
+        torch._dynamo.mark_dynamic(x, 0, min=2, max=largest)
+        with torch.no_grad():
+            assert scaled_mms(lowered(MLP(512, 512).bfloat16(), x, "rowwise")) == wanted
 
 
 @pytest.mark.parametrize("recipe", ["rowwise", "blockwise"])
