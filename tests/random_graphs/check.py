@@ -282,7 +282,8 @@ class _StaticScales(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        if func is QUANTIZE and args[1] is not None:
+        # One number is a scale that was found in forward: it has no slot.
+        if func is QUANTIZE and args[1] is not None and args[1].numel() > 1:
             self._found[args[2]] = args[1][args[2]].clone()
         return func(*args, **(kwargs or {}))
 

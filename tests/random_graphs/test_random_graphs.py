@@ -162,6 +162,10 @@ def test_every_recipe_is_compared(recipe: str) -> None:
     assert tally.results["as close as rounding errors allow"] == 0
 
 
+def test_static_scales_beside_current_ones_that_are_kept() -> None:
+    check(replace(BLOCK, recipe="current", overrides=(("q", "static"),)))
+
+
 def test_a_site_without_its_own_recipe_is_seen() -> None:
     check(MIXED)
     site = tag_sites.__globals__["Site"]
