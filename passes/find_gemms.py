@@ -20,6 +20,7 @@ from ..ir import (
     is_backward,
     operands,
     size_expr,
+    value_key,
 )
 from ..recipe import Gemm, Operand
 from .tag_sites import ATTENTION_TAG, EINSUM_TAG, LEFT_OUT_TAG, OTHER_EINSUM, TWO_ACTIVATIONS
@@ -133,13 +134,15 @@ def _backward_roles(
     left: fx.Node, right: fx.Node, input_base: fx.Node, weight_base: fx.Node
 ) -> tuple[Gemm, Operand, Operand] | None:
     """dgrad multiplies grad_output with the weight, wgrad with the input; in either order."""
-    if weight_base in (left, right):
-        gemm, other, base = Gemm.DGRAD, Operand.WEIGHT, weight_base
-    elif input_base in (left, right):
-        gemm, other, base = Gemm.WGRAD, Operand.INPUT, input_base
+    # What was written in place is reshaped anew for each of its readers.
+    keys = [value_key(left), value_key(right)]
+    if (key := value_key(weight_base)) in keys:
+        gemm, other = Gemm.DGRAD, Operand.WEIGHT
+    elif (key := value_key(input_base)) in keys:
+        gemm, other = Gemm.WGRAD, Operand.INPUT
     else:
         return None
-    if left is base:
+    if keys[0] == key:
         return gemm, other, Operand.GRAD_OUTPUT
     return gemm, Operand.GRAD_OUTPUT, other
 

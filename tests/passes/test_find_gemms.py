@@ -111,6 +111,26 @@ class Checkpointed(nn.Module):
         return checkpoint(lambda y: self.b(F.relu(self.a(y))), x, use_reentrant=False)
 
 
+def test_an_input_that_was_written_in_place() -> None:
+    """Every reader reshapes it anew, and so does each backward."""
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Parameter(torch.randn(32, 32)) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x @ self.a
+            h.add_(1)
+            return (h @ self.b) * (h @ self.c)
+
+    gm, run = before("find_gemms", trace_joint(InPlace(), torch.randn(2, 16, 32)))
+    assert check_pass(gm, run) == 8  # no gradient of x
+    assert not unsited_matmuls(gm)
+    found = [f"{info.name} {info.gemm}" for _, info in gemms(gm)]
+    assert {"a wgrad", "b wgrad", "c wgrad"} <= {*found}
+
+
 def test_sites_inside_a_checkpointed_region() -> None:
     joint = trace_joint(Checkpointed(), torch.randn(16, 32, requires_grad=True))
     find_gemms(joint.gm, sites=joint.sites)
