@@ -71,7 +71,7 @@ def kernel_name(node: fx.Node, kernels: str) -> str:
     """What runs an ``fp8::scaled_mm`` node: "reference", "cublaslt" or our kernel and its tile."""
     if kernels == REFERENCE:
         return REFERENCE
-    from .triton import gemm_kernel_name
+    from .gemm_choice import gemm_kernel_name
 
     return gemm_kernel_name(node)
 

@@ -23,7 +23,6 @@ from ..internals import (
     emit_kernel_launch,
     emit_materialized,
     is_primal,
-    stays_below,
 )
 from ..ir import (
     DEQUANTIZE,
@@ -39,26 +38,23 @@ from ..ir import (
     fake_mode_of,
     size_expr,
 )
-from ..regions import hint, is_aligned
+from ..regions import is_aligned
 from .before import word_count
 from .block_gemms import inline, is_scaled_mm, lower_to_scaled_mm
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
 from .fused import emit_once, launches, tiles, tiles_down
+from .gemm_choice import block_config, few_rows_config, gemm_shape
 from .kernels.launch import Launch
-from .kernels.scaled_mm import TileConfig, scaled_mm_launch
-from .kernels.scaled_mm_blocks import config_for, scaled_mm_blocks_launch
+from .kernels.scaled_mm import scaled_mm_launch
+from .kernels.scaled_mm_blocks import scaled_mm_blocks_launch
 from .kernels.scaled_mm_few_rows import (
-    FEW_ROWS,
-    FEW_ROWS_BLOCK,
-    FEW_ROWS_OF_BLOCKS,
     ONE_SCALE,
     FewRowsConfig,
-    few_rows_config_for,
     scaled_mm_few_rows_launch,
 )
 from .kernels.update_scales import update_scales
 from .region import Cast, Region
-from .tuning import CUBLASLT, GemmShape, choose_gemm
+from .tuning import choose_gemm
 
 _ALIGNED = 4  # words: parts of a buffer that start at multiples of it can share a compiled kernel
 
@@ -274,7 +270,7 @@ class _Lowering:
 
     def scaled_mm(self, node: fx.Node) -> None:
         """``fp8::scaled_mm`` -> our kernel or ``aten._scaled_mm``, whichever is faster here."""
-        shape, device = _gemm_shape(node), args_of(node)[0].meta["val"].device.index or 0
+        shape, device = gemm_shape(node), args_of(node)[0].meta["val"].device.index or 0
         config = choose_gemm(shape, device)
         if config is None:
             with self.graph.inserting_before(node):
@@ -296,7 +292,7 @@ class _Lowering:
         """``fp8::scaled_mm_blocks`` -> ``aten._scaled_mm`` where it can, else our kernels; which
         for few rows are faster.
         """
-        few_rows = _few_rows_config(node)
+        few_rows = few_rows_config(node)
         if few_rows is None and is_scaled_mm(node):
             node.replace_all_uses_with(lower_to_scaled_mm(node))
             return
@@ -308,7 +304,7 @@ class _Lowering:
         launch = functools.partial(
             scaled_mm_blocks_launch,
             blocks=args_of(node)[6:8],
-            config=_block_config(node),
+            config=block_config(node),
             fast_accum=args_of(node)[-1],
             aligned=is_aligned(size_expr(args_of(node)[1].meta["val"].shape[0])),
         )
@@ -483,54 +479,6 @@ def _submodule(gm: fx.GraphModule, call: fx.Node) -> fx.GraphModule:
     module = gm.get_submodule(str(call.target))
     assert isinstance(module, fx.GraphModule)
     return module
-
-
-def gemm_kernel_name(node: fx.Node) -> str:
-    """What was, or will be, chosen for a scaled_mm node."""
-    if node.target is SCALED_MM_BLOCKS:
-        if (few_rows := _few_rows_config(node)) is not None:
-            return f"triton {few_rows}"
-        return "_scaled_mm" if is_scaled_mm(node) else f"triton {_block_config(node)}"
-    device = args_of(node)[0].meta["val"].device
-    config = choose_gemm(_gemm_shape(node), device.index or 0)
-    return CUBLASLT if config is None else f"triton {config}"
-
-
-def _few_rows_config(node: fx.Node) -> FewRowsConfig | None:
-    """What multiplies few rows with scales per row or block; None for other GEMMs with blocks."""
-    m, n, _ = _gemm_sizes(node)
-    *_, (_, columns), _, fast_accum = args_of(node)
-    most = {0: FEW_ROWS, FEW_ROWS_BLOCK: FEW_ROWS_OF_BLOCKS}.get(columns, 0)
-    if m > most or not stays_below(args_of(node)[0].meta["val"].shape[0], most):
-        return None
-    return few_rows_config_for(m, n, fast_accum=fast_accum)
-
-
-def _block_config(node: fx.Node) -> TileConfig:
-    return config_for(*_gemm_sizes(node), args_of(node)[6][1])
-
-
-def _gemm_sizes(node: fx.Node) -> tuple[int, int, int]:
-    """m, n and k; hints where they are symbolic."""
-    a, b = (value.meta["val"] for value in args_of(node)[:2])
-    return hint(a.shape[0]), hint(b.shape[0]), hint(a.shape[1])
-
-
-def _gemm_shape(node: fx.Node) -> GemmShape:
-    a, b, _, _, bias, out_dtype, fast_accum = args_of(node)
-    m, n, k = _gemm_sizes(node)
-    return GemmShape(
-        m=m,
-        n=n,
-        k=k,
-        left=a.meta["val"].dtype,
-        right=b.meta["val"].dtype,
-        out=out_dtype,
-        bias=None if bias is None else bias.meta["val"].dtype,
-        fast_accum=bool(fast_accum),
-        aligned=is_aligned(size_expr(b.meta["val"].shape[0])),
-        grows=m <= FEW_ROWS and not stays_below(a.meta["val"].shape[0], FEW_ROWS),
-    )
 
 
 def _configured_source(launch: Launch) -> str:

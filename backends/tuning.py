@@ -158,16 +158,15 @@ def _fastest(
 
     ``as_graph``: replayed, for what takes longer to launch than to run.
     """
-    batches = {}
+    timed, batches = {}, {}
     for choice, run in progress(runs.items(), what):  # their compiling takes the time
         run()
-        if as_graph:
-            runs = {**runs, choice: _captured(run)}
-        estimate = _microseconds(runs[choice], _WARMUP)
+        timed[choice] = _captured(run) if as_graph else run
+        estimate = _microseconds(timed[choice], _WARMUP)
         batches[choice] = max(1, int(_BATCH_US / estimate))
     times: dict[Choice, list[float]] = {choice: [] for choice in runs}
     for _ in range(_ROUNDS):
-        for choice, run in runs.items():
+        for choice, run in timed.items():
             times[choice].append(_microseconds(run, batches[choice]))
     return {choice: statistics.median(values) for choice, values in times.items()}
 

@@ -299,7 +299,8 @@ class _WithoutCasts(fx.Interpreter):
             a, a_scale_inv = _quantized(a, info.left, recipe)
             b, b_scale_inv = _quantized(b, info.right, recipe)
             scales = a_scale_inv * a_factor, b_scale_inv * b_factor
-            return n.target(a, b, *scales, bias, dtype, *blocks_and_fast)  # type: ignore[operator]
+            target: Any = n.target
+            return target(a, b, *scales, bias, dtype, *blocks_and_fast)
         if bias is not None:
             return torch.addmm(bias.to(a.dtype), a, b.t()).to(dtype)
         factor = float(a_factor * b_factor)

@@ -9,7 +9,9 @@ N*K read, M*N of the output type written. FLOPs: 2*M*N*K.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -242,25 +244,31 @@ def scaled_mm(
 ) -> Tensor:
     """Multiply now. See `scaled_mm_launch` for what the operands must be."""
     (m, k), n = a.shape, b.shape[0]
-    _check_operands(a, b)
     aligned = n % 16 == 0 if aligned is None else aligned
-    out = a.new_empty((m, n), dtype=out_dtype)
-    launch = scaled_mm_launch(
-        a,
-        b,
-        out,
-        a_scale_inv,
-        b_scale_inv,
-        bias,
-        m=m,
-        n=n,
-        k=k,
+    launch_of = partial(
+        scaled_mm_launch,
         config=config or candidates(m, n, k, fast_accum=fast_accum, aligned=aligned)[0],
         fast_accum=fast_accum,
         aligned=aligned,
         num_sms=num_sms,
     )
-    run(launch)
+    return multiply(launch_of, a, b, a_scale_inv, b_scale_inv, bias, out_dtype)
+
+
+def multiply(
+    launch_of: Callable[..., Launch],
+    a: Tensor,
+    b: Tensor,
+    a_scale_inv: Tensor,
+    b_scale_inv: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Run the launch of a GEMM's kernel, with all of its options bound; returns the product."""
+    (m, k), n = a.shape, b.shape[0]
+    _check_operands(a, b)
+    out = a.new_empty((m, n), dtype=out_dtype)
+    run(launch_of(a, b, out, a_scale_inv, b_scale_inv, bias, m=m, n=n, k=k))
     return out
 
 

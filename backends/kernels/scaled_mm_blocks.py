@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, run
-from .scaled_mm import TileConfig, _check_operands, _store_tile, _tile_position, candidates
+from .launch import Launch
+from .scaled_mm import TileConfig, _store_tile, _tile_position, candidates, multiply
+
+
+@triton.jit
+def scales_of_rows(scales_ptr, rows, blocks_k, ROWS: tl.constexpr):
+    """Where the first scale of each row is; `ROWS`: how many share one, or 0 for all.
+
+    Scales of blocks of one row lie one block of K after the other, others row by row.
+    """
+    if ROWS == 0:
+        return scales_ptr
+    elif ROWS == 1:
+        return scales_ptr + rows
+    else:
+        return scales_ptr + (rows // ROWS) * blocks_k
 
 
 @triton.jit
@@ -51,9 +66,8 @@ def _scaled_mm_blocks_kernel(
     col = tile_n * BLOCK_N
     rows = row + tl.arange(0, BLOCK_M)
     cols = col + tl.arange(0, BLOCK_N)
-    # Scales of blocks of one row lie one block of K after the other, others row by row.
-    a_scales = a_scale_inv_ptr + (rows if A_ROWS == 1 else (rows // A_ROWS) * tiles_k)
-    b_scales = b_scale_inv_ptr + (cols if B_ROWS == 1 else (cols // B_ROWS) * tiles_k)
+    a_scales = scales_of_rows(a_scale_inv_ptr, rows, tiles_k, A_ROWS)
+    b_scales = scales_of_rows(b_scale_inv_ptr, cols, tiles_k, B_ROWS)
     a_step = M if A_ROWS == 1 else 1
     b_step = N if B_ROWS == 1 else 1
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -126,7 +140,7 @@ def scaled_mm_blocks_launch(
             "FAST_ACCUM": fast_accum,
             "ALIGNED": aligned,
         },
-        grid=(_tiles(m, config.block_m) * _tiles(n, config.block_n), 1, 1),
+        grid=(tiles_of(m, config.block_m) * tiles_of(n, config.block_n), 1, 1),
         descriptors={
             "a_desc": [config.block_m, config.block_k],
             "b_desc": [config.block_n, config.block_k],
@@ -138,7 +152,8 @@ def scaled_mm_blocks_launch(
     )
 
 
-def _tiles(size: Any, block: int) -> Any:
+def tiles_of(size: Any, block: int) -> Any:
+    """How many blocks cover a size, which may be a proxy of a graph node."""
     return (size + block - 1) // block
 
 
@@ -166,22 +181,11 @@ def scaled_mm_blocks(
 ) -> Tensor:
     """Multiply now. See `scaled_mm_blocks_launch` for what the operands must be."""
     (m, k), n = a.shape, b.shape[0]
-    _check_operands(a, b)
-    out = a.new_empty((m, n), dtype=out_dtype)
-    launch = scaled_mm_blocks_launch(
-        a,
-        b,
-        out,
-        a_scale_inv,
-        b_scale_inv,
-        bias,
-        m=m,
-        n=n,
-        k=k,
+    launch_of = partial(
+        scaled_mm_blocks_launch,
         blocks=blocks,
         config=config or config_for(m, n, k, blocks[0][1]),
         fast_accum=fast_accum,
         aligned=n % 16 == 0,
     )
-    run(launch)
-    return out
+    return multiply(launch_of, a, b, a_scale_inv, b_scale_inv, bias, out_dtype)

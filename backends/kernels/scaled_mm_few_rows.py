@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,28 +20,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, run
-from .scaled_mm import SMS, _check_operands
+from .launch import Launch
+from .scaled_mm import SMS, multiply
+from .scaled_mm_blocks import scales_of_rows, tiles_of
 
 # For more, `b` no longer is what takes the time; sums of their own for blocks of K take some, too.
 FEW_ROWS, FEW_ROWS_OF_BLOCKS = 128, 64
 FEW_ROWS_BLOCK = 128  # columns of K that are summed up precisely, and may have a scale
 ONE_SCALE = ((0, 0), (0, 0))  # blocks of all rows and columns
 _LEFT_ROWS = 64  # of an operand of the tensor cores
-
-
-@triton.jit
-def _scales_of_rows(scales_ptr, rows, blocks_k, ROWS: tl.constexpr):
-    """Where the first scale of each row is; `ROWS`: how many share one, or 0 for all.
-
-    Scales of blocks of one row lie one block of K after the other, others row by row.
-    """
-    if ROWS == 0:
-        return scales_ptr
-    elif ROWS == 1:
-        return scales_ptr + rows
-    else:
-        return scales_ptr + (rows // ROWS) * blocks_k
 
 
 @triton.jit
@@ -76,8 +64,8 @@ def _scaled_mm_few_rows_kernel(
     a_at = a_ptr + rows.to(tl.int64)[:, None] * K + ks[None, :]
     b_at = b_ptr + cols.to(tl.int64)[:, None] * K + ks[None, :]
     blocks_k = tl.cdiv(K, BLOCK_K)
-    a_scales = _scales_of_rows(a_scale_inv_ptr, rows, blocks_k, A_ROWS)
-    b_scales = _scales_of_rows(b_scale_inv_ptr, cols, blocks_k, B_ROWS)
+    a_scales = scales_of_rows(a_scale_inv_ptr, rows, blocks_k, A_ROWS)
+    b_scales = scales_of_rows(b_scale_inv_ptr, cols, blocks_k, B_ROWS)
     a_step = M if A_ROWS == 1 else 1
     b_step = N if B_ROWS == 1 else 1
     imprecise: tl.constexpr = None if FAST_ACCUM else BLOCK_K  # then promoted to float32
@@ -160,7 +148,7 @@ def few_rows_config_for(m: int, n: int, *, fast_accum: bool = True) -> FewRowsCo
 
 
 def _programs(m: int, n: int, config: FewRowsConfig) -> int:
-    return _blocks(m, config.block_m) * _blocks(n, config.block_n)
+    return tiles_of(m, config.block_m) * tiles_of(n, config.block_n)
 
 
 def scaled_mm_few_rows_launch(
@@ -215,14 +203,10 @@ def scaled_mm_few_rows_launch(
             "HAS_BIAS": bias is not None,
             "FAST_ACCUM": fast_accum,
         },
-        grid=(_blocks(m, config.block_m), _blocks(n, config.block_n), 1),
+        grid=(tiles_of(m, config.block_m), tiles_of(n, config.block_n), 1),
         writes=frozenset({"c_ptr"}),
         num_warps=4,
     )
-
-
-def _blocks(size: Any, block: int) -> Any:
-    return (size + block - 1) // block
 
 
 def scaled_mm_few_rows(
@@ -238,22 +222,10 @@ def scaled_mm_few_rows(
     fast_accum: bool = True,
 ) -> Tensor:
     """Multiply now. See `scaled_mm_few_rows_launch` for what the operands must be."""
-    (m, k), n = a.shape, b.shape[0]
-    _check_operands(a, b)
-    out = a.new_empty((m, n), dtype=out_dtype)
-    launch = scaled_mm_few_rows_launch(
-        a,
-        b,
-        out,
-        a_scale_inv,
-        b_scale_inv,
-        bias,
-        m=m,
-        n=n,
-        k=k,
+    launch_of = partial(
+        scaled_mm_few_rows_launch,
         blocks=blocks,
-        config=config or few_rows_config_for(m, n, fast_accum=fast_accum),
+        config=config or few_rows_config_for(len(a), len(b), fast_accum=fast_accum),
         fast_accum=fast_accum,
     )
-    run(launch)
-    return out
+    return multiply(launch_of, a, b, a_scale_inv, b_scale_inv, bias, out_dtype)
