@@ -68,7 +68,16 @@ class Before(TileText):
         lines.append(f"for strip in tl.range(0, {height}, BLOCK_M, num_stages={self._stages()}):")
         inner = [*self._rows("strip"), *self._totals(), *self._results()]
         lines += [f"    {line}" for line in (*inner, *look)]
-        return lines + [line for cast in wait for line in cast.leave()]
+        lines += [line for cast in wait for line in cast.leave()]
+        settle = [line for _, cast in found for line in cast.settle()]
+        return [*lines, *self._block(), "tl.debug_barrier()", *settle] if settle else lines
+
+    def _block(self) -> list[str]:
+        """The rows and columns of the block that a program has looked at."""
+        return [
+            f"rows = first_m + tl.arange(0, {self.region.search_height})",
+            "cols = first_n + tl.arange(0, BLOCK_N)",
+        ]
 
     def _stages(self) -> int:
         """How many strips the loads of a search are ahead: two more, a fifth faster, unless they

@@ -146,6 +146,7 @@ _DEVICE_FUNCTIONS = (
     "resolve_scale",
     "row_scale",
     "saturate",
+    "settle_scales",
     "sigmoid",
     "store_transposed",
     "tile_amax",

@@ -49,22 +49,42 @@ class SearchedCast(FineCast):
     def leave(self) -> list[str]:
         """Leave what all rows of a block have given."""
         if self.high > 1:
-            return self._leave("fp8", f"tl.max({self.largest})")
+            return self._leave_scale(f"tl.max({self.largest})")
         return self._leave("fp8_t", f"tl.max({self.largest}, axis=0, keep_dims=True)", "in_n")
 
-    def _leave(self, copy: str, bits: str, mask: str = "") -> list[str]:
-        masked = f", mask={mask}" if mask else ""
+    def _leave(self, copy: str, bits: str, mask: str) -> list[str]:
         at = f"{self.found[copy]} + {self._at(copy, 'rows')}"
-        if not self._wide:
-            return [f'tl.atomic_max({at}, {bits}{masked}, sem="relaxed")']
+        if self._wide:
+            return [f"tl.store({at}, {bits}, mask={mask})"]
+        return [f'tl.atomic_max({at}, {bits}, mask={mask}, sem="relaxed")']
+
+    def _leave_scale(self, bits: str) -> list[str]:
+        """Leave the scale of a block of several rows."""
+        at = f"{self.found['fp8']} + {self._at('fp8', 'rows')}"
+        settings = f"{self.cast.format.max}, {self.cast.power_of_two}"
         lines = [
-            f"scale = row_scale({bits}, {self.cast.format.max}, {self.cast.power_of_two})",
-            f"tl.store({at}, scale.to(tl.int32, bitcast=True){masked})",
+            f"scale = row_scale({bits}, {settings})",
+            f"tl.store({at}, scale.to(tl.int32, bitcast=True))",
         ]
-        for stored in INVERSES if self.high > 1 else (copy,):
-            if stored in self.cast.outputs:
-                at = f"{self.pointer(INVERSES[stored])} + {self._at_inverse(stored)}"
-                lines.append(f"tl.store({at}, tl.div_rn(1.0, scale){masked})")
+        for copy in INVERSES:
+            if copy in self.cast.outputs:
+                at = f"{self.pointer(INVERSES[copy])} + {self._at_inverse(copy)}"
+                lines.append(f"tl.store({at}, tl.div_rn(1.0, scale))")
+        return lines
+
+    def settle(self) -> list[str]:
+        """Make scales of what was left for the rows and columns of a block: here each thread has
+        other ones, while those that find the largest of one all have that.
+        """
+        if self.high > 1 or not self._wide:
+            return []
+        lines = []
+        for copy, inside in (("fp8", "rows < M"), ("fp8_t", "cols < N")):
+            if copy in self.cast.outputs:
+                at = self._at(copy, "rows")
+                pointers = f"{self.found[copy]} + {at}, {self.pointer(INVERSES[copy])} + {at}"
+                settings = f"{self.cast.format.max}, {self.cast.power_of_two}"
+                lines.append(f"settle_scales({pointers}, {inside}, {settings})")
         return lines
 
     # --- the kernel that casts -------------------------------------------------------------------

