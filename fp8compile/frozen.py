@@ -21,6 +21,7 @@ from .errors import FrozenError, OptionError, RecipeError
 from .formats import FP8_DTYPES, Format
 from .ops import ALIGNMENT, current_scale
 from .options import parse_options
+from .pretrained import guard_saving
 from .progress import progress
 from .read_only import ReadOnly, ordinary, read_only
 from .recipe import Granularity, Operand, Recipe, Scaling, get_recipe
@@ -162,7 +163,8 @@ def freeze(
     take half of the memory of bfloat16. Layers are cast one after the other, some rows at a time:
     at no time is more needed than the model took before, and a layer or 100 MB.
 
-    A write to such a weight in eager code raises FrozenError: ``unfreeze`` first. One that is
+    A write to such a weight in eager code raises FrozenError, and so does ``save_pretrained`` of a
+    model of transformers, which would leave its format out: ``unfreeze`` first. One that is
     assigned, ``module.weight = nn.Parameter(...)``, is not frozen.
 
     Compile and call it as before: the recipe is known by the scales of the weights, be the option
@@ -202,6 +204,7 @@ def freeze(
             grams = gram_matrices(model, group, given, step)
             for name in progress(list(group), "rounding weights"):
                 _freeze(group[name], recipe, grams.pop(name, None))
+    guard_saving(model, is_frozen)
     log.info("froze a model: %.4g MB, now %.4g MB", before / 1e6, _bytes(model) / 1e6)
     return left
 
@@ -222,6 +225,7 @@ def unfreeze(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     names = [name for name, module in linears(model) if is_frozen(module)]
     for name in names:
         _unfreeze(model.get_submodule(name), dtype)
+    guard_saving(model, is_frozen)
     return names
 
 

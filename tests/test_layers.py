@@ -18,7 +18,7 @@ LAYERS = (
     {"arguments", "recipe", "cost"},
     {"ops", "internals"},
     {"observers", "profiles", "untouched", "read_only"},
-    {"ir", "modules", "options"},
+    {"ir", "modules", "options", "pretrained"},
     {"scaling", "dump", "report", "regions", "moments", "rounding", "edge_records", "verify"},
     {"frozen", "named_state", "static", "quantized_weights"},
     {"records", "compiled_graph", "observer", "checkpoints"},

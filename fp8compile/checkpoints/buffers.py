@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .saving import is_pretrained
+from ..pretrained import is_pretrained
 
 
 def rebuilt_buffers(

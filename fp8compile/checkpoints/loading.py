@@ -13,6 +13,7 @@ from ..arguments import checked_model
 from ..errors import CheckpointError, OptionError
 from ..frozen import frozen_granularity, is_frozen, quantize_weight, set_frozen
 from ..named_state import load_state_dict
+from ..pretrained import guard_saving
 from ..recipe import Granularity, Recipe, get_recipe
 from .buffers import rebuilt_buffers
 from .planning import Plan, Skip, Weight, make_plan, misfit
@@ -112,6 +113,7 @@ def _fill(
         _put(model, names, own[names[0]], tensors[stored])
     for name, buffer in rebuilt.items():
         _assign(model, name, buffer.to(device))
+    guard_saving(model, is_frozen)
     if plan.state:
         load_state_dict(model, plan.state)
         if plan.is_from_scales:

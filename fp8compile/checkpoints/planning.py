@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, ScalingStateError
 from ..frozen import is_frozen, left_out, linears
 from ..named_state import check_state_dict, state_dict
+from ..pretrained import is_pretrained
 from ..recipe import Granularity
 from .reading import SCALES, Checkpoint, read_json
-from .saving import is_pretrained
 from .scales import from_json, state_from_scales
 from .schemes import Scheme, SchemeOf
 

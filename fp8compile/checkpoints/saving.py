@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..arguments import checked_model
 from ..errors import CheckpointError
 from ..frozen import is_frozen
 from ..named_state import state_dict
+from ..pretrained import is_pretrained
 from .reading import CONFIG, GENERATION, SCALES
 from .scales import input_scales, to_json
 from .schemes import quantization_config
@@ -84,12 +84,6 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             found[name] = tensor
     return found
-
-
-def is_pretrained(model: nn.Module) -> bool:
-    """Whether this is a model of transformers, which nobody has who has not imported it."""
-    transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
 def _config(model: Any) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fp8compile
-from fp8compile import CheckpointError
+from fp8compile import CheckpointError, FrozenError
 from fp8compile.frozen import linears
 from tests.checkpoints.common import RECIPES, bits, bits_of, on_meta, served, tensors_in
 from tests.models import sqnr_db
@@ -50,6 +52,31 @@ def loaded(path: Path, **options: Any) -> Any:
     )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model
+
+
+def read_back(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+def test_transformers_writes_no_frozen_model(tmp_path: Path) -> None:
+    """It would write FP8 weights as if they were all that there is to a weight."""
+    model, other = llama(), llama()
+    fp8compile.freeze(model)
+    for frozen in (model, model.model, copy.deepcopy(model), read_back(model)):
+        with pytest.raises(FrozenError, match=r"call fp8compile.save_pretrained\(model, path\)"):
+            frozen.save_pretrained(tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+    other.save_pretrained(tmp_path / "other")
+    fp8compile.save_pretrained(model, tmp_path / "fp8")
+    fp8compile.load(other, tmp_path / "fp8")
+    with pytest.raises(FrozenError):
+        other.save_pretrained(tmp_path / "other")
+    fp8compile.unfreeze(model)
+    model.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again), logits(model))
 
 
 @torch.no_grad()
