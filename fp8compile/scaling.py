@@ -96,6 +96,12 @@ class ScalingState:
         """The weight of each site; None where there is none or it no longer exists."""
         return [None if ref is None else ref() for ref in self._weights]
 
+    def trains_with(self, parameters: Container[int]) -> bool:
+        """Whether any weight is one of these parameters, by their ids, or computed from them."""
+        return any(id(weight) in parameters for weight in self.weights() if weight is not None) or (
+            any(parameter in parameters for parameter in self.stepped_by)
+        )
+
     def belongs_to(self, weights: Sequence[Tensor | None], recipes: Sequence[Recipe]) -> bool:
         """Whether this is the state of exactly these weights, under these recipes."""
         return (
@@ -521,17 +527,13 @@ def update_scales(model: nn.Module | None = None) -> None:
 
     Raises OptionError for what is no model.
     """
-    model = None if model is None else checked_model(model, "update_scales")
-    states = _known_states() if model is None else _trained_with(model)
+    if model is None:
+        own, states = None, _known_states()
+    else:
+        parameters = checked_model(model, "update_scales").parameters()
+        own = {id(parameter) for parameter in parameters}
+        states = [state for state in _known_states() if state.trains_with(own)]
     for state in states:
         if state.rule.scaling is Scaling.STATIC:
             state.keep_changed_weights()
-    stepped = None if model is None else {id(parameter) for parameter in model.parameters()}
-    _end_step(None, stepped, states)
-
-
-def _trained_with(model: nn.Module) -> list[ScalingState]:
-    """The states of a model, and of graphs that compute their weights from its parameters."""
-    own = {id(parameter) for parameter in model.parameters()}
-    computed = [state for state in _known_states() if not own.isdisjoint(state.stepped_by)]
-    return states_of(model) + computed
+    _end_step(None, own, states)
