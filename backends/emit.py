@@ -150,6 +150,7 @@ _DEVICE_FUNCTIONS = (
     "sigmoid",
     "store_transposed",
     "tile_amax",
+    "to_fp8",
 )
 IMPORTS = (
     "import triton\nimport triton.language as tl\n\n"

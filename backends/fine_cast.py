@@ -51,7 +51,7 @@ class FineCast:
         """Cast and store a set of rows."""
         pointer, pitch = self.pointer("fp8"), padded_text(self.width, self.unit)
         at = f"{pointer} + ({named('rows', a)} * {pitch} + cols{plus(self.result.start)})"
-        value = f"{named('y', a)}.to({pointer}.dtype.element_ty)"
+        value = f"to_fp8({named('y', a)}, {pointer}.dtype.element_ty)"
         mask = f"{named('in_m', a)} & (cols < {padded_text('N', self.unit)})"
         return f"tl.store({at}, {value}, mask={mask})"
 

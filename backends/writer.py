@@ -167,7 +167,7 @@ class Writer(TileText):
             in_row = f"(cols < {pitch})" if pads_rows else "in_n"
             for a in self.sets:
                 rows, in_m = named("rows", a), named("in_m", a)
-                value = f"{named('y', a)}.to(fp8_{i}_ptr.dtype.element_ty)"
+                value = f"to_fp8({named('y', a)}, fp8_{i}_ptr.dtype.element_ty)"
                 at = f"fp8_{i}_ptr + ({rows} * {pitch} + cols{shift})"
                 lines.append(f"tl.store({at}, {value}, mask={in_m} & {in_row})")
         if "fp8_t" in cast.outputs:
@@ -194,7 +194,7 @@ class Writer(TileText):
             lines.append(f"{y}, {inv} = quantize_groups({named(variable, a)}, {fp8_max})")
         for a in self.sets:
             rows, in_m = named("rows", a), named("in_m", a)
-            value = f"{named('y', a)}.to(q_{i}_ptr.dtype.element_ty)"
+            value = f"to_fp8({named('y', a)}, q_{i}_ptr.dtype.element_ty)"
             lines.append(f"tl.store(q_{i}_ptr + ({rows} * N + cols), {value}, mask={in_m} & in_n)")
             at = f"group_scale_inv_{i}_ptr + ({rows} * (N // {GROUP}) + group)"
             mask = f"{in_m} & (group < N // {GROUP})"

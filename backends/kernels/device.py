@@ -89,61 +89,69 @@ def resolve_scale(delayed_scale, amax, FP8_MAX):
 def saturate(x, scale, FP8_MAX: tl.constexpr):
     """Float32 `x * scale`, ready to cast: finite values saturate, NaN and infinity become NaN.
 
-    Infinity times 0 is NaN: the sum takes two instructions, where a comparison takes three, and a
-    predicate that registers have to hold between several casts of the same `x`.
+    Infinity times 0 is NaN: to add that takes two instructions, where a comparison takes three, and
+    a predicate that registers have to hold between several casts of the same `x`. As a product of
+    Triton's, `x * 0` would be held instead.
     """
     x = x.to(tl.float32)
-    y = tl.fma(x, scale, x * 0.0)
     if INTERPRETED:  # on the hardware the conversion itself saturates (cvt.rn.satfinite)
+        y = x * scale
         # Comparisons instead of min/max: NaN-propagating min/max miscompile (triton issue 11111).
         y = tl.where(y > FP8_MAX, FP8_MAX, y)
         y = tl.where(y < -FP8_MAX, -FP8_MAX, y)
-        y = tl.where(y == y, y, float("nan"))  # a processor's own NaN is negative
-    return y
+        return tl.where(tl.abs(x) < float("inf"), y, float("nan"))
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 t;
+        mul.rn.f32 t, $1, 0f00000000;
+        fma.rn.f32 $0, $1, $2, t;
+        }""",
+        "=f,f,f",
+        [x, scale],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+# Four float32 values in, their FP8 bytes in a word out. A permutation puts the halves of the word
+# together: where they are moved into it and are one pair of values, as zeros outside of a narrow
+# matrix are, ptxas (12.8 and 12.9) converts that once and merges it with a register that holds
+# something else. All in a line: Inductor copies a constant into a string of its code.
+FOUR_TO_E4M3 = tl.constexpr(
+    "{ .reg .b16 pair; .reg .b32 low, high;"
+    " cvt.rn.satfinite.e4m3x2.f32 pair, $2, $1; cvt.u32.u16 low, pair;"
+    " cvt.rn.satfinite.e4m3x2.f32 pair, $4, $3; cvt.u32.u16 high, pair;"
+    " prmt.b32 $0, low, high, 0x5410; }"
+)
+FOUR_TO_E5M2 = tl.constexpr(FOUR_TO_E4M3.value.replace("e4m3x2", "e5m2x2"))
+
+
+@triton.jit
+def to_fp8(y, dtype: tl.constexpr):
+    """Cast float32 values to FP8."""
+    if INTERPRETED:
+        return y.to(dtype)
+    assembly: tl.constexpr = FOUR_TO_E4M3 if dtype == tl.float8e4nv else FOUR_TO_E5M2
+    codes = tl.inline_asm_elementwise(
+        assembly, "=r,f,f,f,f", [y], dtype=tl.int8, is_pure=True, pack=4
+    )
+    return codes.to(dtype, bitcast=True)
 
 
 @triton.jit
 def pack_fp8(y0, y1, y2, y3, dtype: tl.constexpr):
     """Cast four float32 values to FP8, into the bytes of an int32; `y0` is the lowest.
 
-    On the hardware it converts once more instead of taking apart what `.to()` has converted: ptxas
-    12.8 gives wrong bytes where one conversion is used whole and in parts. Where both pairs are the
-    same values, ptxas (12.8 and 12.9) makes one conversion of the two and merges it with a register
-    that holds something else; the multiplication by 1 keeps it from seeing that they are.
+    On the hardware it converts once more instead of taking apart what `to_fp8` has converted: ptxas
+    12.8 gives wrong bytes where one conversion is used whole and in parts.
     """
     if INTERPRETED:
         low = _byte(y0, 0, dtype) | _byte(y1, 1, dtype)
         return low | _byte(y2, 2, dtype) | _byte(y3, 3, dtype)
-    if dtype == tl.float8e4nv:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b16 low, high;
-            .reg .f32 t;
-            mul.rn.f32 t, $3, 0f3F800000;
-            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-            cvt.rn.satfinite.e4m3x2.f32 high, $4, t;
-            mov.b32 $0, {low, high};
-            }""",
-            "=r,f,f,f,f",
-            [y0, y1, y2, y3],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+    assembly: tl.constexpr = FOUR_TO_E4M3 if dtype == tl.float8e4nv else FOUR_TO_E5M2
     return tl.inline_asm_elementwise(
-        """{
-        .reg .b16 low, high;
-        .reg .f32 t;
-        mul.rn.f32 t, $3, 0f3F800000;
-        cvt.rn.satfinite.e5m2x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e5m2x2.f32 high, $4, t;
-        mov.b32 $0, {low, high};
-        }""",
-        "=r,f,f,f,f",
-        [y0, y1, y2, y3],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
+        assembly, "=r,f,f,f,f", [y0, y1, y2, y3], dtype=tl.int32, is_pure=True, pack=1
     )
 
 
