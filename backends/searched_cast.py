@@ -61,9 +61,8 @@ class SearchedCast(FineCast):
     def _leave_scale(self, bits: str) -> list[str]:
         """Leave the scale of a block of several rows."""
         at = f"{self.found['fp8']} + {self._at('fp8', 'rows')}"
-        settings = f"{self.cast.format.max}, {self.cast.power_of_two}"
         lines = [
-            f"scale = row_scale({bits}, {settings})",
+            f"scale = {self._row_scale(bits)}",
             f"tl.store({at}, scale.to(tl.int32, bitcast=True))",
         ]
         for copy in INVERSES:
@@ -79,12 +78,11 @@ class SearchedCast(FineCast):
         if self.high > 1 or not self._wide:
             return []
         lines = []
-        for copy, inside in (("fp8", "rows < M"), ("fp8_t", "cols < N")):
+        for copy, mask in (("fp8", "rows < M"), ("fp8_t", "cols < N")):
             if copy in self.cast.outputs:
                 at = self._at(copy, "rows")
                 pointers = f"{self.found[copy]} + {at}, {self.pointer(INVERSES[copy])} + {at}"
-                settings = f"{self.cast.format.max}, {self.cast.power_of_two}"
-                lines.append(f"settle_scales({pointers}, {inside}, {settings})")
+                lines.append(f"settle_scales({pointers}, {mask}, {self._rule})")
         return lines
 
     # --- the kernel that casts -------------------------------------------------------------------
@@ -122,12 +120,23 @@ class SearchedCast(FineCast):
         bits = f"tl.load({found} + {self._at(copy, rows)}{masked})"
         if self._wide:
             return f"{bits}.to(tl.float32, bitcast=True)"
-        return f"row_scale({bits}, {self.cast.format.max}, {self.cast.power_of_two})"
+        return self._row_scale(bits)
 
     def _store_inverse(self, copy: str, rows: str, scale: str, mask: str, first: str) -> list[str]:
         """Store the inverse of a row's or column's scale, from the ``first`` of its tiles."""
         at = f"{self.pointer(INVERSES[copy])} + {self._at(copy, rows)}"
         return [f"if {first}:", f"    tl.store({at}, tl.div_rn(1.0, {scale}), mask={mask})"]
+
+    # --- both ------------------------------------------------------------------------------------
+
+    def _row_scale(self, bits: str) -> str:
+        """The scale for the largest magnitude, given by its bits."""
+        return f"row_scale({bits}, {self._rule})"
+
+    @property
+    def _rule(self) -> str:
+        """What a scale depends on besides: the format's largest number, and the rounding."""
+        return f"{self.cast.format.max}, {self.cast.power_of_two}"
 
     # --- where things lie ------------------------------------------------------------------------
 

@@ -203,12 +203,12 @@ def row_scale(bits, FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
 
 @triton.jit
 def settle_scales(
-    found_ptrs, inverse_ptrs, inside, FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr
+    found_ptrs, inverse_ptrs, mask, FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr
 ):
     """Replace the largest `magnitude_bits` of rows or columns by scales; store their inverses."""
-    scale = row_scale(tl.load(found_ptrs, mask=inside, other=0), FP8_MAX, POWER_OF_TWO)
-    tl.store(found_ptrs, scale.to(tl.int32, bitcast=True), mask=inside)
-    tl.store(inverse_ptrs, tl.div_rn(1.0, scale), mask=inside)
+    scale = row_scale(tl.load(found_ptrs, mask=mask, other=0), FP8_MAX, POWER_OF_TWO)
+    tl.store(found_ptrs, scale.to(tl.int32, bitcast=True), mask=mask)
+    tl.store(inverse_ptrs, tl.div_rn(1.0, scale), mask=mask)
 
 
 @triton.jit
