@@ -9,18 +9,27 @@ from __future__ import annotations
 from .region import Region
 from .tile_text import TileText, definition
 
-_DONE = "words_ptr + 1"
+DONE = "words_ptr + 1"
 _ZEROS = "tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)"
 
 
 def word_count(region: Region) -> int:
-    """The zeroed int32 through which the programs of a region find the amax of its casts."""
-    return 2 + len(region.casts) if region.casts else 0
+    """The zeroed int32 through which programs find an amax together: how many tiles are taken, how
+    many are done, and the bits of the amax of each cast or scale.
+    """
+    found = region.casts if region.searches else region.scales
+    return 2 + len(found) if found else 0
 
 
 def found_amax(i: int) -> str:
-    """Where the search for amax leaves what it has found for a cast."""
+    """Where programs leave what they have found for a cast, or for a scale."""
     return f"words_ptr + {2 + i}"
+
+
+def leave_amax(i: int, bits: str) -> list[str]:
+    """Leave the largest of a tile's magnitudes there."""
+    amax = f"tile_amax({bits}).to(tl.int32, bitcast=True)"
+    return [f'tl.atomic_max({found_amax(i)}, {amax}, sem="relaxed")']
 
 
 class Before(TileText):
@@ -38,7 +47,7 @@ class Before(TileText):
         """The kernel that finds the amax of the casts, unless all scales are known, and of rows.
         One that always does makes the sums over rows, too.
         """
-        casts = range(len(self.region.casts))
+        casts = self._missing()
         height = self.region.search_height or "BLOCK_M"
         lines = [*self._extent(height), *self._tile_counts(height)]
         if self._known():
@@ -47,7 +56,7 @@ class Before(TileText):
         lines.append("for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):")
         lines += [f"    {line}" for line in self._search_tile()]
         for i in casts:
-            lines += self._leave_amax(i, f"bits_{i}")
+            lines += leave_amax(i, f"bits_{i}")
         return definition(name, [*self._read(), *self._scales(), *self._inverses()], lines)
 
     def _search_tile(self) -> list[str]:
@@ -55,7 +64,7 @@ class Before(TileText):
         found = self._searched()
         wait = [cast for _, cast in found if cast.waits]
         look = []
-        for i in range(len(self.region.casts)):
+        for i in self._missing():
             look += [*self._bits(i), f"bits_{i} = tl.maximum(bits_{i}, bits)"]
         for variable, cast in found:
             look.append(f"bits = inside(magnitude_bits({variable}), in_m & in_n, EVEN)")
@@ -94,19 +103,18 @@ class Before(TileText):
     def search_function(self) -> str:
         """The function in which all programs find the amax of every cast before any goes on.
 
-        ``words_ptr``, zero at first: how many tiles are taken, how many are done, and the bits of
-        each cast's amax. A program takes tiles as long as there are any, so that those that
-        run never wait for one that does not run yet.
+        A program takes tiles as long as there are any, so that those that run never wait for one
+        that does not run yet.
         """
         lines = [*self._extent(), *self._tile_counts(), "tile = tl.atomic_add(words_ptr, 1)"]
         lines.append("while tile < tiles:")
         lines += [f"    {line}" for line in self._values_of_tile()]
-        for i in range(len(self.region.casts)):
-            lines += [f"    {x}" for x in (*self._bits(i), *self._leave_amax(i, "bits"))]
+        for i in self._missing():
+            lines += [f"    {x}" for x in (*self._bits(i), *leave_amax(i, "bits"))]
         lines += [
-            f"    tl.atomic_add({_DONE}, 1)",
+            f"    tl.atomic_add({DONE}, 1)",
             "    tile = tl.atomic_add(words_ptr, 1)",
-            f"while tl.atomic_add({_DONE}, 0) < tiles:",
+            f"while tl.atomic_add({DONE}, 0) < tiles:",
             "    pass",
         ]
         return definition(self._search_name, self._read(), lines)
@@ -121,7 +129,11 @@ class Before(TileText):
         """Whether every cast has a scale from earlier steps; "" where that is never so."""
         if self.region.searched or not all(cast.is_delayed for cast in self.region.casts):
             return ""
-        return " & ".join(f"(tl.load(scale_{i}_ptr) > 0)" for i in range(len(self.region.casts)))
+        return " & ".join(f"(tl.load(scale_{i}_ptr) > 0)" for i in self._missing())
+
+    def _missing(self) -> list[int]:
+        """The casts whose scales may be missing."""
+        return [i for i, cast in enumerate(self.region.casts) if not cast.is_given]
 
     def _tile_counts(self, height: int | str = "BLOCK_M") -> list[str]:
         return ["tiles_n = tl.cdiv(N, BLOCK_N)", f"tiles = tl.cdiv(M, {height}) * tiles_n"]
@@ -139,7 +151,3 @@ class Before(TileText):
             f"tl.store(totals_ptr + {i} * M + rows, {total.name}, mask=in_m)"
             for i, total in enumerate(self.values.totals.values())
         ]
-
-    def _leave_amax(self, i: int, bits: str) -> list[str]:
-        amax = f"tile_amax({bits}).to(tl.int32, bitcast=True)"
-        return [f'tl.atomic_max({found_amax(i)}, {amax}, sem="relaxed")']

@@ -46,7 +46,7 @@ def can_share(region: Region) -> bool:
     return (
         all(size.is_number for size in sizes)
         and all(cast.is_delayed for cast in region.casts)
-        and not (region.blocks or region.sums or region.reduces or region.is_large)
+        and not (region.blocks or region.scales or region.sums or region.reduces or region.is_large)
         and any(tile.num_warps == _NUM_WARPS for tile in tiles(region))
     )
 

@@ -5,7 +5,8 @@ The source is what a person would write for the region: functions that compute t
 cast is not known yet, all programs first find the amax together, in that kernel or in one before
 it. Where values depend on sums over rows, a program computes whole rows; but a transposed copy
 wants tiles that are higher than wide, and the sums then come from a kernel of their own. Sums over
-columns are left in part, one row of them per row of tiles; a last kernel adds up the rows.
+columns are left in part, one row of them per row of tiles, or per program where it computes whole
+rows, and goes from one to the next; a last kernel adds up these.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def search_apart(region: Region) -> bool:
     loaded, takes such kernels 12 to 23 % longer (H200). It costs others 2 %, and spares a launch.
     Where no scale is ever known, every step searches, which a kernel without a wait does faster.
     """
-    searches = bool(region.casts) and (region.transposes or region.always_searches)
+    searches = region.searches and (region.transposes or region.always_searches)
     return searches or bool(region.searched)
 
 
@@ -103,7 +104,7 @@ def kernel_name(region: Region) -> str:
     telling = ("silu", "gelu", "erf", "tanh", "sigmoid", "exp", "relu", "rsqrt", "mean", "cat")
     names = {str(getattr(n.target, "_opname", "")) for n in region.gm.graph.nodes}
     found = [name for name in telling if name in names]
-    kinds = found or ["cast"]
+    kinds = found or ["cast" if region.casts or region.blocks else "value"]
     if region.sums:
         kinds.append("colsum")
     return "_".join(["fp8", *kinds])

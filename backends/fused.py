@@ -25,7 +25,7 @@ from ..regions import shape_of
 from .before import word_count
 from .emit import Source, emit, search_apart
 from .kernels.launch import Launch, run
-from .region import Cast, Region
+from .region import LEAST_IN_TILE, Cast, Region
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class Tile:
 
 _SHARED = {"words_ptr", "found_ptr"}  # through which programs find scales together
 _MULTIPROCESSORS = 132  # of an H100 SXM or H200
+_LOOPING = 2  # programs for each
 _COLUMN_SUMS = Tile(64, 32, 4)  # of the rows of partial sums
 
 
@@ -84,7 +85,7 @@ def _tiles(region: Region) -> list[Tile]:
             return [Tile(64, 64, 8), Tile(32, 128, 8), Tile(32, 128, 4), Tile(32, 64, 4)]
         # Many values at once leave registers for fewer elements of each.
         return [Tile(32, 64, 4), Tile(64, 64, 8), Tile(32, 128, 4), Tile(32, 128, 8)]
-    if region.reduces and not region.sums_apart:
+    if region.whole_rows:
         return _whole_rows(region)
     if region.branches:  # a tile lies in one part
         return [Tile(64, 128, 4), Tile(128, 128, 4), Tile(32, 128, 4), Tile(256, 64, 4)]
@@ -96,9 +97,10 @@ def _whole_rows(region: Region) -> list[Tile]:
     there are not enough rows for all multiprocessors, and a row is waited for.
     """
     whole = triton.next_power_of_2(padded(int(region.space.n)))  # padding is written, too
-    rows = max(1, 2048 // whole)
+    rows = max(1, LEAST_IN_TILE // whole)
     size = rows * whole
-    warps = [min(16, max(1, size // elements)) for elements in (1024, 512, 2048)]
+    each = (512, 1024, 2048) if region.loops else (1024, 512, 2048)
+    warps = [min(16, max(1, size // elements)) for elements in each]
     if region.space.m.is_number and region.space.m < _MULTIPROCESSORS:
         warps.insert(0, min(32, max(1, size // 256)))
     return [Tile(rows, whole, count) for count in dict.fromkeys(warps)]
@@ -147,13 +149,13 @@ def launches(
     if search_apart(region):
         found_by = _search_tile(region)
         programs = _cdiv(m, region.search_height or found_by.block_m) * _cdiv(n, found_by.block_n)
-        if region.casts:  # whose largest all leave in one place
+        if region.searches:  # whose largest all leave in one place
             programs = _search_programs(region, programs)
         search = getattr(module, source.amax_name)
         writes = written(region, search.arg_names)
         writes -= set() if region.sums_in_search else {"totals_ptr"}
         made.append(_launch(search, tensors, sizes, found_by, programs, writes))
-    tiles_m = tiles_down(region, m, tile)
+    tiles_m = partial_rows(region, m, tile)
     programs = tiles_m * _tiles_along(region, n, tile.block_n)
     main = getattr(module, source.name)
     writes = written(region, main.arg_names) - {"totals_ptr"}
@@ -167,9 +169,15 @@ def launches(
     return made
 
 
-def tiles_down(region: Region, m: Any, tile: Tile) -> Any:
-    """How many tiles of a region lie below each other."""
-    return _tiles_along(region, m, tile.block_m)
+def partial_rows(region: Region, m: Any, tile: Tile) -> Any:
+    """How many rows of partial sums a region's kernel leaves: one for each row of tiles, or for
+    each program that loops; of these there are as many as run at a time.
+    """
+    rows = _tiles_along(region, m, tile.block_m)
+    most = _LOOPING * _MULTIPROCESSORS
+    if not region.loops:
+        return rows
+    return min(rows, most) if isinstance(rows, int) else most
 
 
 def _tiles_along(region: Region, size: Any, block: int) -> Any:
@@ -308,9 +316,11 @@ def prepare(
         value = node.meta["val"]
         results[node.name] = torch.empty(tuple(value.shape), dtype=value.dtype, device=device)
         tensors[f"value_{i}"] = results[node.name]
+    for i, node in enumerate(region.scales):
+        results[node.name] = tensors[f"found_scale_{i}"] = _empty_like(node, device)
     for i, node in enumerate(region.sums):
         tensors[f"partial_{i}"] = torch.empty(
-            tiles_down(region, m, tile), n, dtype=torch.float32, device=device
+            partial_rows(region, m, tile), n, dtype=torch.float32, device=device
         )
         results[node.name] = tensors[f"sum_{i}"] = _empty_like(node, device)
     tensors["totals"] = torch.empty(source.totals * m, dtype=torch.float32, device=device)

@@ -13,7 +13,7 @@ from torch import fx
 
 from ..formats import Format
 from ..internals import FloorDiv
-from ..ir import CASTS, QUANTIZE, QUANTIZE_BLOCKS, QUANTIZE_GROUPS, args_of
+from ..ir import CASTS, FIND_SCALE, QUANTIZE, QUANTIZE_BLOCKS, QUANTIZE_GROUPS, args_of
 from ..ops import GROUP
 from ..regions import (
     COL,
@@ -31,6 +31,7 @@ from ..regions import (
 )
 
 GROUP_OUTPUTS = ("q", "scale_inv")
+LEAST_IN_TILE = 2048  # elements of a tile of whole rows
 _LONGEST_ROW = 16384  # elements that one program holds to find their scale
 
 
@@ -49,6 +50,11 @@ class Cast:
     def is_delayed(self) -> bool:
         """Whether it has a scale from earlier steps, where that is known."""
         return args_of(self.node)[1] is not None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether its scale was found for the same value before, and is never missing."""
+        return self.is_delayed and args_of(self.node)[1].meta["val"].numel() == 1
 
     @property
     def slot(self) -> int:
@@ -71,8 +77,8 @@ class Result:
     """A value that the kernel computes per tile, and what becomes of it.
 
     ``kind``: "cast", "block" and "group" (casts with a scale per block, or per group of a row),
-    "value" or "sum" (over columns); ``index``: which of the region's results of that kind;
-    ``start``: for a cast, the column that it is stored from.
+    "value", "scale" (of a cast in another region) or "sum" (over columns); ``index``: which of the
+    region's results of that kind; ``start``: for a cast, the column that it is stored from.
     """
 
     kind: str
@@ -89,7 +95,8 @@ class Region:
     ``inputs``: what the kernel loads. ``casts``: tensorwise; ``blocks``: those with a scale per
     block, which is found in the tile; ``groups``: those with a scale per group of 128 elements,
     with the outputs "q" and "scale_inv". ``values``: what it writes in high precision, matrices of
-    its space or one number per row. ``sums``: sums over columns, or what converts one.
+    its space or one number per row. ``scales``: those that it finds for casts in other regions; it
+    has none with a scale to find then. ``sums``: sums over columns, or what converts one.
     """
 
     gm: fx.GraphModule
@@ -99,6 +106,7 @@ class Region:
     blocks: list[Cast]
     groups: list[Cast]
     values: list[fx.Node]
+    scales: list[fx.Node]
     sums: list[fx.Node]
 
     @staticmethod
@@ -110,19 +118,21 @@ class Region:
             for target in (QUANTIZE, QUANTIZE_BLOCKS, QUANTIZE_GROUPS)
         )
         by_node = {cast.node: cast for cast in (*casts, *blocks, *groups)}
-        values, sums = [], []
+        values, found, sums = [], [], []
         for node in args_of(gm.graph.output_node())[0]:
             if node.target is operator.getitem and args_of(node)[0] in by_node:
                 cast, index = args_of(node)
                 names = CASTS.get(cast.target, GROUP_OUTPUTS)
                 by_node[cast].outputs[names[index]] = node
+            elif node.target is FIND_SCALE:
+                found.append(node)
             elif _is_column_sum(node, space):
                 sums.append(node)
             else:
                 values.append(node)
-        scales = {args_of(cast.node)[1] for cast in casts}
-        inputs = [n for n in gm.graph.find_nodes(op="placeholder") if n not in scales]
-        return Region(gm, space, inputs, casts, blocks, groups, values, sums)
+        given = {args_of(cast.node)[1] for cast in casts}
+        inputs = [n for n in gm.graph.find_nodes(op="placeholder") if n not in given]
+        return Region(gm, space, inputs, casts, blocks, groups, values, found, sums)
 
     @cached_property
     def results(self) -> list[Result]:
@@ -140,6 +150,9 @@ class Region:
             place = place_in(self.space, shape_of(node))
             assert place is not None
             found.append(Result("value", i, node, place))
+        for i, scale in enumerate(self.scales):
+            for part in cast_parts(scale, self.space):
+                found.append(Result("scale", i, part.value, part.position, part.start))
         for i, node in enumerate(map(sum_behind, self.sums)):
             value, dims = args_of(node)[:2]
             shape, count = shape_of(value), len(dims)
@@ -268,6 +281,19 @@ class Region:
         return self.reduces and (self.transposes or high)
 
     @property
+    def whole_rows(self) -> bool:
+        """Whether a program computes whole rows, for sums over them or for their scales."""
+        in_tile = self.scales_rows and not self.searched
+        return in_tile or (self.reduces and not self.sums_apart)
+
+    @property
+    def loops(self) -> bool:
+        """Whether a program goes from row to row. Where columns are summed up as well, it would
+        else leave a row of partial sums for every row or two.
+        """
+        return self.whole_rows and bool(self.sums or self.scales)
+
+    @property
     def sums_alone(self) -> bool:
         """Whether that kernel does nothing else."""
         return self.sums_apart and not self.sums_in_search
@@ -276,6 +302,11 @@ class Region:
     def sums_in_search(self) -> bool:
         """Whether it is the one that looks for an amax: at every call, that reads all there is."""
         return self.sums_apart and self.always_searches and not self.searched
+
+    @property
+    def searches(self) -> bool:
+        """Whether it has to look for the amax of a cast whose scale is missing."""
+        return not all(cast.is_given for cast in self.casts)
 
     @property
     def always_searches(self) -> bool:

@@ -143,7 +143,7 @@ class TileText:
     def _read(self) -> list[str]:
         """What the values of a tile are computed from, and the words that programs share."""
         totals = ["totals_ptr"] if self.region.sums_apart else []
-        words = ["words_ptr"] if self.region.casts else []
+        words = ["words_ptr"] if self.region.searches or self.region.scales else []
         found = ["found_ptr"] if self.region.searched else []
         return [*self._inputs(), *totals, *words, *found]
 

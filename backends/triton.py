@@ -42,7 +42,7 @@ from ..regions import is_aligned
 from .before import word_count
 from .block_gemms import inline, is_scaled_mm, lower_to_scaled_mm
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
-from .fused import emit_once, launches, tiles, tiles_down
+from .fused import emit_once, launches, partial_rows, tiles
 from .gemm_choice import block_config, few_rows_config, gemm_shape
 from .kernels.launch import Launch
 from .kernels.scaled_mm import scaled_mm_launch
@@ -123,7 +123,7 @@ class _Lowering:
             m, n = (self._extent(size, call) for size in (region.space.m, region.space.n))
             tensors = self._tensors(call, region, outer, items)
             for i in range(len(region.sums)):
-                rows = tiles_down(region, _proxy(m), tile)
+                rows = partial_rows(region, _proxy(m), tile)
                 like = outer[region.inputs[0]]
                 tensors[f"partial_{i}"] = self._empty((_unwrap(rows), n), torch.float32, like)
                 tensors[f"sum_{i}"] = self._buffer(region.sums[i], call)
@@ -183,6 +183,8 @@ class _Lowering:
             tensors[f"group_scale_inv_{i}"] = self._buffer(group.outputs["scale_inv"], call)
         for i, value in enumerate(region.values):
             tensors[f"value_{i}"] = self._buffer(value, call)
+        for i, scale in enumerate(region.scales):
+            tensors[f"found_scale_{i}"] = self._buffer(scale, call)
         return tensors
 
     def _items(self, call: fx.Node, region: Region) -> dict[fx.Node, fx.Node]:
@@ -242,6 +244,9 @@ class _Lowering:
         for i, value in enumerate(region.values):
             if value in items:
                 items[value].replace_all_uses_with(tensors[f"value_{i}"])
+        for i, scale in enumerate(region.scales):
+            if scale in items:
+                items[scale].replace_all_uses_with(tensors[f"found_scale_{i}"])
         for i, node in enumerate(region.sums):
             if node in items:
                 items[node].replace_all_uses_with(tensors[f"sum_{i}"])

@@ -9,6 +9,7 @@ float32 from load to store; nothing in between is rounded, as in Inductor's kern
 from __future__ import annotations
 
 import operator
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,16 +107,24 @@ class Values:
         """Whether the results of an element are computed from so few bytes, each load counted, that
         a program can hold those of many elements.
         """
-        loaded = [
-            sum(n.meta["val"].dtype.itemsize for n, *_ in function.known if n in self.region.inputs)
-            for function in self.last
-        ]
-        return max(loaded) <= _FEW_BYTES
+        return max(map(self._bytes_loaded, self.last)) <= _FEW_BYTES
+
+    @property
+    def bytes_loaded(self) -> int:
+        """What is loaded for an element alone, and before that for the sums over its row."""
+        return sum(self._bytes_loaded(f, {ROW, COL}) for f in (*self.sums, *self.last))
+
+    def _bytes_loaded(self, function: Function, varying: Set[sympy.Symbol] = frozenset()) -> int:
+        return sum(
+            node.meta["val"].dtype.itemsize
+            for node, place, _ in function.known
+            if node in self.region.inputs and self._varies_with(node, place) >= varying
+        )
 
     def _results(self, function: Function) -> Function:
         for result in self.region.results:
             value = self._pull(function, result.node, result.position, ())
-            if result.kind == "cast" or self.region.is_matrix(result.node):
+            if result.kind in ("cast", "scale") or self.region.is_matrix(result.node):
                 value = self._widened(function, value, result.node, result.position)
             function.returns.append(value)
         return function

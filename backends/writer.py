@@ -13,12 +13,14 @@ from ..formats import Format
 from ..ir import args_of
 from ..ops import GROUP
 from ..regions import is_aligned, shape_of
-from .before import Before, found_amax
+from .before import DONE, Before, found_amax, leave_amax
 from .block_cast import BlockCast
 from .pieces import named, padded_text, plus
-from .region import Cast, Region, Result
+from .region import LEAST_IN_TILE, Cast, Region, Result
 from .tile_text import TileText, definition
 from .values import Values, expr_text
+
+_MOST_SHARED = 160 * 2**10  # bytes, of the 227 KiB that there are
 
 
 class Writer(TileText):
@@ -29,7 +31,7 @@ class Writer(TileText):
     def __init__(self, region: Region, values: Values, *, search_apart: bool) -> None:
         super().__init__(region, values, sets="abcd" if region.transposes else ("",))
         self.before = Before(region, values)
-        self.search_inside = bool(region.casts) and not search_apart
+        self.search_inside = region.searches and not search_apart
 
     # --- the kernels ---------------------------------------------------------------------------
 
@@ -68,19 +70,43 @@ class Writer(TileText):
         return definition(name, arguments, lines)
 
     def _tile(self) -> list[str]:
-        """Compute the results of one tile and store them."""
+        """Compute the results of one tile and store them; of several, where a program loops."""
         padding = self.region.padding
         if padding == 1:
             lines = [*self._extent(), "tiles_n = tl.cdiv(N, BLOCK_N)"]
         else:
             width = padded_text("N", padding)
             lines = [*self._extent(padding, padding), f"tiles_n = tl.cdiv({width}, BLOCK_N)"]
-        lines += [*self._place(), *self._rows(), *self._cols()]
         if self.search_inside:
             lines += self.before.search_if_needed()
         for i, cast in enumerate(self.region.casts):
             lines += self._scale(i, cast)
-        lines += self._totals()
+        for i in range(len(self.region.scales)):
+            lines.append(f"bits_{i} = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)")
+        if not self.region.loops:
+            lines += [*self._place(), *self._rows(), *self._cols(), *self._stored_tile()]
+            return lines + self._leave_scales()
+        lines += ["tile_n = 0", "first_n = 0", *self._cols()]
+        sums = range(len(self.region.sums))
+        lines += [f"col_sum_{i} = tl.zeros((BLOCK_N,), dtype=tl.float32)" for i in sums]
+        steps = "tile, tl.cdiv(M, BLOCK_M), tl.num_programs(0)"
+        lines.append(f"for tile in tl.range({steps}, num_stages={self._stages()}):")
+        inner = ["first_m = tile * BLOCK_M", *self._rows(), *self._stored_tile()]
+        lines += [f"    {line}" for line in inner]
+        for i in sums:
+            lines += self._leave_sum(i, f"col_sum_{i}", "tl.program_id(0)")
+        return lines + self._leave_scales()
+
+    def _stages(self) -> int:
+        """How many rows the loads of a loop are ahead, if they fit into shared memory: two, a
+        twentieth faster than none.
+        """
+        row = self.values.bytes_loaded * max(int(self.region.space.n), LEAST_IN_TILE)
+        return min(3, 1 + _MOST_SHARED // row)
+
+    def _stored_tile(self) -> list[str]:
+        """Compute the results of a tile whose place is known, and store them."""
+        lines = self._totals()
         for outputs in self._in_turn():
             lines += self._values_in_sets(outputs)
             for result, variable in outputs:
@@ -116,11 +142,12 @@ class Writer(TileText):
 
     def _scale(self, i: int, cast: Cast) -> list[str]:
         known = f"tl.load(scale_{i}_ptr)" if cast.is_delayed else "0.0"
-        found = f"tl.load({found_amax(i)}).to(tl.float32, bitcast=True)"
-        lines = [f"scale_{i} = resolve_scale({known}, {found}, {cast.format.max})"]
+        amax = f"tl.load({found_amax(i)}).to(tl.float32, bitcast=True)"
+        found = f"resolve_scale({known}, {amax}, {cast.format.max})"
+        lines = [f"scale_{i} = {known if cast.is_given else found}"]
         told = {"scale_inv": f"tl.div_rn(1.0, scale_{i})", "scale_used": f"scale_{i}"}
         if not cast.outputs.keys().isdisjoint(told):
-            lines.append("if (tile_m == 0) & (tile_n == 0):")
+            lines.append("if tile == 0:")
         for output in [name for name in told if name in cast.outputs]:
             lines.append(f"    tl.store({output}_{i}_ptr, {told[output]})")
         return lines
@@ -142,13 +169,33 @@ class Writer(TileText):
         return lines
 
     def _store_sum(self, result: Result, variable: str) -> list[str]:
-        """One row of partial sums per row of tiles."""
+        """A row of partial sums for each row of tiles, or for each program that loops."""
         terms = [f"inside({named(variable, a)}, {named('in_m', a)}, EVEN)" for a in self.sets]
-        pointer = f"partial_{result.index}_ptr + (tile_m * N + cols)"
-        return [
-            f"col_sum = tl.sum({' + '.join(terms)}, axis=0)",
-            f"tl.store({pointer}, col_sum[None, :], mask=in_n)",
-        ]
+        total = f"tl.sum({' + '.join(terms)}, axis=0)"
+        if self.region.loops:
+            return [f"col_sum_{result.index} += {total}"]
+        return self._leave_sum(result.index, total, "tile_m")
+
+    def _leave_sum(self, index: int, total: str, row: str) -> list[str]:
+        """Leave what belongs to a row of partial sums."""
+        pointer = f"partial_{index}_ptr + ({row} * N + cols)"
+        return [f"tl.store({pointer}, {total}[None, :], mask=in_n)"]
+
+    def _store_scale(self, result: Result, variable: str) -> list[str]:
+        """Look for the amax of a value."""
+        bits = f"inside(magnitude_bits({variable}), in_m & in_n, EVEN)"
+        return [f"bits_{result.index} = tl.maximum(bits_{result.index}, {bits})"]
+
+    def _leave_scales(self) -> list[str]:
+        """Leave the largest of what a program has seen; the last program makes scales of it."""
+        lines, last = [], []
+        for i, scale in enumerate(self.region.scales):
+            lines += leave_amax(i, f"bits_{i}")
+            amax = f"tl.atomic_max({found_amax(i)}, 0).to(tl.float32, bitcast=True)"
+            found = f"resolve_scale(0.0, {amax}, {Format.of(args_of(scale)[1]).max})"
+            last.append(f"    tl.store(found_scale_{i}_ptr, {found})")
+        done = f"if tl.atomic_add({DONE}, 1) == tl.num_programs(0) - 1:"
+        return [*lines, done, *last] if last else lines
 
     def _store_cast(self, result: Result, variable: str) -> list[str]:
         i, cast = result.index, self.region.casts[result.index]
@@ -221,6 +268,7 @@ class Writer(TileText):
         for i in range(len(self.region.groups)):
             names += [f"q_{i}_ptr", f"group_scale_inv_{i}_ptr"]
         names += [f"value_{i}_ptr" for i in range(len(self.region.values))]
+        names += [f"found_scale_{i}_ptr" for i in range(len(self.region.scales))]
         return names + [f"partial_{i}_ptr" for i in range(len(self.region.sums))]
 
     def _sum_arguments(self) -> list[str]:

@@ -30,6 +30,7 @@ QUANTIZE_BLOCKS = torch.ops.fp8.quantize_blocks.default
 SCALED_MM = torch.ops.fp8.scaled_mm.default
 SCALED_MM_BLOCKS = torch.ops.fp8.scaled_mm_blocks.default
 TRACK_AMAX = torch.ops.fp8.track_amax.default
+FIND_SCALE = torch.ops.fp8.find_scale.default
 QUANTIZE_GROUPS = torch.ops.fp8.quantize_groups.default
 DEQUANTIZE_GROUPS = torch.ops.fp8.dequantize_groups.default
 DEQUANTIZE = torch.ops.fp8.dequantize.default

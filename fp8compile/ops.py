@@ -44,9 +44,9 @@ def quantize(
 
     Args:
         x: ``[M, N]``, float.
-        scale: ``f32[S]``, the delayed scales of a graph, or one that was found for ``x`` before, or
-            None for current scaling. Where ``scale[slot]`` is 0 no amax has been seen yet, and
-            current scaling is used.
+        scale: ``f32[S]``, the delayed scales of a graph, or None for current scaling. Where
+            ``scale[slot]`` is 0 no amax has been seen yet, and current scaling is used. ``f32[1]``
+            is a scale that was found for ``x`` before, which is never 0.
         slot: index into ``scale``.
         format: ``float8_e4m3fn`` or ``float8_e5m2``.
         row_major, transposed: which copies to write; the others come back empty.
@@ -95,6 +95,18 @@ def _(
         x.new_empty((1,), dtype=torch.float32),
         x.new_empty((1,), dtype=torch.float32),
     )
+
+
+@torch.library.custom_op("fp8::find_scale", mutates_args=())
+def find_scale(x: Tensor, format: torch.dtype) -> Tensor:
+    """The scale (``f32[1]``) that ``fp8::quantize`` finds for ``x``, to cast it later."""
+    amax = x.float().abs().amax() if x.numel() else x.new_zeros((), dtype=torch.float32)
+    return current_scale(amax, Format.of(format).max).reshape(1)
+
+
+@find_scale.register_fake
+def _(x: Tensor, format: torch.dtype) -> Tensor:
+    return x.new_empty((1,), dtype=torch.float32)
 
 
 def _with_padded_rows(q: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from .pipeline import (
 )
 from .plan_saved import plan_saved
 from .share_casts import share_casts
+from .split_regions import split_regions
 from .store_activations import store_activations
 from .tag_sites import tag_sites
 from .take_frozen_weights import take_frozen_weights
@@ -49,6 +50,7 @@ __all__ = [
     "run_final_passes",
     "run_passes",
     "share_casts",
+    "split_regions",
     "store_activations",
     "tag_sites",
     "take_frozen_weights",

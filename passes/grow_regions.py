@@ -30,7 +30,6 @@ from ..regions import (
     place_in,
     reads,
     reduced_dims,
-    scales_whole_rows,
     shape_of,
     split,
     sum_behind,
@@ -284,8 +283,7 @@ class _Grower:
 
     def _join_sum(self, draft: _Draft, node: fx.Node, value: fx.Node) -> bool:
         place = _summed_position(node, value, draft.space)
-        # Tiles of whole rows, which scales of rows may need, leave as many partial sums as rows.
-        if place is None or any(scales_whole_rows(cast) for cast in draft.casts):
+        if place is None:
             return False
         trial = _Draft(draft.space, [], replaces=draft)
         self._absorb(trial, value, place)

@@ -29,6 +29,7 @@ from .keep_scales import keep_scales
 from .merge_gemms import merge_gemms
 from .plan_saved import plan_saved
 from .share_casts import share_casts
+from .split_regions import split_regions
 from .store_activations import store_activations
 from .take_frozen_weights import take_frozen_weights
 from .track_amax import track_amax
@@ -135,8 +136,8 @@ def run_final_passes(gm: fx.GraphModule, direction: str, *, fused: bool) -> None
     """Prepare a graph without the other direction's nodes (``direction``: forward, backward or
     weights) for its kernels; ``fused``: for those of regions.
     """
-    for run in (drop_unused_outputs, *([grow_regions] if fused else [])):
-        with naming_errors(f"{run.__name__} ({direction})"):
+    for run in (drop_unused_outputs, *([grow_regions, split_regions] if fused else [])):
+        with naming_errors(f"{pass_name(run)} ({direction})"):
             run(gm)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8compile
 from fp8compile.backends.device import _measure, constants_of
+from fp8compile.passes import pipeline, split_regions
 from tests.models import MLP, Llama, sqnr_db
 
 pytestmark = pytest.mark.gpu
@@ -61,6 +63,18 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     ids=["delayed", "current", "cudagraphs", "stored", "rowwise", "blockwise", "mx", "static"],
 )
 def test_llama_gates(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    meets_gates(dtype, options)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "current", "rowwise", "blockwise"])
+def test_llama_gates_with_regions_in_parts(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of large matrices are, and more."""
+    always = partial(split_regions, least_bytes=-sys.maxsize)
+    monkeypatch.setattr(pipeline, "split_regions", always)
+    meets_gates(torch.bfloat16, {"recipe": recipe})
+
+
+def meets_gates(dtype: torch.dtype, options: dict[str, Any]) -> None:
     model = Llama().to(DEVICE)
     ids, targets = torch.randint(0, 256, (2, 4, 64), device=DEVICE).unbind()
     reference, reference_grads = step(model, ids, targets), gradients(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from fp8compile.backends.bundle import bundle_launch, emit_bundle, prefix, tile_
 from fp8compile.backends.fused import Tile, prepare, run_region
 from fp8compile.backends.kernels.launch import Launch
 from fp8compile.backends.region import Region
-from fp8compile.passes import grow_regions
+from fp8compile.passes import grow_regions, split_regions
 from tests.helpers import trace_final
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,6 +79,17 @@ def only_region(fn: Callable[..., Any], **inputs: Tensor | None) -> Case:
     calls.run(*given.values())
     (case,) = calls.cases
     return case
+
+
+def parts_of_region(fn: Callable[..., Any], **inputs: Tensor | None) -> list[Case]:
+    """The parts that a function's region is split into, if that is worth while or not."""
+    given = {k: v.to(DEVICE) for k, v in inputs.items() if v is not None}
+    gm = trace_final(fn, **(inputs | given))
+    grow_regions(gm)
+    assert split_regions(gm, least_bytes=-sys.maxsize) == 1
+    calls = Calls(gm)
+    calls.run(*given.values())
+    return calls.cases
 
 
 class Calls(fx.Interpreter):

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8compile.backends.emit import emit
-from fp8compile.backends.fused import tiles
+from fp8compile.backends.before import word_count
+from fp8compile.backends.emit import emit, search_apart
+from fp8compile.backends.fused import Tile, partial_rows, tiles
 from fp8compile.regions import POINTWISE, POWERS
-from tests.backends.common import E5M2, Case, assert_close, only_region, quantize
+from tests.backends.common import E5M2, Case, assert_close, only_region, parts_of_region, quantize
 from tests.models import rotate
 
 Outputs = tuple[Tensor, ...]
@@ -184,6 +185,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Outputs], dict[str, tuple[int, ...]]]] 
         norm_backward,
         {"x": (64, 80), "w": (80,), "g": (64, 80), "other": (64, 80)},
     ),
+    "uneven_norm_backward": (
+        norm_backward,
+        {"x": (33, 77), "w": (77,), "g": (33, 77), "other": (33, 77)},
+    ),
     "builtin_norm": (builtin_norm, {"x": (32, 48), "w": (48,)}),
     "layer_norm": (layer_norm, {"x": (3, 17, 80), "w": (80,), "b": (80,)}),
     "layer_norm_rows": (layer_norm_rows, {"x": (3, 17, 80), "w": (80,), "b": (80,)}),
@@ -227,11 +232,22 @@ FUNCTIONS: dict[str, tuple[Callable[..., Outputs], dict[str, tuple[int, ...]]]] 
 
 
 def make(name: str, scales: list[float] | None, dtype: torch.dtype = torch.bfloat16) -> Case:
+    return only_region(FUNCTIONS[name][0], **inputs_of(name, scales, dtype))
+
+
+def inputs_of(
+    name: str, scales: list[float] | None, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    fn, shapes = FUNCTIONS[name]
+    _, shapes = FUNCTIONS[name]
     inputs: dict[str, Any] = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
     inputs = {n: x > 0 if n == "mask" else x.to(dtype) for n, x in inputs.items()}
-    return only_region(fn, **inputs, scale=None if scales is None else torch.tensor(scales))
+    return {**inputs, "scale": None if scales is None else state(scales)}
+
+
+def state(scales: list[float]) -> Tensor:
+    """Scales that may be missing (0): one alone would be one that is given."""
+    return torch.tensor([*scales, 1.0])
 
 
 def calls_of(op: Any) -> list[Callable[[Tensor, Tensor], Tensor]]:
@@ -263,7 +279,7 @@ def test_every_operator(op: Any) -> None:
             value = torch.where(value, 2.0, y) if value.dtype == torch.bool else value
             return quantize(value, scale)
 
-        given = {"x": x, "y": y, "scale": torch.tensor([0.0])}
+        given = {"x": x, "y": y, "scale": state([0.0])}
         case = only_region(fn, **given)
         for taken in case.inputs.values():
             assert any(torch.equal(taken.cpu(), value) for value in given.values())
@@ -272,7 +288,7 @@ def test_every_operator(op: Any) -> None:
 
 def test_log1p_of_what_an_addition_of_1_rounds_away() -> None:
     x = torch.randn(32, 48) * 1e-6
-    case = only_region(lambda x, scale: quantize(x.log1p(), scale), x=x, scale=torch.tensor([0.0]))
+    case = only_region(lambda x, scale: quantize(x.log1p(), scale), x=x, scale=state([0.0]))
     assert_close(case.run(), case.oracle())
 
 
@@ -317,6 +333,60 @@ def test_a_search_at_every_call_makes_the_sums_over_rows_too() -> None:
     assert f"def {always.sums_name}(" not in always.text
     search = always.text.split(f"def {always.amax_name}(")[1].split("@triton.jit")[0]
     assert "_sums_0(" in search and "tl.store(totals_ptr" in search
+
+
+# --- a region in two parts, see split_regions -----------------------------------------------------
+
+SPLIT = ["uneven_norm_backward", "norm_of_sum", "converted_sums", "bias_gradient", "relu_and_mask"]
+
+
+@pytest.mark.parametrize("scales", [None, [0.0, 0.0], [30.0, 700.0]], ids=str)
+@pytest.mark.parametrize("name", SPLIT)
+def test_what_stores_and_what_casts(name: str, scales: list[float] | None) -> None:
+    stores, casts = parts_of_region(FUNCTIONS[name][0], **inputs_of(name, scales))
+    assert not stores.region.casts and len(stores.region.scales) == (scales is None)
+    assert not casts.region.values and not casts.region.sums
+    for part in (stores, casts):
+        for tile in tiles(part.region):
+            assert_close(part.run(tile), part.oracle())
+
+
+def test_a_scale_is_found_over_all_programs_and_not_looked_for_again() -> None:
+    x = torch.randn(300, 80)
+    x[299, 79] = -1000.0  # which only the last program sees
+    fn, _ = FUNCTIONS["norm_of_sum"]
+    for other in (1.0, torch.inf, torch.nan):
+        x[150, 3] = other
+        inputs = {"x": x[None], "o": torch.zeros(1, 300, 80), "w": torch.ones(80), "scale": None}
+        stores, casts = parts_of_region(fn, **inputs)
+        name = stores.region.scales[0].name
+        found, want = (results[name] for results in (stores.run(Tile(1, 128, 4)), stores.oracle()))
+        assert torch.allclose(found, want, rtol=1e-6) and (want == 1) == (other != 1)
+        assert word_count(casts.region) == 0 and not search_apart(casts.region)
+
+
+def test_a_program_that_goes_from_row_to_row_leaves_one_row_of_partial_sums() -> None:
+    """Not every row its own, which would be as many bytes again as the matrix has."""
+    stores, _ = parts_of_region(norm_backward, **inputs_of("norm_backward", None))
+    for rows, programs in ((2, 2), (1000, 264), (2**14, 264), (2**20, 264)):
+        assert partial_rows(stores.region, rows, Tile(1, 128, 4)) == programs
+    text = emit(stores.region).text
+    assert "for tile in tl.range(" in text and "tl.program_id(0) * N + cols" in text
+
+
+def test_loads_of_a_loop_are_ahead_as_far_as_shared_memory_holds_them() -> None:
+    def stages(columns: int, dtype: torch.dtype) -> str:
+        shapes = {"x": (2, columns), "w": (columns,), "g": (2, columns), "other": (2, columns)}
+        random = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+        stores, _ = parts_of_region(norm_backward, **random, scale=None)
+        return emit(stores.region).text.split("num_stages=")[1][0]
+
+    dtypes = (torch.bfloat16, torch.float32)
+    found = [stages(n, dtype) for n in (768, 4096, 16384) for dtype in dtypes]
+    assert found == list("333321")
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

@@ -33,7 +33,7 @@ def cast(
         outputs = torch.ops.fp8.quantize(x, scale, 0, fmt, row_major, transposed)
         return [outputs[i] for i in wanted]
 
-    return only_region(fn, x=x, scale=None if scale is None else torch.tensor([scale]))
+    return only_region(fn, x=x, scale=None if scale is None else torch.tensor([scale, 1.0]))
 
 
 TILES = sorted(

@@ -17,7 +17,7 @@ from fp8compile.compile import compile_graph
 from fp8compile.internals import is_tangent
 from fp8compile.ir import aten
 from fp8compile.options import parse_options
-from fp8compile.passes import drop_unused_outputs, grow_regions
+from fp8compile.passes import drop_unused_outputs, grow_regions, split_regions
 from fp8compile.quantized_weights import WEIGHTS_GRAPH
 from tests.helpers import interpret
 from tests.models import MLP
@@ -31,7 +31,9 @@ def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def lowered(model: nn.Module, x: Tensor, **kwargs: Any) -> dict[str, fx.GraphModule]:
+def lowered(
+    model: nn.Module, x: Tensor, recipe: str = "delayed", least_bytes: int = 2**24, **kwargs: Any
+) -> dict[str, fx.GraphModule]:
     """The forward and the backward graph as Inductor gets them on a GPU."""
     found: dict[str, fx.GraphModule] = {}
 
@@ -41,13 +43,15 @@ def lowered(model: nn.Module, x: Tensor, **kwargs: Any) -> dict[str, fx.GraphMod
         copy = fx.GraphModule(gm, graph)
         drop_unused_outputs(copy)
         grow_regions(copy)
+        split_regions(copy, least_bytes)
         lower_to_triton(copy)
         way = "backward" if any(is_tangent(node) for node in gm.graph.nodes) else "forward"
         found["weights" if WEIGHTS_GRAPH in gm.meta else way] = copy
         return interpret(gm, example_inputs)
 
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        return compile_graph(gm, example_inputs, parse_options({}), inner_compile=keep)
+        options = parse_options({"recipe": recipe})
+        return compile_graph(gm, example_inputs, options, inner_compile=keep)
 
     output = torch.compile(model, backend=backend, **kwargs)(x)
     if output.requires_grad:
@@ -99,6 +103,32 @@ def test_weights_are_cast_in_one_launch_in_inference_too() -> None:
         graphs = lowered(MLP(bias=True).bfloat16(), torch.randn(32, 64).bfloat16())
     assert sorted(launched(graphs["forward"])) == ["fp8_exp", "fp8_rsqrt_mean"]
     assert launched(graphs["weights"]) == {"fp8_bundle": 1}
+
+
+class Residual(nn.Module):
+    """Its norm's gradient and that of the residual are added, cast and handed on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(64, 64), nn.RMSNorm(64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + self.first(x)
+        return h + self.second(self.norm(h))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_the_launches_of_a_region_in_parts(dynamic: bool) -> None:
+    x = torch.randn(32, 64).bfloat16().requires_grad_()
+    kwargs = {"recipe": "current", "dynamic": dynamic}
+    whole = lowered(Residual().bfloat16(), x, **kwargs)["backward"]
+    parts = lowered(Residual().bfloat16(), x, least_bytes=1, **kwargs)["backward"]
+    parts.graph.lint()
+    new, old = launched(parts) - launched(whole), launched(whole) - launched(parts)
+    # What looks for an amax is gone; one kernel stores the gradient, and one casts it.
+    assert [name for name in old if name.endswith("_amax")]
+    assert sorted(new) == ["fp8_cast", "fp8_value_colsum", "fp8_value_colsum_column_sums"]
+    assert not [n for n in parts.graph.nodes if "fp8." in str(n.target)]
 
 
 class Pooled(nn.Module):

@@ -17,11 +17,12 @@ from fp8compile.passes import (
     choose_scaling,
     find_gemms,
     grow_regions,
+    split_regions,
     store_activations,
     take_frozen_weights,
 )
 from fp8compile.passes.pipeline import JOINT_PASSES, Pass
-from tests.helpers import Joint, trace_joint
+from tests.helpers import Joint, trace_final, trace_joint
 from tests.passes.common import (
     Linear,
     before,
@@ -33,7 +34,7 @@ from tests.passes.common import (
     pair_joint,
 )
 
-PASSES = [*JOINT_PASSES, grow_regions]
+PASSES = [*JOINT_PASSES, grow_regions, split_regions]
 SECTIONS = ("Before:", "After:", "Requires:", "Ensures:", "Leaves alone:", "Numerics:")
 
 
@@ -70,6 +71,20 @@ def exponential_joint() -> Joint:
     return trace_joint(Exponential(256), x)
 
 
+def product_in_two() -> fx.GraphModule:
+    """A product that is returned as it is and cast, by one region."""
+
+    def fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        product = x * y
+        q = torch.ops.fp8.quantize(product, None, 0, torch.float8_e4m3fn, True, False)
+        return q[0], q[2], product
+
+    x, y = (torch.randn(16, 32, dtype=torch.bfloat16) for _ in range(2))
+    gm = trace_final(fn, x=x, y=y)
+    grow_regions(gm)
+    return gm
+
+
 def example(name: str) -> tuple[fx.GraphModule, Pass]:
     if name == "choose_precision":
         gm = fprop()
@@ -82,6 +97,8 @@ def example(name: str) -> tuple[fx.GraphModule, Pass]:
         return frozen_fprop(), take_frozen_weights
     if name == "grow_regions":
         return negated_linear(), grow_regions
+    if name == "split_regions":
+        return product_in_two(), partial(split_regions, least_bytes=1)
     if name == "store_activations":
         gm, plan = before("plan_saved", exponential_joint())
         plan(gm)

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from unittest import mock
 
@@ -36,7 +36,7 @@ from fp8compile import compile as compiler
 from fp8compile.internals import is_tangent
 from fp8compile.ir import QUANTIZE, format_graph
 from fp8compile.options import AUTO, parse_options
-from fp8compile.passes import grow_regions
+from fp8compile.passes import grow_regions, split_regions
 from fp8compile.passes.pipeline import Pass, pass_name
 from fp8compile.recipe import Scaling
 from fp8compile.scaling import rule_of
@@ -61,6 +61,7 @@ class Tally:
     results: Counter[str] = field(default_factory=Counter)
     eager_db: list[float] = field(default_factory=list)
     regions: int = 0
+    split: int = 0
     kernels: int = 0
 
     def __str__(self) -> str:
@@ -70,7 +71,8 @@ class Tally:
             f"GEMMs: {_listed(self.gemms)}\n"
             f"results, compared with fake quantization: {_listed(self.results)}\n"
             f"results that differ from eager without FP8: {len(self.eager_db)}, median {median}\n"
-            f"{self.regions} regions interpreted, {self.kernels} run as Triton kernels"
+            f"{self.regions} regions interpreted, {self.split} of them in parts, "
+            f"{self.kernels} run as Triton kernels"
         )
 
 
@@ -253,6 +255,7 @@ class _Compiled:
         grown = fx.GraphModule(gm, fx.Graph())
         grown.graph.output(grown.graph.graph_copy(gm.graph, {}))
         self._tally.regions += _twice(grow_regions)(grown)
+        self._tally.split += _twice(partial(split_regions, least_bytes=1))(grown)
         assert not grown.graph.find_nodes(op="call_function", target=QUANTIZE)
 
         def run(*args: Any) -> Any:

@@ -34,7 +34,7 @@ from fp8compile.backends.kernels.scaled_mm_few_rows import (
     scaled_mm_few_rows_launch,
 )
 from fp8compile.backends.kernels.update_scales import update_scales_launch
-from tests.backends.common import Case, bundled, only_region
+from tests.backends.common import Case, bundled, only_region, parts_of_region
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -243,6 +243,11 @@ def region_launches() -> Iterator[tuple[str, Launch]]:
         case = only_region(FUNCTIONS[name][0], **inputs, scale=torch.ones(7))
         for launch in prepare(case.gm, case.inputs)[0]:
             yield f"region {name} {launch.kernel.fn.__name__}", launch
+        if name not in ("norm_of_sum", "norm_backward"):
+            continue
+        for i, part in enumerate(parts_of_region(FUNCTIONS[name][0], **inputs, scale=None)):
+            for launch in prepare(part.gm, part.inputs)[0]:
+                yield f"region part {i} of {name} {launch.kernel.fn.__name__}", launch
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
