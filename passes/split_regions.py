@@ -108,8 +108,9 @@ class _Part:
         for node in self.inputs:
             name = node.name if node.op == "placeholder" else "stored"
             name = "scale" if node.target is FIND_SCALE else name
-            copies[node] = graph.placeholder(name)
-            copies[node].meta["val"] = node.meta["val"]
+            copies[node] = holder = graph.placeholder(name)
+            holder.target = holder.name  # several may be called that
+            holder.meta["val"] = node.meta["val"]
         for node in self.inside:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(tuple(copies[node] for node in self.outputs))

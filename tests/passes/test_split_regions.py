@@ -46,11 +46,18 @@ def gated(x: Tensor, y: Tensor, cast: Callable[[Tensor], Outputs]) -> Outputs:
     return cast(x.sigmoid() * y)
 
 
+def two_values(x: Tensor, y: Tensor, cast: Callable[[Tensor], Outputs]) -> Outputs:
+    """Two casts, of which each reads both of the values that are stored, and has its own scale."""
+    a, b = x + y, x - y
+    return *cast(a * b), *cast(a.exp() * b), a, b
+
+
 FUNCTIONS: dict[str, tuple[Callable[..., Outputs], int]] = {
     "norm_backward": (norm_backward, 3),
     "residual_norm": (residual_norm, 2),
     "doubled": (doubled, 1),
     "gated": (gated, 2),
+    "two_values": (two_values, 2),
 }
 
 
@@ -195,7 +202,7 @@ def test_only_what_is_read_less_is_split(name: str, kind: str, copies: str) -> N
 
 @pytest.mark.parametrize("copies", COPIES)
 @pytest.mark.parametrize("kind", ["delayed", "current", "rows", "blocks"])
-@pytest.mark.parametrize("name", ["norm_backward", "residual_norm", "doubled"])
+@pytest.mark.parametrize("name", ["norm_backward", "residual_norm", "doubled", "two_values"])
 def test_results_are_the_same_bit_for_bit(name: str, kind: str, copies: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         gm, inputs = traced(name, kind, copies, dtype)

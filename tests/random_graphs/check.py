@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -255,7 +256,7 @@ class _Compiled:
         grown = fx.GraphModule(gm, fx.Graph())
         grown.graph.output(grown.graph.graph_copy(gm.graph, {}))
         self._tally.regions += _twice(grow_regions)(grown)
-        self._tally.split += _twice(partial(split_regions, least_bytes=1))(grown)
+        self._tally.split += _twice(partial(split_regions, least_bytes=-sys.maxsize))(grown)
         assert not grown.graph.find_nodes(op="call_function", target=QUANTIZE)
 
         def run(*args: Any) -> Any:
