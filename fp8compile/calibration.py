@@ -84,7 +84,8 @@ def calibrate(
 def _check(observer: str, percentile: float, options: Options) -> None:
     if observer not in OBSERVERS:
         raise OptionError(f"observer={observer!r}; choose one of {list(OBSERVERS)}")
-    if not isinstance(percentile, int | float) or not 0 < percentile <= 100:
+    number = isinstance(percentile, int | float) and not isinstance(percentile, bool)
+    if not number or not 0 < percentile <= 100:
         raise OptionError(f"percentile={percentile!r}; give a share of all elements, such as 99.99")
     if all(recipe.scaling is not Scaling.DELAYED for recipe in options.recipes):
         legal = [name for name, r in RECIPES.items() if r.scaling is Scaling.DELAYED]

@@ -365,6 +365,15 @@ def _static_launch() -> Iterator[None]:
         yield
 
 
+def inductor_option_type(name: str) -> type | None:
+    """What the values of an Inductor option are instances of; None where several types are legal.
+
+    All versions: as ``torch.compile(options=...)`` checks them.
+    """
+    found = torch._inductor.config.get_type(name)
+    return found if isinstance(found, type) else None
+
+
 @dataclass(frozen=True)
 class _Workers:
     """Inductor's pool; adds the setting to those that each kernel is sent to it with."""

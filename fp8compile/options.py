@@ -291,17 +291,27 @@ def _dump(value: Any) -> str | None:
     return os.fspath(value)
 
 
-def _inductor(value: Any, mode: str | None) -> dict[str, Any]:
-    patches = dict(_typed("inductor", value, dict))
+def _inductor_key(key: Any, value: Any) -> str:
+    """The name of an Inductor option, which may be written with dashes as for torch.compile."""
+    from .internals import inductor_option_type  # loads Inductor
+
     known = torch._inductor.list_options()
-    for key in patches:
-        if not isinstance(key, str) or key.replace("-", "_") not in known:
-            key = str(key)
-            close = difflib.get_close_matches(key, known, n=3)
-            raise OptionError(
-                f"option 'inductor' has the unknown key {key!r}; close matches: {close}; all are "
-                "listed by torch._inductor.list_options()"
-            )
+    name = str(key).replace("-", "_")
+    if not isinstance(key, str) or name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        raise OptionError(
+            f"option 'inductor' has the unknown key {str(key)!r}; close matches: {close}; all are "
+            "listed by torch._inductor.list_options()"
+        )
+    kind = inductor_option_type(name)
+    if kind is not None and not isinstance(value, kind):
+        raise OptionError(f"inductor={{{key!r}: {value!r}}}: it must be a {kind.__name__}")
+    return name
+
+
+def _inductor(value: Any, mode: str | None) -> dict[str, Any]:
+    given = _typed("inductor", value, dict)
+    patches = {_inductor_key(key, patch): patch for key, patch in given.items()}
     modes = torch._inductor.list_mode_options()
     if mode is not None and mode not in modes:
         raise OptionError(f"unknown mode {mode!r}; choose one of {sorted(modes)}")

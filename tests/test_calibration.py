@@ -422,6 +422,7 @@ def test_a_delayed_recipe_of_ones_own() -> None:
         ({"batches": {"input": torch.ones(16, 32)}}, "batches is of type dict"),
         ({"observer": "mean"}, r"observer='mean'; choose one of \['max', 'percentile', 'mse'\]"),
         ({"percentile": 0}, "percentile=0; give a share of all elements, such as 99.99"),
+        ({"percentile": True}, "percentile=True; give a share of all elements"),
         ({"percentile": 101}, "percentile=101"),
         ({"percentile": "99"}, "percentile='99'"),
         ({"model": nn.ReLU()}, "no GEMM of this model can run in FP8 with a scale that is kept"),

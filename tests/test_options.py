@@ -86,6 +86,8 @@ def test_everything_at_once(tmp_path: Path) -> None:
         ({"inductor": ["max_autotune"]}, ["'inductor'", "dict"]),
         ({"inductor": {"max_autotun": True}}, ["'max_autotun'", "max_autotune"]),
         ({"inductor": {3: True}}, ["'inductor'", "3"]),
+        ({"inductor": {"max_autotune": "yes"}}, ["'max_autotune'", "'yes'", "bool"]),
+        ({"inductor": {"triton.cudagraphs": 1}}, ["'triton.cudagraphs'", "1", "bool"]),
     ],
     ids=str,
 )
@@ -119,6 +121,12 @@ def test_unknown_mode() -> None:
 def test_mode_means_what_it_means_with_inductor(mode: str) -> None:
     assert parse_options(None, mode).inductor == torch._inductor.list_mode_options(mode)
     assert parse_options(None, "default").inductor == {}
+
+
+def test_inductor_options_may_have_dashes_and_values_of_several_types() -> None:
+    given = {"max-autotune": True, "cpp.simdlen": None}
+    found = parse_options({"inductor": given}).inductor
+    assert found == {"max_autotune": True, "cpp.simdlen": None}
 
 
 def test_inductor_options_win_over_the_mode() -> None:
