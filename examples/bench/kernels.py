@@ -71,7 +71,7 @@ from fp8compile.ir import (
     gemm_info,
 )
 from fp8compile.ops import GROUP
-from fp8compile.passes import grow_regions
+from fp8compile.passes import grow_regions, split_regions
 from fp8compile.progress import progress
 
 WAYS = ("forward", "backward")
@@ -103,7 +103,7 @@ class Parts:
     launches: dict[str, Counter[str]] = field(default_factory=lambda: {w: Counter() for w in WAYS})
 
     def add(self, gm: fx.GraphModule) -> None:
-        """Add those of a graph that grow_regions has been through."""
+        """Add those of a graph that has its regions."""
         way = WAYS[any(is_tangent(node) for node in gm.graph.nodes)]
         for node in gm.graph.nodes:
             if node.op == "call_module":
@@ -147,6 +147,7 @@ def grown(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of a final graph with the regions that it would have on a GPU."""
     gm = copied(gm)
     grow_regions(gm)
+    split_regions(gm)
     return gm
 
 
