@@ -33,7 +33,7 @@ def kernel_rows(gm: fx.GraphModule, direction: str, device: Device | None) -> li
         regions = list(launched.values())
         text = emit_bundle(regions).text if len(regions) > 1 else emit_once(regions[0]).text
         row = rows.get(text) or _row(regions, text, direction, device)
-        feeds = [name for call in launched for name in _feeds(call)]
+        feeds = [name for call, region in launched.items() for name in _feeds(call, region)]
         feeds = list(dict.fromkeys([*row.feeds, *feeds]))
         rows[text] = replace(row, launches=row.launches + 1, feeds=tuple(feeds))
     return list(rows.values())
@@ -107,6 +107,7 @@ def _written(region: Region) -> list[str]:
     found += ["amax"] * any("amax" in cast.outputs for cast in region.casts)
     found += ["e4m3 in groups"] * bool(region.groups)
     found += [format_value(node.meta["val"]).split("[")[0] for node in region.values]
+    found += ["scale"] * bool(region.scales)
     return found + ["column sums"] * bool(region.sums)
 
 
@@ -116,9 +117,14 @@ def _granularity(cast: Cast) -> str:
     return f":{next(each for each in Granularity if each.block == cast.block)}"
 
 
-def _feeds(call: fx.Node) -> list[str]:
-    """The GEMMs that take what a region writes, in its own graph."""
+def _feeds(call: fx.Node, region: Region) -> list[str]:
+    """The GEMMs that take what a region writes, in its own graph; where it only stores what others
+    cast, those that take that.
+    """
     users = [user for item in call.users for user in item.users]
+    if not (region.casts or region.blocks):
+        casting = [user for user in users if user.op == "call_module"]
+        users += [user for cast in casting for item in cast.users for user in item.users]
     infos = [gemm_info(user) for user in users if user.target in SCALED_MMS]
     return [f"{info.name} {info.gemm}" for info in infos if info is not None]
 

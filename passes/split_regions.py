@@ -155,9 +155,9 @@ def _give_scale(cast: fx.Node) -> fx.Node:
     """Find the scale of a cast apart from it."""
     value, _, _, *rest = args_of(cast)
     with cast.graph.inserting_before(cast):
-        name = f"{cast.meta['fp8_origin']}_scale"
+        name = f"{cast.name}_scale"  # the same in every layer, as all names in regions
         scale = emit(cast.graph, FIND_SCALE, (value, rest[0]), name, like=cast)
-    scale.meta["fp8_origin"] = name
+    scale.meta["fp8_origin"] = f"{cast.meta['fp8_origin']}_scale"
     cast.args = (value, scale, 0, *rest)
     return scale
 
@@ -175,8 +175,8 @@ def _build(gm: fx.GraphModule, call: fx.Node, parts: Sequence[_Part]) -> None:
             made = gm.graph.call_module(name, tuple(outer[node] for node in part.inputs))
             made.meta["val"] = tuple(node.meta["val"] for node in part.outputs)
             for index, node in enumerate(part.outputs):
-                args = (made, index)
-                outer[node] = gm.graph.call_function(operator.getitem, args, name=node.name)
+                args, name = (made, index), node.meta["fp8_origin"]
+                outer[node] = gm.graph.call_function(operator.getitem, args, name=name)
                 outer[node].meta = {"val": node.meta["val"]}
     for node, item in items.items():
         outer[node].meta = item.meta

@@ -200,6 +200,8 @@ class Reader:
         key = self._source_key(source.name, source.text)
         inside = [record for record in self.records.values() if record.region == name]
         casts = [record.path for record in inside if record.kind == "cast"]
+        stored = self.values[args_of(region.gm.graph.output_node())[0][0]]
+        told = casts[0] if casts else self.records[stored.name].path
         notes = (
             ("reads", f"{count_of(_hinted(bytes_read(region)))}B"),
             ("writes", f"{count_of(_hinted(bytes_written(region)))}B"),
@@ -208,7 +210,7 @@ class Reader:
         self.records[name] = replace(
             self.records[name],
             type=format_value(call.meta.get("val")),
-            path=home(casts[0], [record.path for record in inside]),
+            path=home(told, [record.path for record in inside]),
             notes=notes,
             source=key,
             label=source.name,

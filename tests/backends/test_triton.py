@@ -20,7 +20,7 @@ from fp8compile.options import parse_options
 from fp8compile.passes import drop_unused_outputs, grow_regions, split_regions
 from fp8compile.quantized_weights import WEIGHTS_GRAPH
 from tests.helpers import interpret
-from tests.models import MLP
+from tests.models import MLP, Residual
 
 
 @pytest.fixture(autouse=True)
@@ -103,18 +103,6 @@ def test_weights_are_cast_in_one_launch_in_inference_too() -> None:
         graphs = lowered(MLP(bias=True).bfloat16(), torch.randn(32, 64).bfloat16())
     assert sorted(launched(graphs["forward"])) == ["fp8_exp", "fp8_rsqrt_mean"]
     assert launched(graphs["weights"]) == {"fp8_bundle": 1}
-
-
-class Residual(nn.Module):
-    """Its norm's gradient and that of the residual are added, cast and handed on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm, self.second = nn.Linear(64, 64), nn.RMSNorm(64), nn.Linear(64, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x + self.first(x)
-        return h + self.second(self.norm(h))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -234,3 +234,20 @@ def test_what_nothing_takes_is_left_out() -> None:
     assert split_regions(gm, 1) == 1
     for expected, found in zip(want, gm(*inputs), strict=False):
         assert torch.equal(expected.view(torch.uint8), found.view(torch.uint8))
+
+
+def test_layers_that_look_alike_have_parts_that_look_alike() -> None:
+    """Then one kernel does for all."""
+
+    def layers(a: Tensor, b: Tensor, v: Tensor, w: Tensor) -> Outputs:
+        cast = tensorwise(None, 0, COPIES["row-major"])
+        *first, h = residual_norm(a @ v, b @ w, cast)
+        return *first, *residual_norm(h @ v, h @ w, cast)
+
+    inputs = {name: torch.randn(48, 48) for name in "abvw"}
+    gm = trace_final(layers, **inputs)
+    drop_unused_outputs(gm)
+    grow_regions(gm)
+    assert split_regions(gm, 1) == 2
+    texts = [format_graph(gm.get_submodule(name)) for name in regions(gm)]
+    assert len(texts) == 4 and len(set(texts)) == 2

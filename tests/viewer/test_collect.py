@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,11 +14,12 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
+from fp8compile.passes import pipeline, split_regions
 from fp8compile.viewer.collect import FINAL
 from fp8compile.viewer.page import graph_data, runs
 from fp8compile.viewer.paths import Fold, common, folds, home, layer_of
 from fp8compile.viewer.records import Record
-from tests.models import MLP, Llama
+from tests.models import MLP, Llama, Residual
 from tests.viewer.common import Up, collected, records_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
@@ -164,6 +167,21 @@ def test_scales_and_reasons() -> None:
     assert {"current, one per 1 x 128", "current, one per 128 x 128"} == {
         dict(r.notes)["scale"] for r in casts
     }
+
+
+def test_the_parts_of_a_region_are_boxes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    always = partial(split_regions, least_bytes=-sys.maxsize)
+    monkeypatch.setattr(pipeline, "split_regions", always)
+    (collector,) = collected(
+        Residual(), torch.randn(32, 64).requires_grad_(), options={"recipe": "current"}
+    )
+    records = records_of(collector, FINAL)
+    first = records["backward.region_2_part_0"]
+    assert (first.label, first.path) == ("fp8_value_colsum", "norm")
+    inside = [r.label for r in records.values() if r.region == first.name and r.kind != "view"]
+    assert "find_scale" in inside and "quantize" not in inside
+    (cast,) = (r for r in records.values() if r.region == "backward.region_2_part_2")
+    assert cast.label == "quantize" and records[cast.inputs[0].name].region == first.name
 
 
 def test_every_region_has_its_bytes_and_its_source() -> None:
