@@ -102,7 +102,7 @@ class Writer(TileText):
         twentieth faster than none.
         """
         row = self.values.bytes_loaded * max(int(self.region.space.n), LEAST_IN_TILE)
-        return min(3, 1 + _MOST_SHARED // row)
+        return min(3, 1 + _MOST_SHARED // max(1, row))
 
     def _stored_tile(self) -> list[str]:
         """Compute the results of a tile whose place is known, and store them."""

@@ -189,6 +189,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Outputs], dict[str, tuple[int, ...]]]] 
         norm_backward,
         {"x": (33, 77), "w": (77,), "g": (33, 77), "other": (33, 77)},
     ),
+    "norm_backward_of_a_row": (
+        norm_backward,
+        {"x": (1, 80), "w": (80,), "g": (1, 80), "other": (1, 80)},
+    ),
     "builtin_norm": (builtin_norm, {"x": (32, 48), "w": (48,)}),
     "layer_norm": (layer_norm, {"x": (3, 17, 80), "w": (80,), "b": (80,)}),
     "layer_norm_rows": (layer_norm_rows, {"x": (3, 17, 80), "w": (80,), "b": (80,)}),
@@ -337,7 +341,14 @@ def test_a_search_at_every_call_makes_the_sums_over_rows_too() -> None:
 
 # --- a region in two parts, see split_regions -----------------------------------------------------
 
-SPLIT = ["uneven_norm_backward", "norm_of_sum", "converted_sums", "bias_gradient", "relu_and_mask"]
+SPLIT = [
+    "norm_backward_of_a_row",
+    "uneven_norm_backward",
+    "norm_of_sum",
+    "converted_sums",
+    "bias_gradient",
+    "relu_and_mask",
+]
 
 
 @pytest.mark.parametrize("scales", [None, [0.0, 0.0], [30.0, 700.0]], ids=str)
