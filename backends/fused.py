@@ -59,7 +59,7 @@ def tiles(region: Region) -> list[Tile]:
 
 def _of_whole_blocks(region: Region, usual: list[Tile]) -> list[Tile]:
     """Tiles that blocks fill: whole rows, or one block where both copies have blocks of 128."""
-    if region.scales_rows and not region.searched:
+    if region.finds_row_scales:
         return _whole_rows(region)
     inside = [cast for cast in region.blocks if cast not in region.searched]
     high, wide = (max(sizes) for sizes in zip(*map(_extent, inside), strict=True))

@@ -167,7 +167,7 @@ class Region:
         Each with the column that it starts at. Empty unless the region only casts a concatenation
         whose parts start at multiples of 128 columns, and not row by row.
         """
-        if not (self.casts or self.blocks) or (self.scales_rows and not self.searched):
+        if not (self.casts or self.blocks) or self.finds_row_scales:
             return []
         value = args_of([*self.casts, *self.blocks][0].node)[0]
         alone = len(self.results) == 1 and value.target is torch.ops.aten.cat.default
@@ -189,6 +189,11 @@ class Region:
     def scales_rows(self) -> bool:
         """Whether a cast has a scale per row."""
         return any(cast.block[1] == 0 for cast in self.blocks)
+
+    @property
+    def finds_row_scales(self) -> bool:
+        """Whether the program that casts a row finds its scale, as it holds the whole of it."""
+        return self.scales_rows and not self.searched
 
     @cached_property
     def searched(self) -> list[Cast]:
@@ -283,8 +288,7 @@ class Region:
     @property
     def whole_rows(self) -> bool:
         """Whether a program computes whole rows, for sums over them or for their scales."""
-        in_tile = self.scales_rows and not self.searched
-        return in_tile or (self.reduces and not self.sums_apart)
+        return self.finds_row_scales or (self.reduces and not self.sums_apart)
 
     @property
     def loops(self) -> bool:
