@@ -35,6 +35,7 @@ CUBLASLT = "cublaslt"
 # the best guess alone is worth them.
 _TIMED_CONFIGS, _TIMED_CONFIGS_ALONE = 1, 3
 _WARMUP, _ROUNDS, _BATCH_US = 5, 7, 2000
+_MOST_COPIES = 256  # of matrices below 0.4 MB, whose launches take longer than reading them
 _NOISE = 0.01
 
 Choice = TileConfig | FewRowsConfig | None  # None stands for cuBLASLt
@@ -143,12 +144,12 @@ def time_choices(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
 
 def _copies(shape: GemmShape, device: torch.device) -> int:
     """How many matrices to multiply few rows with in turns, so that none is in L2 any more when it
-    comes again: like weights, when a model decodes.
+    comes again: like weights, when a model decodes. A head of one output would take a million.
     """
     if not shape.has_few_rows:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return triton.cdiv(2 * cache, shape.n * shape.k)
+    return min(_MOST_COPIES, triton.cdiv(2 * cache, shape.n * shape.k))
 
 
 def _fastest(

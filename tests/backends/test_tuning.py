@@ -63,10 +63,13 @@ def test_few_rows_are_timed_with_matrices_that_are_not_in_l2(
     cache = 50 * 2**20
     properties = SimpleNamespace(L2_cache_size=cache)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    for n, k in ((64, 256), (4096, 4096), (28672, 4096), (128256, 4096)):
+    for n, k in ((768, 768), (4096, 4096), (28672, 4096), (128256, 4096)):
         copies = tuning._copies(replace(FEW, n=n, k=k), torch.device("cuda", 0))
         assert 2 * cache <= copies * n * k < 2 * cache + n * k or copies == 1
     assert tuning._copies(ALIGNED, torch.device("cuda", 0)) == 1
+    # Small ones take no longer to time than others: this head of one output, a million launches.
+    for n, k in ((1, 64), (64, 16), (2, 768)):
+        assert tuning._copies(replace(FEW, n=n, k=k), torch.device("cuda", 0)) <= 256
 
 
 def test_cublaslt_is_remembered_and_preferred_within_the_noise(
