@@ -37,6 +37,7 @@ _TIMED_CONFIGS, _TIMED_CONFIGS_ALONE = 1, 3
 _WARMUP, _ROUNDS, _BATCH_US = 5, 7, 2000
 _MOST_COPIES = 256  # of matrices below 0.4 MB, whose launches take longer than reading them
 _NOISE = 0.01
+_SAMPLE = 2**20  # random numbers, which operands repeat
 
 Choice = TileConfig | FewRowsConfig | None  # None stands for cuBLASLt
 
@@ -83,14 +84,19 @@ def cublaslt_supports(shape: GemmShape) -> bool:
 
 @functools.cache
 def choose_gemm(shape: GemmShape, device_index: int) -> Choice:
-    """What is fastest for a shape."""
+    """What is fastest for a shape; the best guess, if the GPU has no memory left to find out."""
     file = _cache_file(device_index)
     remembered = read_entries(file).get(str(shape), "never timed")
     for choice in choices(shape):  # what would not be timed today is not taken from a file
         if _entry(choice) == remembered:
             return choice
-    with outside_tracing(), torch.no_grad():
-        times = time_choices(shape, torch.device("cuda", device_index))
+    try:
+        with outside_tracing(), torch.no_grad():
+            times = time_choices(shape, torch.device("cuda", device_index))
+    except torch.OutOfMemoryError:
+        guess = choices(shape)[0]
+        log.warning("no memory left to time %s; taking %s", shape, guess or CUBLASLT)
+        return guess
     # Within the noise cuBLASLt is preferred: its launch is cheaper.
     best = min(times, key=lambda c: times[c] * (1.0 if c is None else 1 + _NOISE))
     log.debug("%s: %s", shape, {str(c or CUBLASLT): f"{t:.1f} us" for c, t in times.items()})
@@ -115,12 +121,11 @@ def _entry(choice: Choice) -> dict[str, int | bool] | None:
 
 def time_choices(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
     """Microseconds of every choice on fresh random data."""
-    a = torch.randn(shape.m, shape.k, device=device).to(shape.left)
+    a = _operand(shape.m, shape.k, shape.left, device)
     one = torch.ones(1, dtype=torch.float32, device=device)
     bias = None if shape.bias is None else torch.randn(shape.n, device=device).to(shape.bias)
     rights = [
-        torch.randn(shape.n, shape.k, device=device).to(shape.right)
-        for _ in range(_copies(shape, device))
+        _operand(shape.n, shape.k, shape.right, device) for _ in range(_copies(shape, device))
     ]
 
     def multiply(choice: Choice, b: Tensor) -> None:
@@ -140,6 +145,16 @@ def time_choices(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
     runs = {choice: functools.partial(run, choice) for choice in choices(shape)}
     times = _fastest(runs, f"autotuning {shape}", as_graph=shape.has_few_rows)
     return {choice: time / len(rights) for choice, time in times.items()}
+
+
+def _operand(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normal random numbers in FP8, in the memory that they take: a backward is compiled while
+    activations fill the GPU, and a head's gradient in float32 would take gigabytes.
+    """
+    size = rows * columns
+    sample = torch.randn(min(size, _SAMPLE), device=device).to(dtype).view(torch.uint8)
+    repeated = sample.repeat(triton.cdiv(size, len(sample)))[:size]
+    return repeated.view(dtype).view(rows, columns)
 
 
 def _copies(shape: GemmShape, device: torch.device) -> int:

@@ -72,6 +72,37 @@ def test_few_rows_are_timed_with_matrices_that_are_not_in_l2(
         assert tuning._copies(replace(FEW, n=n, k=k), torch.device("cuda", 0)) <= 256
 
 
+@pytest.mark.parametrize("dtype", [E4M3, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("rows", [1, 48, 3000])
+def test_operands_are_random_and_take_no_more_than_their_own_memory(
+    dtype: torch.dtype, rows: int
+) -> None:
+    operand = tuning._operand(rows, 1040, dtype, torch.device("cpu"))
+    assert (operand.dtype, operand.shape, operand.is_contiguous()) == (dtype, (rows, 1040), True)
+    assert operand.untyped_storage().nbytes() < rows * 1040 + tuning._SAMPLE
+    values = operand.float()
+    assert abs(values.mean()) < 0.15
+    assert abs(values.std() - 1) < 0.15
+
+
+@pytest.mark.parametrize("shape", [ALIGNED, UNALIGNED, FEW], ids=str)
+def test_the_best_guess_is_taken_for_once_where_no_memory_is_left(
+    timed: list[GemmShape],
+    shape: GemmShape,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "time_choices", full)
+        assert in_another_process(shape) == choices(shape)[0]
+    assert f"no memory left to time {shape}; taking " in caplog.text
+    assert in_another_process(shape) == choices(shape)[-1]
+    assert timed == [shape]
+
+
 def test_cublaslt_is_remembered_and_preferred_within_the_noise(
     timed: list[GemmShape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
