@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -199,9 +199,6 @@ class Reader:
         source = emit_once(region)
         key = self._source_key(source.name, source.text)
         inside = [record for record in self.records.values() if record.region == name]
-        casts = [record.path for record in inside if record.kind == "cast"]
-        stored = self.values[args_of(region.gm.graph.output_node())[0][0]]
-        told = casts[0] if casts else self.records[stored.name].path
         notes = (
             ("reads", f"{count_of(_hinted(bytes_read(region)))}B"),
             ("writes", f"{count_of(_hinted(bytes_written(region)))}B"),
@@ -210,11 +207,19 @@ class Reader:
         self.records[name] = replace(
             self.records[name],
             type=format_value(call.meta.get("val")),
-            path=home(told, [record.path for record in inside]),
+            path=home(self._result(region, inside).path, [record.path for record in inside]),
             notes=notes,
             source=key,
             label=source.name,
         )
+
+    def _result(self, region: Region, inside: Sequence[Record]) -> Record:
+        """What says where a region belongs: its first cast, or if it has none, what it stores."""
+        cast = next((record for record in inside if record.kind == "cast"), None)
+        if cast is not None:
+            return cast
+        stored = args_of(region.gm.graph.output_node())[0][0]
+        return self.records[self.values[stored].name]
 
     def _source_key(self, name: str, text: str) -> str:
         """The key of a source; texts that are equal have one."""

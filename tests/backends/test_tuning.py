@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8compile.backends import tuning
 from fp8compile.backends.json_file import add_entry, read_entries
@@ -67,19 +68,31 @@ def test_few_rows_are_timed_with_matrices_that_are_not_in_l2(
         copies = tuning._copies(replace(FEW, n=n, k=k), torch.device("cuda", 0))
         assert 2 * cache <= copies * n * k < 2 * cache + n * k or copies == 1
     assert tuning._copies(ALIGNED, torch.device("cuda", 0)) == 1
-    # Small ones take no longer to time than others: this head of one output, a million launches.
+    # Of small ones no more than can be timed: a head of one output would take a million.
     for n, k in ((1, 64), (64, 16), (2, 768)):
         assert tuning._copies(replace(FEW, n=n, k=k), torch.device("cuda", 0)) <= 256
 
 
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that any operator makes."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.nbytes = max(self.nbytes, out.untyped_storage().nbytes())
+        return out
+
+
 @pytest.mark.parametrize("dtype", [E4M3, torch.float8_e5m2], ids=str)
-@pytest.mark.parametrize("rows", [1, 48, 3000])
-def test_operands_are_random_and_take_no_more_than_their_own_memory(
+@pytest.mark.parametrize("rows", [1, 48, 6000])
+def test_operands_are_random_and_take_little_more_than_their_own_memory(
     dtype: torch.dtype, rows: int
 ) -> None:
-    operand = tuning._operand(rows, 1040, dtype, torch.device("cpu"))
+    with Largest() as largest:
+        operand = tuning._operand(rows, 1040, dtype, torch.device("cpu"))
     assert (operand.dtype, operand.shape, operand.is_contiguous()) == (dtype, (rows, 1040), True)
-    assert operand.untyped_storage().nbytes() < rows * 1040 + tuning._SAMPLE
+    assert largest.nbytes <= max(4 * tuning._SAMPLE, rows * 1040 + tuning._SAMPLE)
     values = operand.float()
     assert abs(values.mean()) < 0.15
     assert abs(values.std() - 1) < 0.15
