@@ -685,6 +685,8 @@ def test_frozen_weights_that_shall_be_trained_are_refused(compiled: bool) -> Non
     run(x).sum().backward()
     assert x.grad is not None and model.up.bias.grad is not None
     model.requires_grad_(True)
+    if torch.__version__ < "2.13":  # guards that do not see that change, whatever the backend
+        torch._dynamo.reset()
     with torch.no_grad():
         run(x)
     with pytest.raises(Exception, match=r"FP8 cannot be trained; call fp8compile\.unfreeze"):

@@ -497,13 +497,15 @@ def test_an_unaligned_gemm_loads_by_tma_and_stores_by_itself(reports: dict[str, 
 def test_few_rows_use_the_tensor_cores_and_copy_16_bytes_at_once(
     reports: dict[str, Report],
 ) -> None:
-    """In several stages, which scales of blocks of K have as well, 4 bytes at once."""
+    """In several stages, which scales of blocks of K have as well, a few bytes at once."""
     found = {name: r["ptx"] for name, r in reports.items() if name.startswith("few rows")}
     assert len(found) == 30
     for name, ptx in found.items():
         assert re.search(r"wgmma\.mma_async", ptx) and not re.search(r"\bmma\.sync", ptx)
         copies = set(re.findall(r"cp\.async\.c\w\.shared\S*\s.*?, (0x\w+|\d+)[,;]", ptx))
-        assert {int(size, 0) for size in copies} == ({4, 16} if "(128, 128)" in name else {16})
+        sizes = {int(size, 0) for size in copies}
+        of_scales = sizes & {4, 8}  # Triton 3.6 copies some by twos
+        assert sizes - of_scales == {16} and bool(of_scales) == ("(128, 128)" in name)
 
 
 def test_padded_transposed_copies_are_stored_in_wide_stores(reports: dict[str, Report]) -> None:
