@@ -61,28 +61,23 @@ class Granularity(Enum):
     which sums over the other dimension, has blocks, and scales, of its own.
     """
 
-    TENSOR = "tensorwise"
-    ROW = "rowwise"
-    BLOCK_1X128 = "1x128"
-    BLOCK_128X128 = "128x128"
-    BLOCK_1X32 = "1x32"
+    TENSOR = "tensorwise", (0, 0)
+    ROW = "rowwise", (1, 0)
+    BLOCK_1X128 = "1x128", (1, 128)
+    BLOCK_128X128 = "128x128", (128, 128)
+    BLOCK_1X32 = "1x32", (1, 32)
 
-    @property
-    def block(self) -> tuple[int, int]:
-        """Rows and elements of K; 0 stands for all."""
-        return _BLOCKS[self]
+    block: tuple[int, int]  # rows and elements of K; 0 stands for all
+
+    def __new__(cls, name: str, block: tuple[int, int]) -> Granularity:
+        self = object.__new__(cls)
+        self._value_, self.block = name, block
+        return self
 
     def __str__(self) -> str:
         return self.value
 
 
-_BLOCKS = {
-    Granularity.TENSOR: (0, 0),
-    Granularity.ROW: (1, 0),
-    Granularity.BLOCK_1X128: (1, 128),
-    Granularity.BLOCK_128X128: (128, 128),
-    Granularity.BLOCK_1X32: (1, 32),
-}
 # What a GEMM's operands may have, in either order.
 GRANULARITIES = (
     *((same, same) for same in Granularity if same is not Granularity.BLOCK_128X128),
