@@ -17,7 +17,7 @@ from .profiles import Profile
 from .quantized_weights import refresh
 from .recipe import RECIPES, Gemm, Granularity, Operand, Recipe, Scaling
 from .records import Record
-from .scaling import update_scales
+from .states import update_scales
 
 __version__ = "0.1.0"
 

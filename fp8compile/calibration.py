@@ -24,7 +24,8 @@ from .ops import current_scale
 from .options import Options, parse_options
 from .profiling import look_at_casts
 from .recipe import RECIPES, Operand, Recipe, Scaling
-from .scaling import HISTORY, SCALE, ScalingState, parked_entries, states_by_weight
+from .scaling import HISTORY, SCALE, ScalingState
+from .states import parked_entries, states_by_weight
 from .untouched import Step, checked_batches
 
 

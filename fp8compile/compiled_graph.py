@@ -12,7 +12,8 @@ from torch import nn
 from .ir import Site
 from .modules import calling_replicas, owners_of
 from .recipe import Operand, Recipe, Scaling
-from .scaling import ScalingState, find_state
+from .scaling import ScalingState
+from .states import find_state
 from .static import StaticScales
 
 

@@ -26,7 +26,7 @@ from .progress import progress
 from .read_only import ReadOnly, ordinary, read_only
 from .recipe import Granularity, Operand, Recipe, Scaling, get_recipe
 from .rounding import gram_matrices, in_groups, rounded
-from .scaling import known_weight_scale, replace_weight
+from .states import known_weight_scale, replace_weight
 from .untouched import Step, check_has_data, checked_batches, plain_step
 
 log = logging.getLogger(__name__)

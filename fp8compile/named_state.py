@@ -14,16 +14,8 @@ from torch import Tensor, nn
 from .arguments import checked_model
 from .errors import ScalingStateError
 from .recipe import Operand, Scaling
-from .scaling import (
-    HISTORY,
-    SCALE,
-    ScalingState,
-    latest_entry,
-    parked_entries,
-    slots_of,
-    states_by_weight,
-    states_of,
-)
+from .scaling import HISTORY, SCALE, ScalingState, slots_of
+from .states import latest_entry, parked_entries, states_by_weight, states_of
 
 
 class Events(NamedTuple):

@@ -7,6 +7,7 @@ computed when a weight is new or has changed, and kept with it.
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Collection, Container, Sequence
@@ -19,7 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .arguments import checked_model
 from .ir import CAT_ROWS, RESHAPES, SCALED_MMS, args_of, format_graph
-from .scaling import generation_of, listen
+from .scaling import generation_of
+from .states import listen
 
 WEIGHTS_GRAPH = "fp8_weights_graph"  # key in meta of a graph that does nothing but cast weights
 
@@ -123,28 +125,29 @@ class _Entry:
     graph: str
     inputs: list[weakref.ref[Tensor]]
     scales: list[int]  # which of them are; the others are weights
+    versioned: list[int]  # which of the others have a version: tensors of inference mode have none
     stamps: list[object] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
     @staticmethod
     def new(graph: str, inputs: Sequence[Tensor]) -> _Entry:
         scales = [i for i, x in enumerate(inputs) if generation_of(x) is not None]
-        return _Entry(graph, [weakref.ref(x) for x in inputs], scales)
+        versioned = [i for i, x in enumerate(inputs) if i not in scales and not x.is_inference()]
+        return _Entry(graph, [weakref.ref(x) for x in inputs], scales, versioned)
 
     def stamps_of(self, inputs: Sequence[Tensor]) -> list[object]:
         """What changes whenever the inputs' values do, but for writes through ``.data``. Every call
         asks: to look for a generation of each weight, too, takes longer than all the rest.
         """
-        stamps: list[object] = [
-            (x.data_ptr(), None if x.is_inference() else x._version) for x in inputs
-        ]
-        for i in self.scales:  # they move without a new version
-            stamps[i] = generation_of(inputs[i])
+        stamps: list[object] = [x.data_ptr() for x in inputs]
+        stamps += [inputs[i]._version for i in self.versioned]
+        stamps += [generation_of(inputs[i]) for i in self.scales]  # they move without a new version
         return stamps
 
     def is_of(self, graph: str, inputs: Sequence[Tensor]) -> bool:
-        same = len(inputs) == len(self.inputs) and graph == self.graph
-        return same and all(ref() is x for ref, x in zip(self.inputs, inputs, strict=True))
+        if len(inputs) != len(self.inputs) or graph != self.graph:
+            return False
+        return all(map(operator.is_, [ref() for ref in self.inputs], inputs))
 
 
 _lock = threading.RLock()
@@ -185,12 +188,14 @@ class QuantizedWeights:
             return entry.values
 
     def _entry(self, inputs: list[Tensor]) -> _Entry:
-        held = self._held.setdefault(inputs[0], set())
+        for entry in self._held.get(inputs[0], ()):  # nearly always: every call comes here
+            if entry.is_of(self._graph, inputs):
+                return entry
         known = _entries.setdefault(inputs[0], weakref.WeakSet())
         found = next((entry for entry in known if entry.is_of(self._graph, inputs)), None)
         entry = found or _Entry.new(self._graph, inputs)
         known.add(entry)
-        held.add(entry)
+        self._held.setdefault(inputs[0], set()).add(entry)
         return entry
 
     @torch.inference_mode(False)

@@ -17,7 +17,7 @@ from fp8compile.histogram import Histogram
 from fp8compile.ir import QUANTIZE, TRACK_AMAX, args_of
 from fp8compile.observers import OBSERVERS, Observed, chosen_amax
 from fp8compile.options import parse_options
-from fp8compile.scaling import states_of
+from fp8compile.states import states_of
 from tests.helpers import compile_interpreted, interpret
 from tests.models import MLP, SharedInput, sqnr_db
 

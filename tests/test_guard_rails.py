@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fp8compile
 from fp8compile import Recipe
-from fp8compile.scaling import states_of
+from fp8compile.states import states_of
 from tests.helpers import compile_interpreted
 from tests.models import sqnr_db
 

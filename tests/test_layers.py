@@ -20,6 +20,7 @@ LAYERS = (
     {"observers", "profiles", "untouched", "read_only"},
     {"ir", "modules", "options", "pretrained"},
     {"scaling", "dump", "report", "regions", "moments", "rounding", "edge_records", "verify"},
+    {"states"},
     {"frozen", "named_state", "static", "quantized_weights"},
     {"records", "compiled_graph", "observer", "checkpoints"},
     {"passes", "backends"},

@@ -19,7 +19,8 @@ from fp8compile import ScalingStateError
 from fp8compile.formats import Format
 from fp8compile.ir import QUANTIZE, TRACK_AMAX, quantize_output
 from fp8compile.passes.derive_scales import MARGIN
-from fp8compile.scaling import ScalingState, states_of
+from fp8compile.scaling import ScalingState
+from fp8compile.states import states_of
 from tests import helpers
 from tests.helpers import compile_interpreted
 from tests.models import Llama, sqnr_db

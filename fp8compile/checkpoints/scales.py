@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..frozen import is_frozen, linears
 from ..recipe import RECIPES, Granularity, Operand, Scaling
-from ..scaling import HISTORY, SCALE, GivenScales, parked_entries, slots_of, states_by_weight
+from ..scaling import HISTORY, SCALE, slots_of
+from ..states import GivenScales, parked_entries, states_by_weight
 
 
 def input_scales(model: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from ..internals import outside_tracing, storage_of
 from ..ir import SCALED_MMS, Edge, GemmInfo, Site, format_value, gemms, size_expr
 from ..report import EdgeRow, SavedRow
-from ..scaling import ScalingState, slots_of, states_by_weight
+from ..scaling import ScalingState, slots_of
+from ..states import states_by_weight
 
 
 def saved_rows(forward: fx.GraphModule, saved: Sequence[fx.Node]) -> list[SavedRow]:

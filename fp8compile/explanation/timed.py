@@ -19,7 +19,7 @@ from ..errors import OptionError, own_errors
 from ..options import parse_options
 from ..progress import progress
 from ..report import KernelRow, Measured, Row
-from ..scaling import states_left_as_they_were
+from ..states import states_left_as_they_were
 from ..untouched import fresh, left_as_it_was
 
 HIGH, FP8 = "its own precision", "FP8"

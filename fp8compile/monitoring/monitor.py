@@ -21,7 +21,8 @@ from ..errors import MonitorError, OptionError
 from ..options import parse_options
 from ..recipe import Operand
 from ..records import Record
-from ..scaling import ScalingState, listen, states_of, unlisten
+from ..scaling import ScalingState
+from ..states import listen, states_of, unlisten
 from .measured import EdgeName, Measured, measure
 from .plots import draw_edge, draw_records
 from .samples import Looked, Sample, Slot, is_static, sample_of, slots_in, what_is_missing

@@ -13,7 +13,8 @@ from ..formats import Format
 from ..named_state import Events, named_states, site_of
 from ..recipe import Operand, Scaling
 from ..records import Record
-from ..scaling import ScalingState, slots_of, states_of
+from ..scaling import ScalingState, slots_of
+from ..states import states_of
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import fp8compile
 from fp8compile import OptionError
 from fp8compile.explanation.timed import StepTimes, with_gemm_times, with_kernel_times
 from fp8compile.report import KernelRow, Measured
-from fp8compile.scaling import states_left_as_they_were
+from fp8compile.states import states_left_as_they_were
 from tests.helpers import compile_interpreted
 from tests.models import MLP
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import fp8compile
-from fp8compile.scaling import ScalingState, states_of
+from fp8compile.scaling import ScalingState
+from fp8compile.states import states_of
 from tests.helpers import compile_interpreted
 from tests.models import sqnr_db
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fp8compile
-from fp8compile.scaling import states_of
+from fp8compile.states import states_of
 from tests.habits.common import (
     EMULATED,
     GRAD_OUTPUT,

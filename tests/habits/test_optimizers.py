@@ -166,7 +166,7 @@ def test_one_optimizer_per_parameter_in_backward_is_the_plain_loop(graphs: str) 
         loss_of(call(x)).backward()
     assert len(hooked) == 8
     assert_same_training(*models)
-    assert {s.updates for s in fp8compile.scaling.states_of(inside)} == {3}
+    assert {s.updates for s in fp8compile.states.states_of(inside)} == {3}
 
 
 class Blocks(nn.Module):

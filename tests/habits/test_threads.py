@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp8compile import RECIPES, scaling
+from fp8compile import RECIPES, states
 from fp8compile.compiled_graph import CompiledGraph
 from fp8compile.ir import Site
 from tests.habits.common import (
@@ -119,7 +119,7 @@ def test_optimizer_steps_while_other_models_get_their_states() -> None:
     def add_states() -> None:
         for _ in range(1000):
             others.append(nn.Parameter(torch.zeros(1)))
-            scaling.find_state([others[-1]], [recipe], torch.device("cpu"))
+            states.find_state([others[-1]], [recipe], torch.device("cpu"))
 
     def step() -> None:
         for _ in range(1000):

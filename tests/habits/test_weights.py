@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import fp8compile
 from fp8compile import ScalingStateError
-from fp8compile.scaling import states_of
+from fp8compile.states import states_of
 from tests.habits.common import (
     EMULATED,
     HIDDEN,

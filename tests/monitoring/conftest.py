@@ -7,18 +7,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fp8compile import Monitor, scaling
+from fp8compile import Monitor, states
 
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
-    others = list(scaling._listeners)
-    scaling._listeners.clear()
+    others = list(states._listeners)
+    states._listeners.clear()
     yield
     # Tests leave monitors open. Whoever else began to listen does so once, for good.
-    added = [each for each in scaling._listeners if not isinstance(owner_of(each), Monitor)]
-    scaling._listeners[:] = [*others, *added]
+    added = [each for each in states._listeners if not isinstance(owner_of(each), Monitor)]
+    states._listeners[:] = [*others, *added]
 
 
 def owner_of(listener: object) -> object:

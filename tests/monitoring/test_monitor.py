@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8compile
 from fp8compile import Events, Format, Monitor, MonitorError, Record
-from fp8compile.scaling import states_of
+from fp8compile.states import states_of
 from tests.helpers import compile_interpreted
 from tests.models import MLP
 from tests.monitoring.common import ROLES, edges, rows_of, sgd, train, two_layers
@@ -316,12 +316,12 @@ def test_a_monitor_keeps_neither_model_nor_states_alive(tmp_path: Path) -> None:
     train(compile_interpreted(model), sgd(model), 1)
     assert len(rows_of(path)) == 6
     alive = [weakref.ref(model), *map(weakref.ref, states_of(model))]
-    scaling = importlib.import_module("fp8compile.scaling")
-    assert len(scaling._listeners) == 2
+    states = importlib.import_module("fp8compile.states")
+    assert len(states._listeners) == 2
     del model
     torch._dynamo.reset()
     gc.collect()
-    assert not any(ref() for ref in alive) and not scaling._listeners
+    assert not any(ref() for ref in alive) and not states._listeners
     assert len(monitor.records) == 6
     with pytest.raises(MonitorError, match="no longer exists"):
         monitor.measure(torch.randn(16, 32))
