@@ -16,6 +16,7 @@ from .internals import WithoutSubclasses, are_aliases, is_traced
 _OPERATORS = "add|sub|mul|div|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift"
 _WRITES = re.compile(rf"__setitem__|__set__|__i({_OPERATORS})__|.*[^_]_")
 _REQUIRES_GRAD: Any = Tensor.requires_grad
+_BASE: Any = Tensor._base
 MESSAGE = (
     "the weight is frozen in FP8, and {what} would write to a dequantized copy only, and be lost; "
     "call fp8compile.unfreeze(model) first, and freeze again afterwards, or assign a new one: "
@@ -45,6 +46,8 @@ class ReadOnly(Tensor):
             raise FrozenError(MESSAGE.format(what=_name(func)))
         given = tree_map_only(cls, ordinary, (tuple(args), dict(kwargs)))
         result = func(*given[0], **given[1])
+        if func == _BASE.__get__:  # Dynamo of torch 2.11 asks for it until there is none
+            return result
         ours = [x for x in tree_leaves((args, kwargs)) if isinstance(x, cls)]
 
         def guarded(x: Tensor) -> Tensor:
