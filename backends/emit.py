@@ -140,6 +140,7 @@ def bytes_written(region: Region) -> sympy.Expr:
 
 _DEVICE_FUNCTIONS = (
     "block_scales",
+    "divide",
     "inside",
     "log1p",
     "magnitude_bits",
@@ -151,6 +152,7 @@ _DEVICE_FUNCTIONS = (
     "sigmoid",
     "store_transposed",
     "tile_amax",
+    "tile_position",
     "to_fp8",
 )
 IMPORTS = (

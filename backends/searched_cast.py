@@ -68,7 +68,7 @@ class SearchedCast(FineCast):
         for copy in INVERSES:
             if copy in self.cast.outputs:
                 at = f"{self.pointer(INVERSES[copy])} + {self._at_inverse(copy)}"
-                lines.append(f"tl.store({at}, tl.div_rn(1.0, scale))")
+                lines.append(f"tl.store({at}, divide(1.0, scale))")
         return lines
 
     def settle(self) -> list[str]:
@@ -87,6 +87,19 @@ class SearchedCast(FineCast):
 
     # --- the kernel that casts -------------------------------------------------------------------
 
+    def load(self) -> list[str]:
+        """Load the scales, or what they are made from: before the values, since no load passes a
+        store, and each would be waited for alone.
+        """
+        lines = []
+        if "fp8" in self.cast.outputs:
+            for a in self.sets:
+                scale = self._scale("fp8", named("rows", a), named("in_m", a))
+                lines.append(f"{self._of_rows(a)} = {scale}")
+        if "fp8_t" in self.cast.outputs:
+            lines.append(f"{self._of_columns} = {self._scale('fp8_t', '', 'in_n')}")
+        return lines
+
     def store(self) -> list[str]:
         """Scale, cast and store both copies, as far as they are wanted; of rows, the scales."""
         lines = self._store_rows() if "fp8" in self.cast.outputs else []
@@ -95,23 +108,25 @@ class SearchedCast(FineCast):
     def _store_rows(self) -> list[str]:
         lines = []
         for a in self.sets:
-            rows, in_m, scale = named("rows", a), named("in_m", a), named("scale_of_rows", a)
-            lines.append(f"{scale} = {self._scale('fp8', rows, in_m)}")
+            rows, in_m, scale = named("rows", a), named("in_m", a), self._of_rows(a)
             lines += [self.scaled(a, scale), self.store_rows(a)]
             if not self._wide and self.result.start == 0:
                 lines += self._store_inverse("fp8", rows, scale, in_m, "tile_n == 0")
         return lines
 
     def _store_columns(self) -> list[str]:
-        scale = "scale_of_columns"
-        lines = [
-            f"{scale} = {self._scale('fp8_t', '', 'in_n')}",
-            *(self.scaled(a, scale) for a in self.sets),
-            *self.store_transposed(),
-        ]
+        scale = self._of_columns
+        lines = [*(self.scaled(a, scale) for a in self.sets), *self.store_transposed()]
         if not self._wide:
             lines += self._store_inverse("fp8_t", "", scale, "in_n", "tile_m == 0")
         return lines
+
+    def _of_rows(self, a: str) -> str:
+        return named(f"row_scale_of_{self.x}", a)
+
+    @property
+    def _of_columns(self) -> str:
+        return f"column_scale_of_{self.x}"
 
     def _scale(self, copy: str, rows: str, mask: str) -> str:
         """The scale, or what it is made from, loaded."""
@@ -125,7 +140,7 @@ class SearchedCast(FineCast):
     def _store_inverse(self, copy: str, rows: str, scale: str, mask: str, first: str) -> list[str]:
         """Store the inverse of a row's or column's scale, from the ``first`` of its tiles."""
         at = f"{self.pointer(INVERSES[copy])} + {self._at(copy, rows)}"
-        return [f"if {first}:", f"    tl.store({at}, tl.div_rn(1.0, {scale}), mask={mask})"]
+        return [f"if {first}:", f"    tl.store({at}, divide(1.0, {scale}), mask={mask})"]
 
     # --- both ------------------------------------------------------------------------------------
 

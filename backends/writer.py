@@ -20,6 +20,7 @@ from .region import LEAST_IN_TILE, Cast, Region, Result
 from .tile_text import TileText, definition
 from .values import Values, expr_text
 
+_ROWS_OF_TILES = 8
 _MOST_SHARED = 160 * 2**10  # bytes, of the 227 KiB that there are
 
 
@@ -84,7 +85,7 @@ class Writer(TileText):
         for i in range(len(self.region.scales)):
             lines.append(f"bits_{i} = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)")
         if not self.region.loops:
-            lines += [*self._place(), *self._rows(), *self._cols(), *self._stored_tile()]
+            lines += [*self._ordered_place(), *self._rows(), *self._cols(), *self._stored_tile()]
             return lines + self._leave_scales()
         lines += ["tile_n = 0", "first_n = 0", *self._cols()]
         sums = range(len(self.region.sums))
@@ -97,6 +98,17 @@ class Writer(TileText):
             lines += self._leave_sum(i, f"col_sum_{i}", "tl.program_id(0)")
         return lines + self._leave_scales()
 
+    def _ordered_place(self) -> list[str]:
+        """Where the tile lies. Of tiles that use sums made before, several rows of them are taken
+        together, which share the lines of transposed copies: a tenth faster for a norm's backward
+        (H200); others are as fast in rows, or faster.
+        """
+        place = self._place()
+        if not self.region.sums_apart:
+            return place
+        position = f"tile_position(tile, tl.cdiv(M, BLOCK_M), tiles_n, {_ROWS_OF_TILES})"
+        return [f"tile_m, tile_n = {position}", *place[2:]]
+
     def _stages(self) -> int:
         """How many rows the loads of a loop are ahead, if they fit into shared memory: two, a
         twentieth faster than none.
@@ -107,6 +119,8 @@ class Writer(TileText):
     def _stored_tile(self) -> list[str]:
         """Compute the results of a tile whose place is known, and store them."""
         lines = self._totals()
+        for _, searched in self._searched():
+            lines += searched.load()
         for outputs in self._in_turn():
             lines += self._values_in_sets(outputs)
             for result, variable in outputs:

@@ -21,7 +21,7 @@ from .errors import FrozenError
 from .formats import Format
 
 ALIGNMENT = 16  # elements, and bytes: a row of an FP8 copy, for TMA and for cuBLASLt
-F32_MAX = torch.finfo(torch.float32).max
+LARGEST_SCALE = 2.0**126  # its inverse, which GEMMs multiply by, is no denormal
 
 
 def padded(size: Any, multiple: Any = ALIGNMENT) -> Any:
@@ -119,16 +119,14 @@ def _with_padded_rows(q: Tensor) -> Tensor:
 
 
 def current_scale(amax: Tensor, fp8_max: float | Tensor) -> Tensor:
-    """``FP8_MAX / amax``, at most the largest float32; 1 where amax is zero or not finite."""
+    """``FP8_MAX / amax``, at most 2**126; 1 where amax is zero or not finite."""
     # Divide tensors: for a Python number torch multiplies by the reciprocal, and rounds twice.
     largest = fp8_max if isinstance(fp8_max, Tensor) else amax.new_full((), fp8_max)
-    scale = (largest / amax).clamp(max=F32_MAX)
+    scale = (largest / amax).clamp(max=LARGEST_SCALE)
     return torch.where(amax.isfinite() & (amax > 0), scale, 1.0)
 
 
 # --- a scale per block --------------------------------------------------------------------------
-
-_LARGEST_POWER = 2.0**126  # so that its reciprocal is no denormal
 
 
 @torch.library.custom_op("fp8::quantize_blocks", mutates_args=())
@@ -212,8 +210,7 @@ def in_blocks(
 
 def _floor_to_power_of_two(scale: Tensor) -> Tensor:
     """The largest power of two that is no larger: the number without its mantissa."""
-    exponent = scale.clamp(max=_LARGEST_POWER).view(torch.int32) & 0x7F800000
-    return exponent.view(torch.float32)
+    return (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 @torch.library.custom_op("fp8::scaled_mm_blocks", mutates_args=())

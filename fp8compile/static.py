@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .moments import Statistics, evaluator
-from .ops import F32_MAX
+from .ops import LARGEST_SCALE
 from .scaling import ScalingState
 
 
@@ -67,7 +67,7 @@ class StaticScales:
         scale = torch.zeros(slots, dtype=torch.float32)
         found = self._evaluate(*(known[symbol] for symbol in self._symbols))
         for slot, number in zip(self._slots, found, strict=True):
-            scale[slot] = min(number, F32_MAX) if 0 < number < float("inf") else 0.0
+            scale[slot] = min(number, LARGEST_SCALE) if 0 < number < float("inf") else 0.0
         return scale
 
 

@@ -12,7 +12,7 @@ from ..formats import Format
 from ..internals import is_tangent
 from ..ir import QUANTIZE, args_of, aten, emit
 from ..moments import Analysis, Statistics, analyse, elements, is_floating, largest_of, sizes
-from ..ops import F32_MAX
+from ..ops import LARGEST_SCALE
 from ..static import StaticScales
 
 # How many times the largest value that is expected fits into a format. Precision does not suffer
@@ -99,7 +99,7 @@ def _follow_tangents(gm: fx.GraphModule, casts: Sequence[fx.Node], moments: Anal
         ratios = {tangent: _ratio(gm.graph, tangent, moments) for tangent in tangents}
         # Finite where all gradients are zero; where one is not finite, it is not positive, and each
         # cast finds its own.
-        most = emit(gm.graph, aten.full.default, ([], F32_MAX), "scale_most", like)
+        most = emit(gm.graph, aten.full.default, ([], LARGEST_SCALE), "scale_most", like)
         for group, followers in gradients.items():
             largest = _largest(gm.graph, [ratios[t] for t in tangents if t in group])
             ratio = emit(gm.graph, aten.div.Tensor, (scale, largest), "scale_ratio", like=like)

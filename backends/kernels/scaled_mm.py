@@ -19,18 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import tile_position
 from .launch import Launch, run
 
 SMS = 132  # Streaming multiprocessors of an H100 SXM or H200.
-
-
-@triton.jit
-def _tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Row and column of a tile: down GROUP_M rows, then right, so that operands stay in L2."""
-    group_size = GROUP_M * tiles_n
-    first_m = (tile // group_size) * GROUP_M
-    rows = tl.minimum(tiles_m - first_m, GROUP_M)
-    return first_m + (tile % group_size) % rows, (tile % group_size) // rows
 
 
 @triton.jit
@@ -76,7 +68,7 @@ def _scaled_mm_kernel(
     # reusing the position computed before the inner loop would lengthen its live range.
     stored_tile = start - NUM_SMS
     for tile in tl.range(start, tiles_m * tiles_n, NUM_SMS, flatten=True):
-        tile_m, tile_n = _tile_position(tile, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(tiles_k):
             a = a_desc.load([tile_m * BLOCK_M, k * BLOCK_K])
@@ -88,7 +80,7 @@ def _scaled_mm_kernel(
                 acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=BLOCK_K)
 
         stored_tile += NUM_SMS
-        tile_m, tile_n = _tile_position(stored_tile, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = tile_position(stored_tile, tiles_m, tiles_n, GROUP_M)
         row = tile_m * BLOCK_M
         col = tile_n * BLOCK_N
         acc *= scale_inv

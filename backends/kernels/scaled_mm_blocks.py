@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import tile_position
 from .launch import Launch
-from .scaled_mm import TileConfig, _store_tile, _tile_position, candidates, multiply
+from .scaled_mm import TileConfig, _store_tile, candidates, multiply
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def _scaled_mm_blocks_kernel(
     ALIGNED: tl.constexpr,
 ):
     tiles_k = tl.cdiv(K, BLOCK_K)
-    tile_m, tile_n = _tile_position(
+    tile_m, tile_n = tile_position(
         tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M
     )
     row = tile_m * BLOCK_M

@@ -36,7 +36,7 @@ tangents_1_abs : bf16[16, 64] = aten.abs(tangents_1)
 tangents_1_amax : bf16[] = aten.amax(tangents_1_abs)
 tangents_1_amax_f32 : f32[] = prims.convert_element_type(tangents_1_amax, f32)
 tangents_1_ratio : f32[] = aten.div.Tensor(tangents_1_amax_f32, 0.0625)
-scale_most : f32[] = aten.full([], 3.4028234663852886e+38)
+scale_most : f32[] = aten.full([], 8.507059173023462e+37)
 scale_ratio : f32[4] = aten.div.Tensor(scale, tangents_1_ratio)
 scale_bwd : f32[4] = aten.minimum(scale_ratio, scale_most)""",
     )

@@ -446,12 +446,9 @@ def test_all_are_launched_statically_but_those_that_take_descriptors(
 
 def test_nothing_spills(reports: dict[str, Report]) -> None:
     spilled = {name: r for name, r in reports.items() if r["stack"] or r["local"]}
-    # With 8 warps it spills nothing, and takes a third longer (H100).
-    spills = {"blocks (1, 128) (True, True) 128x128w4"}
-    if triton.__version__.startswith("3.6."):
-        # 232 bytes of one of the three that are timed for an unaligned shape.
-        spills.add("unaligned gemm 128x256x128g8w8s3 fast")
-    assert spilled.keys() <= spills
+    # 232 bytes of one of the three that are timed for an unaligned shape.
+    expected = {"unaligned gemm 128x256x128g8w8s3 fast"}
+    assert spilled.keys() <= (expected if triton.__version__.startswith("3.6.") else set())
 
 
 def test_no_kernel_packs_a_register_that_was_not_converted(reports: dict[str, Report]) -> None:
@@ -588,7 +585,13 @@ def test_casts_are_hardware_casts(reports: dict[str, Report]) -> None:
         # Triton issue 11111: next to these, a transposed FP8 store can be miscompiled.
         assert not re.search(r"(min|max)\.NaN", report["ptx"]), name
         if not name.startswith("region"):  # there, norms and GELU flush denormal numbers
-            assert ".ftz" not in report["ptx"], name
+            text = report["ptx"].replace("rcp.approx.ftz.f32 r, b", "")  # of a mantissa
+            assert ".ftz" not in text, name
+
+
+def test_scales_of_blocks_are_divided_for_without_a_branch(reports: dict[str, Report]) -> None:
+    of_blocks = [r["ptx"] for name, r in reports.items() if name.startswith("blocks ")]
+    assert of_blocks and not any("div.rn" in ptx for ptx in of_blocks)
 
 
 def report(launch: Launch) -> Report:

@@ -31,7 +31,7 @@ def reference_update(
     now = apart(state["history"], jump_limit)
     state["events"][2] += now & ~before
     largest = state["history"].amax(0)
-    new = (state["fp8_max"] / largest).clamp(max=torch.finfo(torch.float32).max)
+    new = (state["fp8_max"] / largest).clamp(max=2.0**126)
     state["scale"].copy_(torch.where(largest > 0, new, state["scale"]).where(~(unknown | now), 0.0))
     state["amax_fwd"].zero_()
     state["amax_bwd"].zero_()
