@@ -70,7 +70,7 @@ def _of_whole_blocks(region: Region, usual: list[Tile]) -> list[Tile]:
     if region.reduces and not region.sums_apart:
         return [replace(tile, block_n=max(tile.block_n, wide)) for tile in usual]
     found = [tile for tile in usual if tile.block_m % high == tile.block_n % wide == 0]
-    return found or [Tile(max(high, 32), max(wide, 32), 8)]
+    return found or [Tile(max(high, 32), max(wide, 32), count) for count in (4, 8)]
 
 
 def _extent(cast: Cast) -> tuple[int, int]:
@@ -82,14 +82,16 @@ def _extent(cast: Cast) -> tuple[int, int]:
 def _tiles(region: Region) -> list[Tile]:
     if region.transposes:
         if len(region.inputs) < 2:
-            return [Tile(64, 64, 8), Tile(32, 128, 8), Tile(32, 128, 4), Tile(32, 64, 4)]
+            return [Tile(64, 64, 4), Tile(64, 64, 8), Tile(32, 128, 8), Tile(32, 128, 4)]
         # Many values at once leave registers for fewer elements of each.
         return [Tile(32, 64, 4), Tile(64, 64, 8), Tile(32, 128, 4), Tile(32, 128, 8)]
     if region.whole_rows:
         return _whole_rows(region)
-    if region.branches:  # a tile lies in one part
+    if region.branches and region.branches[0].axis == 1:  # a tile lies in one part
         return [Tile(64, 128, 4), Tile(128, 128, 4), Tile(32, 128, 4), Tile(256, 64, 4)]
-    return [Tile(32, 256, 4), Tile(64, 256, 4), Tile(16, 512, 4), Tile(256, 64, 4)]
+    found = [Tile(32, 256, 8), Tile(64, 256, 4), Tile(16, 512, 4)]
+    # Parts below each other start at multiples of 128 rows.
+    return found if region.branches else [*found, Tile(256, 64, 4)]
 
 
 def _whole_rows(region: Region) -> list[Tile]:
@@ -110,6 +112,9 @@ def _search_tile(region: Region) -> Tile:
     """The tile of the kernel that finds the amax: whole rows where it sums over them itself."""
     if region.reduces and (region.sums_in_search or not region.sums_apart):
         return _whole_rows(region)[0]
+    if region.search_height:
+        # In strips: many small programs, and more of them where no loads are ahead.
+        return Tile(8, GROUP, 1 if region.branches else 2)
     little = region.searched and emit_once(region).loads_little
     return Tile(16, GROUP, 2 if little else 4)
 

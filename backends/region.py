@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,6 +89,17 @@ class Result:
     start: sympy.Expr = sympy.S.Zero
 
 
+@dataclass(frozen=True)
+class Branch:
+    """A part of a concatenation that has tiles of its own: the row (``axis`` 0) or column (1) of
+    the space that it starts at.
+    """
+
+    node: fx.Node
+    axis: int
+    start: int
+
+
 @dataclass(frozen=True, eq=False)
 class Region:
     """The submodule that grow_regions has made of a region.
@@ -161,25 +173,25 @@ class Region:
         return found
 
     @cached_property
-    def branches(self) -> list[tuple[int, fx.Node]]:
-        """Parts of a concatenation that the kernel tells apart by the column of a tile.
+    def branches(self) -> list[Branch]:
+        """Parts of a concatenation that the kernel tells apart by the place of a tile.
 
-        Each with the column that it starts at. Empty unless the region only casts a concatenation
-        whose parts start at multiples of 128 columns, and not row by row.
+        Empty unless the region only casts a concatenation whose parts start at multiples of 128,
+        and not row by row.
         """
         if not (self.casts or self.blocks) or self.finds_row_scales:
             return []
         value = args_of([*self.casts, *self.blocks][0].node)[0]
-        alone = len(self.results) == 1 and value.target is torch.ops.aten.cat.default
-        if not alone or len(value.args) < 2 or args_of(value)[1] not in (1, -1):
+        if len(self.results) != 1 or value.target is not torch.ops.aten.cat.default:
             return []
-        starts, start = [], 0
-        for part in args_of(value)[0]:
-            starts.append((start, part))
-            if not isinstance(part.meta["val"].shape[1], int):
-                return []
-            start += part.meta["val"].shape[1]
-        return starts if all(first % 128 == 0 for first, _ in starts) else []
+        parts, axis = args_of(value)[0], args_of(value)[1] % 2 if len(value.args) > 1 else 0
+        sizes = [part.meta["val"].shape[axis] for part in parts]
+        if not all(isinstance(size, int) for size in sizes):
+            return []
+        starts = list(itertools.accumulate(sizes[:-1], initial=0))
+        if any(start % GROUP for start in starts):
+            return []
+        return [Branch(part, axis, start) for part, start in zip(parts, starts, strict=True)]
 
     @property
     def transposes(self) -> bool:
@@ -193,7 +205,7 @@ class Region:
     @property
     def finds_row_scales(self) -> bool:
         """Whether the program that casts a row finds its scale, as it holds the whole of it."""
-        return self.scales_rows and not self.searched
+        return self.scales_rows and not (self.transposes or self._is_long)
 
     @cached_property
     def searched(self) -> list[Cast]:
@@ -217,13 +229,14 @@ class Region:
     @property
     def _is_heavy(self) -> bool:
         """Whether a tile of 128 rows would hold too much: several results, or what several inputs
-        are combined to. On an H100 it takes 1.5 times as long as a search and small tiles for
-        SwiGLU's backward, 1.2 times for a norm's, as long for rotary embeddings'; 0.7 times for a
-        cast of two weights.
+        are combined to, in each part that has tiles of its own. On an H100 it takes 1.5 times
+        as long as a search and small tiles for SwiGLU's backward, 1.2 times for a norm's, as long
+        for rotary embeddings'; 0.7 times for a cast of two weights.
         """
         tall = any(cast.block[1] == GROUP and "fp8_t" in cast.outputs for cast in self.blocks)
-        spread = [node for node in self.inputs if not self._is_vector(node)]
-        return tall and (len(self.results) > 1 or len(spread) > 2)
+        parts = [branch.node for branch in self.branches] or [r.node for r in self.results]
+        loads = [sum(not self._is_vector(node) for node in _inputs_of(part)) for part in parts]
+        return tall and (len(self.results) > 1 or max(loads) > 2)
 
     def _is_vector(self, node: fx.Node) -> bool:
         """Whether a value has at most one element for each row, or for each column."""
@@ -342,6 +355,17 @@ def _span(tensor: torch.Tensor) -> Any:
     """How many elements of memory lie between a tensor's first element and its last."""
     extents = zip(tensor.shape, tensor.stride(), strict=True)
     return max(tensor.numel(), 1 + sum((size - 1) * stride for size, stride in extents))
+
+
+def _inputs_of(node: fx.Node) -> set[fx.Node]:
+    """The region's inputs that a value is computed from."""
+    found, seen = [node], set()
+    while found:
+        node = found.pop()
+        if node not in seen:
+            seen.add(node)
+            found += node.all_input_nodes
+    return {node for node in seen if node.op == "placeholder"}
 
 
 def _is_column_sum(node: fx.Node, space: Space) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from .pieces import named
 from .region import Region, Result
 from .searched_cast import INVERSES, SearchedCast
-from .values import Function, Values, expr_text
+from .values import PLACES, Function, Values, expr_text
+
+FIRST = ("first_m", "first_n")  # of a tile's rows and columns
 
 
 class TileText:
@@ -86,16 +89,16 @@ class TileText:
                 for _, variable in self._outputs()
             ]
             return [self._call(self.values.last[0], letter, names) for letter in self.sets]
+        branches = self.region.branches
+        conditions = [f"{FIRST[branch.axis]} < {branch.start}" for branch in branches[1:]]
+        heads = [f"{'elif' if i else 'if'} {at}:" for i, at in enumerate(conditions)]
         lines = []
-        ends = [start for start, _ in self.region.branches[1:]]
-        for i, (function, (start, _)) in enumerate(
-            zip(self.values.last, self.region.branches, strict=True)
+        for head, function, branch in zip(
+            [*heads, "else:"], self.values.last, branches, strict=True
         ):
-            word = "if" if i == 0 else "elif"
-            lines.append(f"{word} first_n < {ends[i]}:" if i < len(ends) else "else:")
-            for letter in self.sets:
-                call = self._call(function, letter, ["out_0"])
-                lines.append("    " + call.replace("cols", f"cols - {start}" if start else "cols"))
+            moved = {PLACES[branch.axis]: f" - {branch.start}" if branch.start else ""}
+            calls = [self._call(function, letter, ["out_0"], moved) for letter in self.sets]
+            lines += [head, *(f"    {call}" for call in calls)]
         return lines
 
     def _outputs(self) -> list[tuple[Result, str]]:
@@ -111,9 +114,18 @@ class TileText:
         ]
         return [f"bits = {bits[0]}", *(f"bits = tl.maximum(bits, {b})" for b in bits[1:])]
 
-    def _call(self, function: Function, letter: str, returned: Sequence[str]) -> str:
+    def _call(
+        self,
+        function: Function,
+        letter: str,
+        returned: Sequence[str],
+        moved: Mapping[str, str] = MappingProxyType({}),
+    ) -> str:
+        """``moved``: what follows a parameter."""
         same = {"cols", "in_n", *function.arguments}
-        arguments = [p if p in same else named(p, letter) for p in function.parameters]
+        arguments = [
+            (p if p in same else named(p, letter)) + moved.get(p, "") for p in function.parameters
+        ]
         names = [named(name, letter) for name in returned]
         return f"{', '.join(names)} = {function.name}({', '.join(arguments)})"
 

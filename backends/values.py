@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -23,6 +23,7 @@ from ..regions import (
     CONSTANTS,
     ROW,
     ROW_REDUCTIONS,
+    Chosen,
     Position,
     Quotient,
     Read,
@@ -98,7 +99,7 @@ class Values:
         for node, place in self._reductions():
             self._prepare(node, place)
         if region.branches:
-            self.last = [self._branch(i, node) for i, (_, node) in enumerate(region.branches)]
+            self.last = [self._branch(i, b.node) for i, b in enumerate(region.branches)]
         else:
             self.last = [self._results(Function(f"_values{suffix}", depth))]
 
@@ -264,9 +265,11 @@ class Values:
 
     def _choose(self, function: Function, found: list[Read], needed: Any) -> str:
         """A concatenation: the part that the position lies in; the others are not loaded."""
+        together = self._at_one_place(found)
         chosen = ""
-        for read in reversed(found):
-            value = self._pull(function, read.node, read.position, (*needed, read.condition))
+        for read in reversed(together or found):
+            where = needed if together else (*needed, read.condition)
+            value = self._pull(function, read.node, read.position, where)
             if chosen:
                 assert read.condition is not None
                 expr, _, end = read.condition
@@ -274,6 +277,36 @@ class Values:
                 value = self._assign(function, "joined", f"tl.where({test}, {value}, {chosen})")
             chosen = value
         return chosen
+
+    def _at_one_place(self, found: list[Read]) -> list[Read]:
+        """Two parts of a concatenation that are computed from one value, of places a fixed number
+        of elements apart, as halves that rotary embeddings exchange: both read at the place of the
+        part that is chosen, so that the value is loaded and computed once. Else nothing.
+        """
+        if len(found) != 2 or found[0].condition is None:
+            return []
+        (node, first), (other, second) = (self._source(r.node, r.position) for r in found)
+        gaps = [sympy.expand(b - a) for a, b in zip(first, second, strict=node is other)]
+        apart = [gap for gap in gaps if gap != 0]
+        if node is not other or len(apart) != 1 or not apart[0].is_number:
+            return []
+        expr, _, end = found[0].condition
+        shift = Chosen(expr, end, sympy.S.Zero, apart[0])
+        positions = zip(*(read.position for read in found), strict=True)
+        moved = [(a + shift, b + shift - apart[0]) if a != b else (a, b) for a, b in positions]
+        places = zip(*moved, strict=True)
+        reads = [replace(r, position=place) for r, place in zip(found, places, strict=True)]
+        sources = [self._source(read.node, read.position) for read in reads]
+        return reads if sources[0] == sources[1] else []
+
+    def _source(self, node: fx.Node, place: Position) -> tuple[fx.Node, Position]:
+        """Where a value comes from through views and operators of one operand."""
+        while not _reduction(node) and is_computable(node) and node.target not in CONSTANTS:
+            found = self._reads(node, place)
+            if len(found) != 1 or found[0].condition is not None:
+                break
+            node, place = found[0].node, found[0].position
+        return node, place
 
     def _load(self, function: Function, node: fx.Node, place: Position, needed: Any) -> str:
         """An element of an input, in float32."""
@@ -349,6 +382,9 @@ def expr_text(expr: sympy.Expr) -> str:
     if isinstance(expr, Quotient | Remainder):
         sign = "//" if isinstance(expr, Quotient) else "%"
         return f"({expr_text(expr.args[0])} {sign} {expr_text(expr.args[1])})"
+    if isinstance(expr, Chosen):
+        x, n, a, b = map(expr_text, expr.args)
+        return f"tl.where({x} < {n}, {a}, {b})"
     if isinstance(expr, sympy.Add):
         terms = sorted(expr.args, key=lambda e: (e.is_number, COL in e.free_symbols))
         return f"({' + '.join(expr_text(term) for term in terms)})"

@@ -45,6 +45,10 @@ class Remainder(sympy.Function):
     """``x % n``, as an expression that sympy leaves alone."""
 
 
+class Chosen(sympy.Function):
+    """``a if x < n else b``, of ``(x, n, a, b)``, as an expression that sympy leaves alone."""
+
+
 @dataclass(frozen=True)
 class Space:
     """The rows and columns that a kernel walks over."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
@@ -203,8 +204,10 @@ def test_what_lies_behind_the_last_row_counts_as_zero(block: tuple[int, int]) ->
 
 
 def test_a_search_comes_first_where_a_tile_of_whole_blocks_would_hold_too_much() -> None:
-    def searched(fn: Callable[..., Tensor], copies: tuple[bool, bool], *names: str) -> bool:
-        inputs = {name: torch.randn(40, 128).bfloat16() for name in names}
+    def searched(
+        fn: Callable[..., Tensor], copies: tuple[bool, bool], *names: str, rows: int = 40
+    ) -> bool:
+        inputs = {name: torch.randn(rows, 128).bfloat16() for name in names}
         case = only_region(lambda **i: quantize(fn(**i), (1, 128), copies=copies), **inputs)
         return bool(case.region.searched)
 
@@ -213,6 +216,19 @@ def test_a_search_comes_first_where_a_tile_of_whole_blocks_would_hold_too_much()
     assert not searched(swiglu_backward, rows, "gate", "up", "g")
     assert not searched(lambda x: x.relu(), both, "x")
     assert not searched(lambda x, y: x * y, both, "x", "y")
+    # Parts that start at multiples of a tile have their own: each loads one.
+    assert searched(lambda q, k, v: torch.cat([q, k, v]), both, "q", "k", "v")
+    assert not searched(lambda q, k, v: torch.cat([q, k, v]), both, "q", "k", "v", rows=128)
+
+
+def test_scales_that_were_searched_for_are_loaded_before_anything_is_stored() -> None:
+    fn, shapes = VALUES["swiglu backward"]
+    inputs = {n: torch.randn(shape).bfloat16() for n, shape in shapes.items()}
+    source = emit_once(only_region(lambda **i: quantize(fn(**i), (1, 128)), **inputs).region)
+    main = source.text.split(f"def {source.name}(")[1].split("@triton.jit")[0]
+    loads = [match.start() for match in re.finditer(r"tl\.load\(found_ptr", main)]
+    assert len(loads) == 2 * (4 + 1)  # of rows in four sets, and of columns, of either half
+    assert max(loads) < main.index("_values(") < main.index("tl.store(")
 
 
 def test_column_sums_beside_scales_per_row() -> None:

@@ -231,6 +231,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Outputs], dict[str, tuple[int, ...]]]] 
     ),
     "qkv_rows": (qkv_rows, {"q": (20, 256), "k": (20, 128), "v": (20, 128)}),
     "joined_rows": (joined_rows, {"a": (32, 48), "b": (1, 48), "c": (17, 48)}),
+    "branches_of_rows": (joined_rows, {"a": (128, 48), "b": (256, 48), "c": (17, 48)}),
     "head_slice": (head_slice, {"x": (5, 6, 32)}),
 }
 
@@ -516,4 +517,15 @@ def test_the_header_says_what_is_computed_and_how_many_bytes_are_moved() -> None
 
 def test_parts_at_multiples_of_a_tile_are_told_apart_by_branches() -> None:
     assert [*functions_of(make("qkv_rows", None))] == ["_part_0", "_part_1", "_part_2"]
+    assert [*functions_of(make("branches_of_rows", None))] == ["_part_0", "_part_1", "_part_2"]
     assert [*functions_of(make("uneven_qkv_backward", None))] == ["_values"]
+    assert [*functions_of(make("joined_rows", None))] == ["_values"]
+
+
+def test_halves_that_change_places_are_loaded_and_computed_once() -> None:
+    (text,) = functions_of(make("rotary_backward", None)).values()
+    loaded = [line for line in text.splitlines() if "tl.load" in line]
+    names = sorted(line.split("tl.load(")[1].split("_ptr")[0] for line in loaded)
+    # Each value where it is, cos; each at its place in the other half, with sin.
+    assert names == ["input_1", "input_1", "input_2", "input_3"]
+    assert text.count(" * input_") == 2
