@@ -22,6 +22,12 @@ def _same_numbers_in_any_order() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def fresh_dynamo() -> None:
+    """Nothing that a test before has compiled."""
+    torch._dynamo.reset()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
         return

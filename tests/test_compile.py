@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,14 +20,10 @@ from tests.helpers import compile_interpreted
 from tests.models import MLP, sqnr_db
 
 DTYPES = [torch.float32, torch.bfloat16]
-pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FP8 is emulated here"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 
 # --- discovery and import -----------------------------------------------------------------------

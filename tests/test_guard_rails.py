@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,17 +12,13 @@ from fp8compile.states import states_of
 from tests.helpers import compile_interpreted
 from tests.models import sqnr_db
 
-pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FP8 is emulated here"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 INPUT, WEIGHT, GRAD_OUTPUT = range(3)
 SHORT = 4  # steps of history
 SPIKE = 1e5
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
 
 
 class Run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,14 +18,10 @@ from tests.eager import assert_as_eager, normal
 from tests.helpers import compile_interpreted
 from tests.models import MLP, sqnr_db
 
-pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FP8 is emulated here"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 
 class Weighted(nn.Module):

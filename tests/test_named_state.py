@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,14 +21,10 @@ from tests.scaled import (
     two_layers,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FP8 is emulated here"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 
 def trained(steps: int = 3) -> tuple[nn.Sequential, Callable[..., Any]]:

@@ -23,14 +23,10 @@ from fp8compile.passes.choose_precision import SLOWER
 from tests.helpers import compile_interpreted
 from tests.models import MLP, sqnr_db
 
-pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FP8 is emulated here"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 
 # --- parsing ------------------------------------------------------------------------------------

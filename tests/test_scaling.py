@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,14 +20,10 @@ from tests.scaled import (
     two_layers,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FP8 is emulated here"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 
 def test_scales_are_the_formats_maximum_over_the_amax() -> None:

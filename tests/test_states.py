@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,14 +25,10 @@ from tests.scaled import (
     two_layers,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FP8 is emulated here"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -25,17 +25,13 @@ from tests import helpers
 from tests.helpers import compile_interpreted
 from tests.models import Llama, sqnr_db
 
-pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated here")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FP8 is emulated here"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 INPUT, WEIGHT, GRAD_OUTPUT = range(3)
 E4M3, E5M2 = Format.E4M3, Format.E5M2
 STATIC = {"recipe": "static"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
 
 
 # --- numerics at initialisation -----------------------------------------------------------------
