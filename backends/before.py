@@ -74,12 +74,19 @@ class Before(TileText):
             return [*self._values_of_tile(), *look]
         lines = [*self._place(height), *self._cols()]
         lines += [f"{cast.largest} = {_ZEROS}" for cast in wait]
-        lines.append(f"for strip in tl.range(0, {height}, BLOCK_M, num_stages={self._stages()}):")
-        inner = [*self._rows("strip"), *self._totals(), *self._results()]
-        lines += [f"    {line}" for line in (*inner, *look)]
+        if not self.region.branches:
+            lines += self._strips(height, [*self._totals(), *self._results()], look)
+        else:  # loads are ahead in a loop without branches only
+            for head, calls in self._parts():
+                lines += [head, *(f"    {x}" for x in self._strips(height, calls, look))]
         lines += [line for cast in wait for line in cast.leave()]
         settle = [line for _, cast in found for line in cast.settle()]
         return [*lines, *self._block(), "tl.debug_barrier()", *settle] if settle else lines
+
+    def _strips(self, height: int, values: list[str], look: list[str]) -> list[str]:
+        """Compute ``values`` strip by strip, and ``look`` at them."""
+        head = f"for strip in tl.range(0, {height}, BLOCK_M, num_stages={self._stages()}):"
+        return [head, *(f"    {x}" for x in (*self._rows("strip"), *values, *look))]
 
     def _block(self) -> list[str]:
         """The rows and columns of the block that a program has looked at."""

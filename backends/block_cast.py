@@ -66,7 +66,7 @@ class BlockCast(FineCast):
         across, mask = self._columns(self._wide)
         at = f"{self.pointer('scale_inv')} + ({across} * M + {named('rows', a)})"
         mask = f"{named('in_m', a)} & {mask}"
-        return f"tl.store({at}, divide(1.0, block_scale), mask={mask})"
+        return f"tl.store({at}, inverse(block_scale), mask={mask})"
 
     def _store_scales(self) -> list[str]:
         across, mask = self._columns(self._wide)
@@ -75,7 +75,7 @@ class BlockCast(FineCast):
         mask = f"(down < tl.cdiv(M, {self.high})) & {mask}"
         return [
             f"down = first_m // {self.high} + tl.arange(0, BLOCK_M // {self.high})[:, None]",
-            f"tl.store({at}, divide(1.0, block_scale), mask={mask})",
+            f"tl.store({at}, inverse(block_scale), mask={mask})",
         ]
 
     def _store_transposed(self) -> list[str]:
@@ -88,5 +88,5 @@ class BlockCast(FineCast):
         return [
             *self.store_transposed(),
             f"down = first_m // {wide} + tl.arange(0, BLOCK_M // {wide})[:, None]",
-            f"tl.store({at}, divide(1.0, block_scale), mask={mask})",
+            f"tl.store({at}, inverse(block_scale), mask={mask})",
         ]

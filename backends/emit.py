@@ -140,20 +140,22 @@ def bytes_written(region: Region) -> sympy.Expr:
 
 _DEVICE_FUNCTIONS = (
     "block_scales",
-    "divide",
+    "group_scale",
     "inside",
+    "inverse",
     "log1p",
     "magnitude_bits",
     "quantize_groups",
     "resolve_scale",
-    "row_scale",
     "saturate",
+    "scaled",
     "settle_scales",
     "sigmoid",
     "store_transposed",
     "tile_amax",
     "tile_position",
     "to_fp8",
+    "widen",
 )
 IMPORTS = (
     "import triton\nimport triton.language as tl\n\n"

@@ -45,7 +45,7 @@ class FineCast:
 
     def scaled(self, a: str, scale: str) -> str:
         """Make a set of rows ready to cast."""
-        return f"{named('y', a)} = saturate({named(self.x, a)}, {scale}, {self.cast.format.max})"
+        return f"{named('y', a)} = scaled({named(self.x, a)}, {scale}, {self.cast.format.max})"
 
     def store_rows(self, a: str) -> str:
         """Cast and store a set of rows."""

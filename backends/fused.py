@@ -63,6 +63,8 @@ def _of_whole_blocks(region: Region, usual: list[Tile]) -> list[Tile]:
         return _whole_rows(region)
     inside = [cast for cast in region.blocks if cast not in region.searched]
     high, wide = (max(sizes) for sizes in zip(*map(_extent, inside), strict=True))
+    if all(cast.block == (1, GROUP) and "fp8" not in cast.outputs for cast in inside):
+        return [Tile(GROUP, 64, 2), Tile(GROUP, 64, 4), Tile(GROUP, GROUP, 4)]
     if region.transposes and wide == GROUP:
         # With 4 warps a result of many loads does not fit into registers.
         warps = (4, 8) if emit_once(region).loads_little else (8, 16)
@@ -80,14 +82,17 @@ def _extent(cast: Cast) -> tuple[int, int]:
 
 
 def _tiles(region: Region) -> list[Tile]:
+    beside = bool(region.branches) and region.branches[0].axis == 1  # a tile lies in one part
     if region.transposes:
-        if len(region.inputs) < 2:
-            return [Tile(64, 64, 4), Tile(64, 64, 8), Tile(32, 128, 8), Tile(32, 128, 4)]
+        if beside:
+            return [Tile(32, 128, 4), Tile(64, 64, 8), Tile(32, 64, 4), Tile(32, 128, 8)]
+        if region.branches or len(region.inputs) < 2:
+            return [Tile(64, 64, 8), Tile(64, 64, 4), Tile(32, 128, 8), Tile(32, 128, 4)]
         # Many values at once leave registers for fewer elements of each.
         return [Tile(32, 64, 4), Tile(64, 64, 8), Tile(32, 128, 4), Tile(32, 128, 8)]
     if region.whole_rows:
         return _whole_rows(region)
-    if region.branches and region.branches[0].axis == 1:  # a tile lies in one part
+    if beside:
         return [Tile(64, 128, 4), Tile(128, 128, 4), Tile(32, 128, 4), Tile(256, 64, 4)]
     found = [Tile(32, 256, 8), Tile(64, 256, 4), Tile(16, 512, 4)]
     # Parts below each other start at multiples of 128 rows.
@@ -113,8 +118,8 @@ def _search_tile(region: Region) -> Tile:
     if region.reduces and (region.sums_in_search or not region.sums_apart):
         return _whole_rows(region)[0]
     if region.search_height:
-        # In strips: many small programs, and more of them where no loads are ahead.
-        return Tile(8, GROUP, 1 if region.branches else 2)
+        # In strips: many small programs, and smaller ones where there is much to hold.
+        return Tile(4, GROUP, 1) if len(region.results) > 1 else Tile(8, GROUP, 2)
     little = region.searched and emit_once(region).loads_little
     return Tile(16, GROUP, 2 if little else 4)
 

@@ -62,13 +62,13 @@ class SearchedCast(FineCast):
         """Leave the scale of a block of several rows."""
         at = f"{self.found['fp8']} + {self._at('fp8', 'rows')}"
         lines = [
-            f"scale = {self._row_scale(bits)}",
+            f"scale = {self._group_scale(bits)}",
             f"tl.store({at}, scale.to(tl.int32, bitcast=True))",
         ]
         for copy in INVERSES:
             if copy in self.cast.outputs:
                 at = f"{self.pointer(INVERSES[copy])} + {self._at_inverse(copy)}"
-                lines.append(f"tl.store({at}, divide(1.0, scale))")
+                lines.append(f"tl.store({at}, inverse(scale))")
         return lines
 
     def settle(self) -> list[str]:
@@ -135,18 +135,18 @@ class SearchedCast(FineCast):
         bits = f"tl.load({found} + {self._at(copy, rows)}{masked})"
         if self._wide:
             return f"{bits}.to(tl.float32, bitcast=True)"
-        return self._row_scale(bits)
+        return self._group_scale(bits)
 
     def _store_inverse(self, copy: str, rows: str, scale: str, mask: str, first: str) -> list[str]:
         """Store the inverse of a row's or column's scale, from the ``first`` of its tiles."""
         at = f"{self.pointer(INVERSES[copy])} + {self._at(copy, rows)}"
-        return [f"if {first}:", f"    tl.store({at}, divide(1.0, {scale}), mask={mask})"]
+        return [f"if {first}:", f"    tl.store({at}, inverse({scale}), mask={mask})"]
 
     # --- both ------------------------------------------------------------------------------------
 
-    def _row_scale(self, bits: str) -> str:
+    def _group_scale(self, bits: str) -> str:
         """The scale for the largest magnitude, given by its bits."""
-        return f"row_scale({bits}, {self._rule})"
+        return f"group_scale({bits}, {self._rule})"
 
     @property
     def _rule(self) -> str:

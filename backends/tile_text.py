@@ -55,11 +55,11 @@ class TileText:
                 row = f"tl.arange(0, BLOCK_M // {count})[:, None] * {count} + {j}"
             lines.append(f"{named('row_in_tile', letter)} = {row}")
             lines.append(f"{named('rows', letter)} = {first} + {named('row_in_tile', letter)}")
-            lines.append(f"{named('in_m', letter)} = {named('rows', letter)} < M")
+            lines.append(f"{named('in_m', letter)} = ({named('rows', letter)} < M) | EVEN")
         return lines
 
     def _cols(self) -> list[str]:
-        return ["cols = first_n + tl.arange(0, BLOCK_N)[None, :]", "in_n = cols < N"]
+        return ["cols = first_n + tl.arange(0, BLOCK_N)[None, :]", "in_n = (cols < N) | EVEN"]
 
     # --- its values ----------------------------------------------------------------------------
 
@@ -89,17 +89,25 @@ class TileText:
                 for _, variable in self._outputs()
             ]
             return [self._call(self.values.last[0], letter, names) for letter in self.sets]
+        return [
+            line
+            for head, calls in self._parts()
+            for line in (head, *(f"    {call}" for call in calls))
+        ]
+
+    def _parts(self) -> list[tuple[str, list[str]]]:
+        """The head of the branch of each part, and what computes its results."""
         branches = self.region.branches
         conditions = [f"{FIRST[branch.axis]} < {branch.start}" for branch in branches[1:]]
         heads = [f"{'elif' if i else 'if'} {at}:" for i, at in enumerate(conditions)]
-        lines = []
+        found = []
         for head, function, branch in zip(
             [*heads, "else:"], self.values.last, branches, strict=True
         ):
             moved = {PLACES[branch.axis]: f" - {branch.start}" if branch.start else ""}
             calls = [self._call(function, letter, ["out_0"], moved) for letter in self.sets]
-            lines += [head, *(f"    {call}" for call in calls)]
-        return lines
+            found.append((head, calls))
+        return found
 
     def _outputs(self) -> list[tuple[Result, str]]:
         return [(result, f"out_{i}") for i, result in enumerate(self.region.results)]

@@ -314,7 +314,7 @@ class Values:
         dtype = node.meta["val"].dtype
         if dtype == torch.float32:
             return name
-        text = f"{name} != 0" if dtype == torch.bool else f"{name}.to(tl.float32)"
+        text = f"{name} != 0" if dtype == torch.bool else f"widen({name})"
         return self._assign(function, f"{name}_f32", text)
 
     def _load_text(self, function: Function, node: fx.Node, place: Position, needed: Any) -> str:

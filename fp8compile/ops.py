@@ -157,8 +157,8 @@ def quantize_blocks(
         with a number per block. Those of blocks of one row lie in the order in which GEMMs read
         them, ``[blocks of a row, rows]``; others as the blocks do.
 
-    The scale of a block is ``FP8_MAX / amax``, and 1 if its amax is zero or not finite; in such a
-    block, too, a NaN or infinite value becomes NaN.
+    The scale of a block is ``FP8_MAX / amax``, and 1 if its amax is zero or not finite. A block
+    with a value that is not finite becomes NaN as a whole.
     """
     empty = (x.new_empty(0, dtype=format), x.new_empty(0, dtype=torch.float32))
     q, scale_inv = in_blocks(x, block, power_of_two, format) if row_major else empty
@@ -199,11 +199,12 @@ def in_blocks(
     down, across = padded(m, high) // high, padded(n, wide) // wide  # blocks
     f = pad(x.float(), (0, across * wide - n, 0, down * high - m))
     blocks = f.reshape(down, high, across, wide)
-    scale = current_scale(blocks.abs().amax((1, 3), keepdim=True), fp8_max)
+    amax = blocks.abs().amax((1, 3), keepdim=True)
+    scale = current_scale(amax, fp8_max)
     if power_of_two:
         scale = _floor_to_power_of_two(scale)
     y = (blocks * scale).clamp(-fp8_max, fp8_max)
-    q = torch.where(blocks.isfinite(), y, torch.nan).to(format).reshape(f.shape)[:m]
+    q = torch.where(amax.isfinite(), y, torch.nan).to(format).reshape(f.shape)[:m]
     scale_inv = scale.reciprocal().reshape(down, across)
     return q.contiguous(), scale_inv.t().contiguous() if high == 1 else scale_inv
 
@@ -290,13 +291,14 @@ def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
         x: ``[..., N]``, float, N divisible by 128.
 
     Returns ``q`` (``e4m3[..., N]``) and ``scale_inv`` (``f32[..., N / 128]``). A group whose amax
-    is zero or not finite has the scale 1; in it, what is not finite becomes NaN.
+    is zero or not finite has the scale 1; one with a value that is not finite becomes NaN.
     """
     fp8_max = Format.E4M3.max
     f = x.float().unflatten(-1, (-1, GROUP))
-    scale = current_scale(f.abs().amax(-1, keepdim=True), fp8_max)
+    amax = f.abs().amax(-1, keepdim=True)
+    scale = current_scale(amax, fp8_max)
     y = (f * scale).clamp(-fp8_max, fp8_max)
-    q = torch.where(f.isfinite(), y, torch.nan).to(Format.E4M3.dtype)
+    q = torch.where(amax.isfinite(), y, torch.nan).to(Format.E4M3.dtype)
     return q.flatten(-2), scale.reciprocal().squeeze(-1)
 
 

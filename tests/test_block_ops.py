@@ -82,15 +82,27 @@ def test_the_fake_says_what_comes_back(block: tuple[int, int]) -> None:
         torch.library.opcheck(fp8.quantize_blocks.default, args)
 
 
-def test_what_is_not_finite_stays_visible_and_spoils_no_other_block() -> None:
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_what_is_not_finite_makes_its_block_nan_and_spoils_no_other(power_of_two: bool) -> None:
     x = torch.randn(4, 256)
-    x[0, 3], x[1, 200] = torch.nan, torch.inf
-    q, _, scale_inv, _ = quantize(x, (1, 128))
-    assert q.float().isnan().nonzero().tolist() == [[0, 3], [1, 200]]
-    clean, _, clean_inv, _ = quantize(x.nan_to_num(0, 0), (1, 128))
+    x[0, 3], x[1, 200] = torch.nan, -torch.inf
+    q, _, scale_inv, _ = quantize(x, (1, 128), power_of_two)
+    clean, _, clean_inv, _ = quantize(x.nan_to_num(0, 0, 0), (1, 128), power_of_two)
+    spoiled = torch.zeros(4, 256, dtype=torch.bool)
+    spoiled[0, :128] = spoiled[1, 128:] = True
+    assert torch.equal(q.float().isnan(), spoiled)
+    assert torch.equal(q.float()[~spoiled], clean.float()[~spoiled])
     assert scale_inv[0, 0] == scale_inv[1, 1] == 1
-    assert torch.equal(q[2:].float(), clean[2:].float())
-    assert torch.equal(scale_inv[1, 0], clean_inv[1, 0])
+    others = [[1, 0], [0, 1], [0, 2], [1, 2], [0, 3], [1, 3]]
+    assert all(scale_inv[i, j] == clean_inv[i, j] for i, j in others)
+
+
+def test_a_group_that_is_not_finite_is_nan_and_has_the_scale_one() -> None:
+    x = torch.randn(2, 256)
+    x[1, 130] = torch.inf
+    q, scale_inv = fp8.quantize_groups(x)
+    assert q.float().isnan().sum() == q[1, 128:].float().isnan().sum() == 128
+    assert scale_inv[1, 1] == 1 and (scale_inv[0] != 1).all()
 
 
 def test_a_block_of_zeros_has_the_scale_one() -> None:

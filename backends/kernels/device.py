@@ -41,6 +41,25 @@ def sigmoid(x):
 
 
 @triton.jit
+def widen(x):
+    """Float32 of what was loaded.
+
+    Of bfloat16, two values are taken from a word at a time: Triton's conversion moves the upper one
+    down first, only to shift it up again.
+    """
+    if INTERPRETED or x.dtype != tl.bfloat16:
+        return x.to(tl.float32)
+    return tl.inline_asm_elementwise(
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;",
+        "=r,=r,r",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
 def log1p(x):
     """`log(1 + x)` to 17 bits, also where 1 + x rounds most of x away: there, its Taylor series."""
     series = x * (1.0 - x * (0.5 - x * 0.33333334))
@@ -136,12 +155,8 @@ def saturate(x, scale, FP8_MAX: tl.constexpr):
     Triton's, `x * 0` would be held instead.
     """
     x = x.to(tl.float32)
-    if INTERPRETED:  # on the hardware the conversion itself saturates (cvt.rn.satfinite)
-        y = x * scale
-        # Comparisons instead of min/max: NaN-propagating min/max miscompile (triton issue 11111).
-        y = tl.where(y > FP8_MAX, FP8_MAX, y)
-        y = tl.where(y < -FP8_MAX, -FP8_MAX, y)
-        return tl.where(tl.abs(x) < float("inf"), y, float("nan"))
+    if INTERPRETED:
+        return tl.where(tl.abs(x) < float("inf"), _clamp(x * scale, FP8_MAX), float("nan"))
     return tl.inline_asm_elementwise(
         """{
         .reg .f32 t;
@@ -156,14 +171,31 @@ def saturate(x, scale, FP8_MAX: tl.constexpr):
     )
 
 
+@triton.jit
+def scaled(x, group_scale, FP8_MAX: tl.constexpr):
+    """The same with the scale of x's own group, which is NaN if not all of the group is finite."""
+    y = x.to(tl.float32) * group_scale
+    return _clamp(y, FP8_MAX) if INTERPRETED else y
+
+
+@triton.jit
+def _clamp(y, FP8_MAX: tl.constexpr):
+    """What the hardware's conversion does itself (cvt.rn.satfinite).
+
+    Comparisons instead of min/max: NaN-propagating min/max miscompile (triton issue 11111).
+    """
+    y = tl.where(y > FP8_MAX, FP8_MAX, y)
+    return tl.where(y < -FP8_MAX, -FP8_MAX, y)
+
+
 # Four float32 values in, their FP8 bytes in a word out. A permutation puts the halves of the word
 # together: where they are moved into it and are one pair of values, as zeros outside of a narrow
 # matrix are, ptxas (12.8 and 12.9) converts that once and merges it with a register that holds
 # something else. All in a line: Inductor copies a constant into a string of its code.
 FOUR_TO_E4M3 = tl.constexpr(
-    "{ .reg .b16 pair; .reg .b32 low, high;"
-    " cvt.rn.satfinite.e4m3x2.f32 pair, $2, $1; cvt.u32.u16 low, pair;"
-    " cvt.rn.satfinite.e4m3x2.f32 pair, $4, $3; cvt.u32.u16 high, pair;"
+    "{ .reg .b16 pair, zero; .reg .b32 low, high; mov.b16 zero, 0;"
+    " cvt.rn.satfinite.e4m3x2.f32 pair, $2, $1; mov.b32 low, {pair, zero};"
+    " cvt.rn.satfinite.e4m3x2.f32 pair, $4, $3; mov.b32 high, {pair, zero};"
     " prmt.b32 $0, low, high, 0x5410; }"
 )
 FOUR_TO_E5M2 = tl.constexpr(FOUR_TO_E4M3.value.replace("e4m3x2", "e5m2x2"))
@@ -223,10 +255,9 @@ def quantize_groups(x, FP8_MAX: tl.constexpr):
     ROWS: tl.constexpr = x.shape[0]
     GROUPS: tl.constexpr = x.shape[1] // 128
     groups = tl.reshape(x.to(tl.float32), (ROWS, GROUPS, 128))
-    amax = finite_or_inf(tl.max(magnitude_bits(groups), axis=2).to(tl.float32, bitcast=True))
-    scale = resolve_scale(0.0, amax, FP8_MAX)
-    y = saturate(groups, scale[:, :, None], FP8_MAX)
-    return tl.reshape(y, (ROWS, GROUPS * 128)), divide(1.0, scale)
+    scale = group_scale(tl.max(magnitude_bits(groups), axis=2), FP8_MAX, False)
+    y = scaled(groups, scale[:, :, None], FP8_MAX)
+    return tl.reshape(y, (ROWS, GROUPS * 128)), inverse(scale)
 
 
 @triton.jit
@@ -236,10 +267,21 @@ def floor_to_power_of_two(scale):
 
 
 @triton.jit
-def row_scale(bits, FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
-    """The scale of each row, or column, from the largest of its `magnitude_bits`."""
-    scale = resolve_scale(0.0, bits.to(tl.float32, bitcast=True), FP8_MAX)
-    return floor_to_power_of_two(scale) if POWER_OF_TWO else scale
+def group_scale(bits, FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """The scale of a row, column or block, from the largest of its `magnitude_bits`; 1 if that is
+    zero, NaN if it is not finite. POWER_OF_TWO: rounded down to one.
+    """
+    amax = tl.where(bits > 0, bits.to(tl.float32, bitcast=True), FP8_MAX)
+    scale = scale_from_amax(amax, FP8_MAX)
+    if POWER_OF_TWO:
+        scale = floor_to_power_of_two(scale)
+    return tl.where(bits < 0x7F800000, scale, float("nan"))
+
+
+@triton.jit
+def inverse(group_scale):
+    """The inverse of such a scale; 1 of NaN."""
+    return divide(1.0, tl.where(group_scale == group_scale, group_scale, 1.0))
 
 
 @triton.jit
@@ -247,9 +289,9 @@ def settle_scales(
     found_ptrs, inverse_ptrs, mask, FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr
 ):
     """Replace the largest `magnitude_bits` of rows or columns by scales; store their inverses."""
-    scale = row_scale(tl.load(found_ptrs, mask=mask, other=0), FP8_MAX, POWER_OF_TWO)
+    scale = group_scale(tl.load(found_ptrs, mask=mask, other=0), FP8_MAX, POWER_OF_TWO)
     tl.store(found_ptrs, scale.to(tl.int32, bitcast=True), mask=mask)
-    tl.store(inverse_ptrs, divide(1.0, scale), mask=mask)
+    tl.store(inverse_ptrs, inverse(scale), mask=mask)
 
 
 @triton.jit
@@ -257,7 +299,7 @@ def block_scales(
     bits, HIGH: tl.constexpr, WIDE: tl.constexpr, FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr
 ):
     """The scale of every HIGH x WIDE elements of a tile of `magnitude_bits`; and that of each
-    element. POWER_OF_TWO: rounded down to one.
+    element.
     """
     DOWN: tl.constexpr = bits.shape[0] // HIGH
     ACROSS: tl.constexpr = bits.shape[1] // WIDE
@@ -273,10 +315,7 @@ def block_scales(
         largest = tl.max(rows, axis=1, keep_dims=True)
     else:
         largest = tl.max(tl.reshape(rows, (DOWN, ACROSS, WIDE)), axis=2)
-    amax = finite_or_inf(largest.to(tl.float32, bitcast=True))
-    scale = resolve_scale(0.0, amax, FP8_MAX)
-    if POWER_OF_TWO:
-        scale = floor_to_power_of_two(scale)
+    scale = group_scale(largest, FP8_MAX, POWER_OF_TWO)
     spread = tl.broadcast_to(scale[:, None, :, None], (DOWN, HIGH, ACROSS, WIDE))
     return scale, tl.reshape(spread, (DOWN * HIGH, ACROSS * WIDE))
 

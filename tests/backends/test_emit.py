@@ -416,6 +416,15 @@ def test_values_that_are_not_finite_stay_visible() -> None:
         assert_close(case.run(), case.oracle())
 
 
+def test_a_group_that_is_not_finite_is_cast_to_nan() -> None:
+    x = torch.randn(33, 256)
+    x[3, 5], x[9, 200] = torch.nan, torch.inf
+    case = only_region(lambda x: torch.ops.fp8.quantize_groups(x * 2), x=x)
+    want = torch.ops.fp8.quantize_groups(x * 2)
+    for expected, found in zip(want, case.run().values(), strict=True):
+        assert torch.equal(expected.float().nan_to_num(-1), found.float().nan_to_num(-1))
+
+
 # --- values that are the same in a whole row or column --------------------------------------------
 
 
