@@ -140,6 +140,7 @@ def bytes_written(region: Region) -> sympy.Expr:
 
 _DEVICE_FUNCTIONS = (
     "block_scales",
+    "divide",
     "group_scale",
     "inside",
     "inverse",

@@ -82,21 +82,26 @@ def _extent(cast: Cast) -> tuple[int, int]:
 
 
 def _tiles(region: Region) -> list[Tile]:
-    beside = bool(region.branches) and region.branches[0].axis == 1  # a tile lies in one part
     if region.transposes:
-        if beside:
-            return [Tile(32, 128, 4), Tile(64, 64, 8), Tile(32, 64, 4), Tile(32, 128, 8)]
-        if region.branches or len(region.inputs) < 2:
-            return [Tile(64, 64, 8), Tile(64, 64, 4), Tile(32, 128, 8), Tile(32, 128, 4)]
-        # Many values at once leave registers for fewer elements of each.
-        return [Tile(32, 64, 4), Tile(64, 64, 8), Tile(32, 128, 4), Tile(32, 128, 8)]
+        return _tiles_transposed(region)
     if region.whole_rows:
         return _whole_rows(region)
-    if beside:
+    if region.branches and region.branches[0].axis == 1:  # a tile lies in one part
         return [Tile(64, 128, 4), Tile(128, 128, 4), Tile(32, 128, 4), Tile(256, 64, 4)]
     found = [Tile(32, 256, 8), Tile(64, 256, 4), Tile(16, 512, 4)]
     # Parts below each other start at multiples of 128 rows.
     return found if region.branches else [*found, Tile(256, 64, 4)]
+
+
+def _tiles_transposed(region: Region) -> list[Tile]:
+    """Tiles for transposed copies: high ones, unless many values at once leave few registers."""
+    matrices = [node for node in region.inputs if not region.is_vector(node)]
+    below = bool(region.branches) and region.branches[0].axis == 0
+    if below or len(matrices) < 2:
+        return [Tile(64, 64, 8), Tile(64, 64, 4), Tile(32, 128, 8), Tile(32, 128, 4)]
+    if region.sums:
+        return [Tile(32, 64, 4), Tile(64, 64, 8), Tile(32, 128, 4), Tile(32, 128, 8)]
+    return [Tile(32, 128, 4), Tile(32, 64, 4), Tile(64, 64, 8), Tile(32, 128, 8)]
 
 
 def _whole_rows(region: Region) -> list[Tile]:

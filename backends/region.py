@@ -235,10 +235,10 @@ class Region:
         """
         tall = any(cast.block[1] == GROUP and "fp8_t" in cast.outputs for cast in self.blocks)
         parts = [branch.node for branch in self.branches] or [r.node for r in self.results]
-        loads = [sum(not self._is_vector(node) for node in _inputs_of(part)) for part in parts]
+        loads = [sum(not self.is_vector(node) for node in _inputs_of(part)) for part in parts]
         return tall and (len(self.results) > 1 or max(loads) > 2)
 
-    def _is_vector(self, node: fx.Node) -> bool:
+    def is_vector(self, node: fx.Node) -> bool:
         """Whether a value has at most one element for each row, or for each column."""
         size = sympy.prod(shape_of(node))
         return any(sympy.expand(size - other) == 0 for other in (1, self.space.m, self.space.n))

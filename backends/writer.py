@@ -80,14 +80,15 @@ class Writer(TileText):
             lines = [*self._extent(padding, padding), f"tiles_n = tl.cdiv({width}, BLOCK_N)"]
         if self.search_inside:
             lines += self.before.search_if_needed()
-        for i, cast in enumerate(self.region.casts):
-            lines += self._scale(i, cast)
         for i in range(len(self.region.scales)):
             lines.append(f"bits_{i} = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)")
+        casts = list(enumerate(self.region.casts))
+        scales = [self._scale(i, cast) for i, cast in casts]
+        told = [line for i, cast in casts for line in self._tell_scale(i, cast)]
         if not self.region.loops:
-            lines += [*self._ordered_place(), *self._rows(), *self._cols(), *self._stored_tile()]
-            return lines + self._leave_scales()
-        lines += ["tile_n = 0", "first_n = 0", *self._cols()]
+            lines += [*self._ordered_place(), *self._rows(), *self._cols()]
+            return [*lines, *self._stored_tile(scales), *told, *self._leave_scales()]
+        lines += [*scales, *told, "tile_n = 0", "first_n = 0", *self._cols()]
         sums = range(len(self.region.sums))
         lines += [f"col_sum_{i} = tl.zeros((BLOCK_N,), dtype=tl.float32)" for i in sums]
         steps = "tile, tl.cdiv(M, BLOCK_M), tl.num_programs(0)"
@@ -116,13 +117,16 @@ class Writer(TileText):
         row = self.values.bytes_loaded * max(int(self.region.space.n), LEAST_IN_TILE)
         return min(3, 1 + _MOST_SHARED // max(1, row))
 
-    def _stored_tile(self) -> list[str]:
-        """Compute the results of a tile whose place is known, and store them."""
+    def _stored_tile(self, scales: Sequence[str] = ()) -> list[str]:
+        """Compute the results of a tile whose place is known, and store them. ``scales``: what
+        loads those of casts, after the values, whose loads would else wait for them.
+        """
         lines = self._totals()
         for _, searched in self._searched():
             lines += searched.load()
-        for outputs in self._in_turn():
+        for turn, outputs in enumerate(self._in_turn()):
             lines += self._values_in_sets(outputs)
+            lines += () if turn else scales
             for result, variable in outputs:
                 lines += getattr(self, f"_store_{result.kind}")(result, variable)
         for i, cast in enumerate(self.region.casts):
@@ -154,17 +158,18 @@ class Writer(TileText):
                 lines.append(f"{named(f'x_{variable}', a)} = {value}")
         return lines
 
-    def _scale(self, i: int, cast: Cast) -> list[str]:
+    def _scale(self, i: int, cast: Cast) -> str:
         known = f"tl.load(scale_{i}_ptr)" if cast.is_delayed else "0.0"
         amax = f"tl.load({found_amax(i)}).to(tl.float32, bitcast=True)"
         found = f"resolve_scale({known}, {amax}, {cast.format.max})"
-        lines = [f"scale_{i} = {known if cast.is_given else found}"]
-        told = {"scale_inv": f"tl.div_rn(1.0, scale_{i})", "scale_used": f"scale_{i}"}
-        if not cast.outputs.keys().isdisjoint(told):
-            lines.append("if tile == 0:")
-        for output in [name for name in told if name in cast.outputs]:
-            lines.append(f"    tl.store({output}_{i}_ptr, {told[output]})")
-        return lines
+        return f"scale_{i} = {known if cast.is_given else found}"
+
+    def _tell_scale(self, i: int, cast: Cast) -> list[str]:
+        """Store what others want to know of the scale, from the first tile."""
+        told = {"scale_inv": f"divide(1.0, scale_{i})", "scale_used": f"scale_{i}"}
+        wanted = [name for name in told if name in cast.outputs]
+        stores = [f"    tl.store({name}_{i}_ptr, {told[name]})" for name in wanted]
+        return ["if tile == 0:", *stores] if stores else []
 
     # --- stores --------------------------------------------------------------------------------
 
