@@ -6,19 +6,10 @@ for the largest elements before anything is cast.
 
 from __future__ import annotations
 
-from .region import Region
 from .tile_text import TileText, definition
 
 DONE = "words_ptr + 1"
 _ZEROS = "tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)"
-
-
-def word_count(region: Region) -> int:
-    """The zeroed int32 through which programs find an amax together: how many tiles are taken, how
-    many are done, and the bits of the amax of each cast or scale.
-    """
-    found = region.casts if region.searches else region.scales
-    return 2 + len(found) if found else 0
 
 
 def found_amax(i: int) -> str:
@@ -38,10 +29,19 @@ class Before(TileText):
     # --- kernels -------------------------------------------------------------------------------
 
     def sums(self, name: str) -> str:
-        """The kernel that sums over whole rows, for one that computes tiles of columns."""
+        """The kernel that sums over whole rows, for one that computes tiles of columns; and that,
+        unless all scales are known, finds the amax of the casts.
+        """
         lines = [*self._extent(), "first_m = tl.program_id(0) * BLOCK_M", "first_n = 0"]
         lines += [*self._rows(), *self._cols(), *self._summed(), *self._leave_totals()]
-        return definition(name, [*self._inputs(), "totals_ptr"], lines)
+        if not self.region.search_in_sums:
+            return definition(name, [*self._inputs(), "totals_ptr"], lines)
+        lines += [f"known = {self._known()}", "if not known:"]
+        look = self._results()
+        for i in self._missing():
+            look += [*self._bits(i), *leave_amax(i, "bits")]
+        lines += [f"    {x}" for x in look]
+        return definition(name, [*self._read(), *self._scales()], lines)
 
     def amax(self, name: str) -> str:
         """The kernel that finds the amax of the casts, unless all scales are known, and of rows.

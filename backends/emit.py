@@ -5,8 +5,9 @@ The source is what a person would write for the region: functions that compute t
 cast is not known yet, all programs first find the amax together, in that kernel or in one before
 it. Where values depend on sums over rows, a program computes whole rows; but a transposed copy
 wants tiles that are higher than wide, and the sums then come from a kernel of their own. Sums over
-columns are left in part, one row of them per row of tiles, or per program where it computes whole
-rows, and goes from one to the next; a last kernel adds up these.
+columns are left in part, one row of them per row of tiles, which the last program of a column of
+tiles adds up; or per program where it computes whole rows, and goes from one to the next: a last
+kernel adds up these.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def emit(region: Region) -> Source:
         parts.append(writer.before.sums(f"{name}_sums"))
     if search_apart(region):
         parts.append(writer.before.amax(f"{name}_amax"))
-    if region.sums:
+    if region.completes_apart:
         parts.append(writer.column_sums(f"{name}_column_sums"))
     return Source(
         name=name,
@@ -78,8 +79,8 @@ def search_apart(region: Region) -> bool:
     loaded, takes such kernels 12 to 23 % longer (H200). It costs others 2 %, and spares a launch.
     Where no scale is ever known, every step searches, which a kernel without a wait does faster.
     """
-    searches = region.searches and (region.transposes or region.always_searches)
-    return searches or bool(region.searched)
+    elsewhere = region.search_in_sums or not (region.transposes or region.always_searches)
+    return (region.searches and not elsewhere) or bool(region.searched)
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def bytes_written(region: Region) -> sympy.Expr:
 
 
 _DEVICE_FUNCTIONS = (
+    "add_rows",
     "block_scales",
     "divide",
     "group_scale",

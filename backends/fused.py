@@ -22,7 +22,6 @@ from ..internals import cache_folder
 from ..ir import args_of, format_graph
 from ..ops import GROUP, padded
 from ..regions import shape_of
-from .before import word_count
 from .emit import Source, emit, search_apart
 from .kernels.launch import Launch, run
 from .region import LEAST_IN_TILE, Cast, Region
@@ -150,7 +149,7 @@ def launches(
     tile: Tile,
 ) -> list[Launch]:
     """The launches of a region, in order: sums over rows and the search for amax, if they are made
-    before; what writes the results; and what completes sums over columns.
+    before; what writes the results; and what completes sums over columns, if that does not.
 
     ``tensors`` holds every pointer argument of the emitted functions by name without ``_ptr``;
     ``sizes`` the values of symbolic sizes; ``m`` and ``n`` are the extent of the space.
@@ -159,7 +158,8 @@ def launches(
     made = []
     if region.sums_alone:
         rows = _whole_rows(region)[0]
-        summing, writes = getattr(module, source.sums_name), {"totals_ptr"}
+        summing = getattr(module, source.sums_name)
+        writes = written(region, summing.arg_names)
         made.append(_launch(summing, tensors, sizes, rows, _cdiv(m, rows.block_m), writes))
     if search_apart(region):
         found_by = _search_tile(region)
@@ -174,9 +174,10 @@ def launches(
     programs = tiles_m * _tiles_along(region, n, tile.block_n)
     main = getattr(module, source.name)
     writes = written(region, main.arg_names) - {"totals_ptr"}
-    writes -= _SHARED if search_apart(region) else set()
+    if search_apart(region) or region.search_in_sums:
+        writes -= _SHARED - ({"words_ptr"} if region.completes_sums else set())
     made.append(_launch(main, tensors, sizes, tile, programs, writes))
-    if region.sums:
+    if region.completes_apart:
         completing = getattr(module, source.column_sums_name)
         writes = {f"sum_{i}_ptr" for i in range(len(region.sums))}
         counted, programs = {**sizes, "tiles_m": tiles_m}, _cdiv(n, _COLUMN_SUMS.block_n)
@@ -315,7 +316,7 @@ def prepare(
     device = next(iter(inputs.values())).device
     tensors: dict[str, Any] = {node.name: inputs[node.name] for node in region.inputs}
     results: dict[str, Tensor] = {}
-    tensors["words"] = torch.zeros(word_count(region), dtype=torch.int32, device=device)
+    tensors["words"] = torch.zeros(region.word_count, dtype=torch.int32, device=device)
     made = torch.zeros if region.scales_rows else torch.empty  # programs of one row add to it
     tensors["found"] = made(int(region.found_size), dtype=torch.int32, device=device)
     for i, cast in enumerate(region.casts):

@@ -15,7 +15,7 @@ from torch import fx
 from ..formats import Format
 from ..internals import FloorDiv
 from ..ir import CASTS, FIND_SCALE, QUANTIZE, QUANTIZE_BLOCKS, QUANTIZE_GROUPS, args_of
-from ..ops import GROUP
+from ..ops import GROUP, padded
 from ..regions import (
     COL,
     ROW,
@@ -33,6 +33,7 @@ from ..regions import (
 
 GROUP_OUTPUTS = ("q", "scale_inv")
 LEAST_IN_TILE = 2048  # elements of a tile of whole rows
+LEAST_WIDE = 32  # columns of any other tile
 _LONGEST_ROW = 16384  # elements that one program holds to find their scale
 
 
@@ -311,14 +312,50 @@ class Region:
         return self.whole_rows and bool(self.sums or self.scales)
 
     @property
+    def completes_sums(self) -> bool:
+        """Whether the kernel that sums over columns tile by tile also adds up what its tiles leave.
+
+        Where a program goes from row to row, few programs would do so, and the others have ended.
+        """
+        return bool(self.sums) and not self.loops and bool(self.space.n.is_number)
+
+    @property
+    def completes_apart(self) -> bool:
+        """Whether a kernel of its own adds them up."""
+        return bool(self.sums) and not self.completes_sums
+
+    @property
+    def first_counter(self) -> int:
+        """The word in which the tiles of the first column of tiles are counted, to complete sums:
+        before it are those through which programs find an amax together.
+        """
+        found = self.casts if self.searches else self.scales
+        return 2 + len(found) if found else 0
+
+    @property
+    def word_count(self) -> int:
+        """The zeroed int32 that programs share: how many tiles are taken, how many are done, and
+        the bits of the amax of each cast or scale; then a counter for each column of tiles.
+        """
+        if not self.completes_sums:
+            return self.first_counter
+        width = padded(int(self.space.n), max(self.padding, LEAST_WIDE))
+        return self.first_counter + width // LEAST_WIDE
+
+    @property
     def sums_alone(self) -> bool:
-        """Whether that kernel does nothing else."""
+        """Whether that kernel is none that looks for something at every call."""
         return self.sums_apart and not self.sums_in_search
 
     @property
     def sums_in_search(self) -> bool:
         """Whether it is the one that looks for an amax: at every call, that reads all there is."""
         return self.sums_apart and self.always_searches and not self.searched
+
+    @property
+    def search_in_sums(self) -> bool:
+        """Whether that kernel also looks for an amax, at the calls that miss a scale."""
+        return self.sums_alone and self.searches and not self.searched
 
     @property
     def searches(self) -> bool:

@@ -80,7 +80,7 @@ def _functions(region: Region, source: Source) -> tuple[str, ...]:
         source.sums_name: region.sums_alone,
         source.amax_name: search_apart(region),
         source.name: True,
-        source.column_sums_name: bool(region.sums),
+        source.column_sums_name: region.completes_apart,
     }
     return tuple(name for name, there in launched.items() if there)
 

@@ -39,7 +39,6 @@ from ..ir import (
     size_expr,
 )
 from ..regions import is_aligned
-from .before import word_count
 from .block_gemms import inline, is_scaled_mm, lower_to_scaled_mm
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
 from .fused import emit_once, launches, partial_rows, tiles
@@ -477,7 +476,7 @@ def stored(value: fx.Node) -> fx.Node:
 
 
 def _padded_words(region: Region) -> int:
-    return triton.cdiv(word_count(region), _ALIGNED) * _ALIGNED
+    return triton.cdiv(region.word_count, _ALIGNED) * _ALIGNED
 
 
 def _submodule(gm: fx.GraphModule, call: fx.Node) -> fx.GraphModule:

@@ -21,18 +21,19 @@ from .tile_text import TileText, definition
 from .values import Values, expr_text
 
 _ROWS_OF_TILES = 8
+_ADDED_ROWS = 64  # of partial sums, at a time
 _MOST_SHARED = 160 * 2**10  # bytes, of the 227 KiB that there are
 
 
 class Writer(TileText):
     """Writes the kernels of one region. ``search_apart``: a missing amax is found by a kernel of
-    its own, not by the kernel that casts.
+    its own, not by the kernel that casts, or that sums.
     """
 
     def __init__(self, region: Region, values: Values, *, search_apart: bool) -> None:
         super().__init__(region, values, sets="abcd" if region.transposes else ("",))
         self.before = Before(region, values)
-        self.search_inside = region.searches and not search_apart
+        self.search_inside = region.searches and not (search_apart or region.search_in_sums)
 
     # --- the kernels ---------------------------------------------------------------------------
 
@@ -55,20 +56,36 @@ class Writer(TileText):
 
     def column_sums(self, name: str) -> str:
         """The kernel that adds up the rows of partial sums, of all sums over columns at once."""
-        lines = [*self._extent(), "cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)"]
-        lines.append("in_n = cols < N")
-        for i in range(len(self.region.sums)):
-            lines.append(f"total_{i} = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)")
-        lines += ["for first in range(0, tiles_m, BLOCK_M):"]
-        lines += ["    row = first + tl.arange(0, BLOCK_M)[:, None]"]
-        lines += ["    mask = (row < tiles_m) & in_n[None, :]"]
-        for i in range(len(self.region.sums)):
-            load = f"tl.load(partial_{i}_ptr + (row * N + cols[None, :]), mask=mask, other=0.0)"
-            lines.append(f"    total_{i} += {load}")
-        for i in range(len(self.region.sums)):
-            lines.append(f"tl.store(sum_{i}_ptr + cols, tl.sum(total_{i}, axis=0), mask=in_n)")
+        lines = [*self._extent(), "first_n = tl.program_id(0) * BLOCK_N", *self._cols()]
+        lines += [*self._completed_sums("tiles_m", "BLOCK_M")]
         arguments = [*self._sum_arguments(), *self.sizes, "tiles_m"]
         return definition(name, arguments, lines)
+
+    def _completed_sums(self, rows: str, block_m: str) -> list[str]:
+        """Add up the partial sums of the columns, so many rows of them at a time."""
+        lines = []
+        for i in range(len(self.region.sums)):
+            total = f"add_rows(partial_{i}_ptr + cols, {rows}, N, in_n, {block_m})"
+            lines.append(f"tl.store(sum_{i}_ptr + cols, {total}, mask=in_n)")
+        return lines
+
+    def _complete_sums(self) -> list[str]:
+        """The last program of a column of tiles adds up what all of it have left."""
+        if not self.region.completes_sums:
+            return []
+        counter = f"words_ptr + {self.region.first_counter} + tile_n"
+        height = padded_text("M", self.region.padding) if self.region.padding > 1 else "M"
+        tiles_m = f"tl.cdiv({height}, BLOCK_M)"
+        inner = [
+            "tl.debug_barrier()",
+            f"tl.store({counter}, 0)",  # so that the same buffer serves another launch
+            *self._completed_sums(tiles_m, str(_ADDED_ROWS)),
+        ]
+        return [
+            "tl.debug_barrier()",  # all threads have stored what they leave
+            f"if tl.atomic_add({counter}, 1) == {tiles_m} - 1:",
+            *(f"    {line}" for line in inner),
+        ]
 
     def _tile(self) -> list[str]:
         """Compute the results of one tile and store them; of several, where a program loops."""
@@ -87,7 +104,8 @@ class Writer(TileText):
         told = [line for i, cast in casts for line in self._tell_scale(i, cast)]
         if not self.region.loops:
             lines += [*self._ordered_place(), *self._rows(), *self._cols()]
-            return [*lines, *self._stored_tile(scales), *told, *self._leave_scales()]
+            lines += [*self._stored_tile(scales), *told, *self._leave_scales()]
+            return lines + self._complete_sums()
         lines += [*scales, *told, "tile_n = 0", "first_n = 0", *self._cols()]
         sums = range(len(self.region.sums))
         lines += [f"col_sum_{i} = tl.zeros((BLOCK_N,), dtype=tl.float32)" for i in sums]
@@ -288,7 +306,9 @@ class Writer(TileText):
             names += [f"q_{i}_ptr", f"group_scale_inv_{i}_ptr"]
         names += [f"value_{i}_ptr" for i in range(len(self.region.values))]
         names += [f"found_scale_{i}_ptr" for i in range(len(self.region.scales))]
-        return names + [f"partial_{i}_ptr" for i in range(len(self.region.sums))]
+        if not self.region.completes_sums:
+            return names + [f"partial_{i}_ptr" for i in range(len(self.region.sums))]
+        return names + ["words_ptr"] * ("words_ptr" not in names) + self._sum_arguments()
 
     def _sum_arguments(self) -> list[str]:
         sums = range(len(self.region.sums))

@@ -325,6 +325,19 @@ def _byte(y, position: tl.constexpr, dtype: tl.constexpr):
     return y.to(dtype).to(tl.uint8, bitcast=True).to(tl.int32) << (8 * position)
 
 
+@triton.jit
+def add_rows(row_ptr, rows, pitch, in_n, BLOCK_M: tl.constexpr):
+    """The sum over `rows` rows of float32, `pitch` elements apart; `row_ptr` (`[1, cols]`): the
+    first. Other programs may have written them: they are not read from this one's cache.
+    """
+    total = tl.zeros((BLOCK_M, row_ptr.shape[1]), dtype=tl.float32)
+    for first in range(0, rows, BLOCK_M):
+        row = first + tl.arange(0, BLOCK_M)[:, None]
+        mask = (row < rows) & in_n
+        total += tl.load(row_ptr + row * pitch, mask=mask, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, axis=0, keep_dims=True)
+
+
 # --- where a tile lies --------------------------------------------------------------------------
 
 

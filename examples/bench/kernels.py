@@ -115,8 +115,12 @@ class Parts:
     def _add_region(self, gm: Any, way: str) -> None:
         region = Region.of(gm)
         self.regions.setdefault(region_key(region), Found(gm)).calls[way] += 1
-        apart = {SUMS: region.sums_alone, SEARCH: search_apart(region), COLUMNS: region.sums}
-        self.launches[way] += Counter({FUSED: 1, **{k: int(bool(v)) for k, v in apart.items()}})
+        apart = {
+            SUMS: region.sums_alone,
+            SEARCH: search_apart(region),
+            COLUMNS: region.completes_apart,
+        }
+        self.launches[way] += Counter({FUSED: 1, **{k: int(v) for k, v in apart.items()}})
 
 
 def gemm_case(node: fx.Node) -> GemmCase:
@@ -371,7 +375,7 @@ def row_of(found: Found, layers: int) -> Row:
         name=emit_once(region).name.removeprefix("fp8_"),
         calls={way: found.calls[way] / layers for way in WAYS},
         bytes=float(bytes_read(region) + bytes_written(region)),
-        kernels=1 + region.sums_alone + search_apart(region) + bool(region.sums),
+        kernels=1 + region.sums_alone + search_apart(region) + region.completes_apart,
         size=f"{region.space.m}x{region.space.n}",
     )
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8compile.backends.before import word_count
 from fp8compile.backends.emit import emit, search_apart
-from fp8compile.backends.fused import Tile, partial_rows, tiles
+from fp8compile.backends.fused import Tile, partial_rows, prepare, tiles
+from fp8compile.backends.kernels.launch import run
 from fp8compile.regions import POINTWISE, POWERS
 from tests.backends.common import E5M2, Case, assert_close, only_region, parts_of_region, quantize
 from tests.models import rotate
@@ -306,7 +306,7 @@ def test_every_tile(name: str) -> None:
 
 
 # One for each way in which the search for the amax differs.
-KINDS = ("plain", "layer_norm_rows", "norm_of_sum", "swiglu_backward", "qkv_rows")
+KINDS = ("plain", "layer_norm_rows", "norm_of_sum", "norm_backward", "swiglu_backward", "qkv_rows")
 
 
 @pytest.mark.parametrize("scales", [None, [0.0, 0.0], [0.0, 700.0]], ids=str)
@@ -338,6 +338,15 @@ def test_a_search_at_every_call_makes_the_sums_over_rows_too() -> None:
     assert f"def {always.sums_name}(" not in always.text
     search = always.text.split(f"def {always.amax_name}(")[1].split("@triton.jit")[0]
     assert "_sums_0(" in search and "tl.store(totals_ptr" in search
+
+
+def test_the_kernel_that_sums_over_rows_looks_for_a_missing_amax() -> None:
+    source = emit(make("norm_backward", [30.0, 700.0]).region)
+    kernels = source.text.split("@triton.jit\n")
+    (sums,) = (text for text in kernels if text.startswith(f"def {source.sums_name}("))
+    assert "if not known:" in sums and sums.count("tl.atomic_max(words_ptr") == 1
+    others = "".join(text for text in kernels if text is not sums)
+    assert source.amax_name not in others and "known" not in others
 
 
 # --- a region in two parts, see split_regions -----------------------------------------------------
@@ -374,7 +383,21 @@ def test_a_scale_is_found_over_all_programs_and_not_looked_for_again() -> None:
         name = stores.region.scales[0].name
         found, want = (results[name] for results in (stores.run(Tile(1, 128, 4)), stores.oracle()))
         assert torch.allclose(found, want, rtol=1e-6) and (want == 1) == (other != 1)
-        assert word_count(casts.region) == 0 and not search_apart(casts.region)
+        assert casts.region.word_count == 0 and not search_apart(casts.region)
+
+
+def test_sums_over_columns_are_completed_at_every_launch() -> None:
+    """Also where the words that programs share are not zeroed in between."""
+    case = make("swiglu_backward", [30.0, 700.0])
+    made, results = prepare(case.gm, case.inputs)
+    sums = [node.name for node in case.region.sums]
+    assert case.region.completes_sums
+    for _ in range(2):
+        for name in sums:
+            results[name].fill_(torch.nan)
+        for launch in made:
+            run(launch)
+        assert_close({n: results[n] for n in sums}, {n: case.oracle()[n] for n in sums})
 
 
 def test_a_program_that_goes_from_row_to_row_leaves_one_row_of_partial_sums() -> None:

@@ -91,11 +91,9 @@ def test_the_launches_of_a_block() -> None:
     assert sorted(launched(graphs["forward"])) == ["fp8_bundle", "fp8_exp", "fp8_rsqrt_mean"]
     backward = launched(graphs["backward"])
     assert backward["fp8_bundle"] == 1 and set(backward.values()) == {1}
-    # The sums for bias gradients are completed by a kernel each, those of gate and up by one.
-    completing = [name for name in backward if name.endswith("_column_sums")]
-    assert completing == [f"{name.removesuffix('_column_sums')}_column_sums" for name in completing]
-    assert all(name.removesuffix("_column_sums") in backward for name in completing)
-    assert len(completing) == 2
+    # The sums for bias gradients, those of gate and up together, are completed by what makes them.
+    assert not [name for name in backward if name.endswith("_column_sums")]
+    assert len([name for name in backward if name.endswith("_colsum")]) == 2
 
 
 def test_weights_are_cast_in_one_launch_in_inference_too() -> None:
@@ -115,7 +113,8 @@ def test_the_launches_of_a_region_in_parts(dynamic: bool) -> None:
     new, old = launched(parts) - launched(whole), launched(whole) - launched(parts)
     # What looks for an amax is gone; one kernel stores the gradient, and one casts it.
     assert [name for name in old if name.endswith("_amax")]
-    assert sorted(new) == ["fp8_cast", "fp8_value_colsum", "fp8_value_colsum_column_sums"]
+    stored = [name for name in new if not name.endswith("_column_sums")]
+    assert sorted(stored) == ["fp8_cast", "fp8_value_colsum"]
     assert not [n for n in parts.graph.nodes if "fp8." in str(n.target)]
 
 
