@@ -14,6 +14,7 @@ from torch import Tensor
 from fp8compile.backends.emit import emit, search_apart
 from fp8compile.backends.fused import Tile, partial_rows, prepare, tiles
 from fp8compile.backends.kernels.launch import run
+from fp8compile.ops import padded
 from fp8compile.regions import POINTWISE, POWERS
 from tests.backends.common import E5M2, Case, assert_close, only_region, parts_of_region, quantize
 from tests.models import rotate
@@ -384,6 +385,15 @@ def test_a_scale_is_found_over_all_programs_and_not_looked_for_again() -> None:
         found, want = (results[name] for results in (stores.run(Tile(1, 128, 4)), stores.oracle()))
         assert torch.allclose(found, want, rtol=1e-6) and (want == 1) == (other != 1)
         assert casts.region.word_count == 0 and not search_apart(casts.region)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_column_of_tiles_that_completes_sums_has_a_counter(name: str) -> None:
+    region = make(name, [30.0, 700.0]).region
+    if region.completes_sums:
+        for tile in tiles(region):
+            width = padded(int(region.space.n), region.padding)
+            assert -(-width // tile.block_n) <= region.word_count - region.first_counter, tile
 
 
 def test_sums_over_columns_are_completed_at_every_launch() -> None:

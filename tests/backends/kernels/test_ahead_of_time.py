@@ -447,7 +447,8 @@ def test_all_are_launched_statically_but_those_that_take_descriptors(
 def test_nothing_spills(reports: dict[str, Report]) -> None:
     spilled = {name: r for name, r in reports.items() if r["stack"] or r["local"]}
     # 232 bytes of one of the three that are timed for an unaligned shape.
-    expected = {"unaligned gemm 128x256x128g8w8s3 fast"}
+    # 8 bytes of a cast of one column, in tiles of 64.
+    expected = {"unaligned gemm 128x256x128g8w8s3 fast", "narrow cast of 1 columns"}
     assert spilled.keys() <= (expected if triton.__version__.startswith("3.6.") else set())
 
 
@@ -571,7 +572,9 @@ def test_tiles_that_are_all_full_are_loaded_without_masks(reports: dict[str, Rep
             for key, report in reports.items()
             if key.startswith(f"region {name}") and not key.endswith(("_column_sums", "search"))
         ]
-        assert mains and not any(re.search(r"@%p\d+ ld\.global", ptx) for ptx in mains), name
+        # But for partial sums, which are read past the first cache.
+        masked = [re.findall(r"@%p\d+ ld\.global(?!\.cg)", ptx) for ptx in mains]
+        assert mains and not any(masked), name
 
 
 def test_searches_read_each_value_once_in_wide_loads_that_are_under_way_early(
