@@ -344,7 +344,7 @@ class Region:
 
     @property
     def sums_alone(self) -> bool:
-        """Whether that kernel is none that looks for something at every call."""
+        """Whether that kernel is one of its own, not one that looks for an amax at every call."""
         return self.sums_apart and not self.sums_in_search
 
     @property
