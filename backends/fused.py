@@ -57,7 +57,9 @@ def tiles(region: Region) -> list[Tile]:
 
 
 def _of_whole_blocks(region: Region, usual: list[Tile]) -> list[Tile]:
-    """Tiles that blocks fill: whole rows, or one block where both copies have blocks of 128."""
+    """Tiles that blocks fill: whole rows; as high as the blocks of columns, where these are all; or
+    one block where both copies have blocks of 128.
+    """
     if region.finds_row_scales:
         return _whole_rows(region)
     inside = [cast for cast in region.blocks if cast not in region.searched]
@@ -174,8 +176,10 @@ def launches(
     programs = tiles_m * _tiles_along(region, n, tile.block_n)
     main = getattr(module, source.name)
     writes = written(region, main.arg_names) - {"totals_ptr"}
-    if search_apart(region) or region.search_in_sums:
-        writes -= _SHARED - ({"words_ptr"} if region.completes_sums else set())
+    if search_apart(region) or region.search_in_sums:  # which has written what this reads
+        writes -= _SHARED
+    if region.completes_sums:
+        writes.add("words_ptr")
     made.append(_launch(main, tensors, sizes, tile, programs, writes))
     if region.completes_apart:
         completing = getattr(module, source.column_sums_name)

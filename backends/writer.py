@@ -57,11 +57,11 @@ class Writer(TileText):
     def column_sums(self, name: str) -> str:
         """The kernel that adds up the rows of partial sums, of all sums over columns at once."""
         lines = [*self._extent(), "first_n = tl.program_id(0) * BLOCK_N", *self._cols()]
-        lines += [*self._completed_sums("tiles_m", "BLOCK_M")]
+        lines += self._add_partial_sums("tiles_m", "BLOCK_M")
         arguments = [*self._sum_arguments(), *self.sizes, "tiles_m"]
         return definition(name, arguments, lines)
 
-    def _completed_sums(self, rows: str, block_m: str) -> list[str]:
+    def _add_partial_sums(self, rows: str, block_m: str) -> list[str]:
         """Add up the partial sums of the columns, so many rows of them at a time."""
         lines = []
         for i in range(len(self.region.sums)):
@@ -74,12 +74,11 @@ class Writer(TileText):
         if not self.region.completes_sums:
             return []
         counter = f"words_ptr + {self.region.first_counter} + tile_n"
-        height = padded_text("M", self.region.padding) if self.region.padding > 1 else "M"
-        tiles_m = f"tl.cdiv({height}, BLOCK_M)"
+        tiles_m = f"tl.cdiv({self._covered('M')}, BLOCK_M)"
         inner = [
             "tl.debug_barrier()",
             f"tl.store({counter}, 0)",  # so that the same buffer serves another launch
-            *self._completed_sums(tiles_m, str(_ADDED_ROWS)),
+            *self._add_partial_sums(tiles_m, str(_ADDED_ROWS)),
         ]
         return [
             "tl.debug_barrier()",  # all threads have stored what they leave
@@ -90,11 +89,8 @@ class Writer(TileText):
     def _tile(self) -> list[str]:
         """Compute the results of one tile and store them; of several, where a program loops."""
         padding = self.region.padding
-        if padding == 1:
-            lines = [*self._extent(), "tiles_n = tl.cdiv(N, BLOCK_N)"]
-        else:
-            width = padded_text("N", padding)
-            lines = [*self._extent(padding, padding), f"tiles_n = tl.cdiv({width}, BLOCK_N)"]
+        lines = self._extent(padding, padding) if padding > 1 else self._extent()
+        lines.append(f"tiles_n = tl.cdiv({self._covered('N')}, BLOCK_N)")
         if self.search_inside:
             lines += self.before.search_if_needed()
         for i in range(len(self.region.scales)):
@@ -116,6 +112,11 @@ class Writer(TileText):
         for i in sums:
             lines += self._leave_sum(i, f"col_sum_{i}", "tl.program_id(0)")
         return lines + self._leave_scales()
+
+    def _covered(self, side: str) -> str:
+        """How much of a side of the space, and of the padding behind it, tiles cover."""
+        padding = self.region.padding
+        return padded_text(side, padding) if padding > 1 else side
 
     def _ordered_place(self) -> list[str]:
         """Where the tile lies. Of tiles that use sums made before, several rows of them are taken
@@ -144,7 +145,8 @@ class Writer(TileText):
             lines += searched.load()
         for turn, outputs in enumerate(self._in_turn()):
             lines += self._values_in_sets(outputs)
-            lines += () if turn else scales
+            if turn == 0:
+                lines += scales
             for result, variable in outputs:
                 lines += getattr(self, f"_store_{result.kind}")(result, variable)
         for i, cast in enumerate(self.region.casts):

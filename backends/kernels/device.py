@@ -172,9 +172,9 @@ def saturate(x, scale, FP8_MAX: tl.constexpr):
 
 
 @triton.jit
-def scaled(x, group_scale, FP8_MAX: tl.constexpr):
-    """The same with the scale of x's own group, which is NaN if not all of the group is finite."""
-    y = x.to(tl.float32) * group_scale
+def scaled(x, scale, FP8_MAX: tl.constexpr):
+    """`saturate` with the scale of x's own group, which is NaN if not all of it is finite."""
+    y = x.to(tl.float32) * scale
     return _clamp(y, FP8_MAX) if INTERPRETED else y
 
 
@@ -279,9 +279,9 @@ def group_scale(bits, FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
 
 
 @triton.jit
-def inverse(group_scale):
-    """The inverse of such a scale; 1 of NaN."""
-    return divide(1.0, tl.where(group_scale == group_scale, group_scale, 1.0))
+def inverse(scale):
+    """The inverse of a `group_scale`; 1 of NaN."""
+    return divide(1.0, tl.where(scale == scale, scale, 1.0))
 
 
 @triton.jit
