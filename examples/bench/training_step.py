@@ -2,12 +2,15 @@
 
     python examples/bench/training_step.py                       # 4 Llama-3-8B layers, on a GPU
     python examples/bench/training_step.py --contenders bf16 fp8 --csv steps.csv
+    python examples/bench/training_step.py --contenders fp8 fp8-static --rounds 10
     python examples/bench/training_step.py --device cpu --layers 1 --width 64 --batch 1 \\
         --tokens 64 --steps 1                                    # does it run at all?
 
 A step is forward, backward and, for FP8, the update of the scales; no optimizer, which would cost
 everybody the same. Contenders run one after the other, each alone on the device, on the same
-parameters and inputs, and with the same choice of attention kernels:
+parameters and inputs, and with the same choice of attention kernels. With `--rounds`, all are on
+the device at once and only timed, in turns: that tells apart what differs by less than a clock
+drifts in a minute. The contenders:
 
     bf16     torch.compile
     fp8      torch.compile(backend="fp8"), this repository
@@ -27,6 +30,7 @@ import gc
 import statistics
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,6 +52,7 @@ from timing import (
     kernel_times,
     load_compiler,
     median_ms,
+    median_ms_in_turns,
     peak_of,
     seconds,
     sqnr_db,
@@ -194,31 +199,40 @@ def input_and_grad_output(job: Job) -> tuple[Tensor, Tensor]:
     return x.requires_grad_(), grad_output
 
 
+class Step:
+    """One training step of a contender, on inputs of its own. Call it to run it."""
+
+    def __init__(self, name: str, job: Job) -> None:
+        self.contender = CONTENDERS[name](job)
+        self.x, self.grad_output = input_and_grad_output(job)
+        self.compile_s = seconds(self, job.device)  # the first step; almost all of it compiles
+        for _ in range(WARMUP_STEPS if job.device.type == "cuda" else 1):
+            self()
+
+    def __call__(self) -> None:
+        self.clear()
+        self.forward().backward(self.grad_output)  # no loss: it would only add work of its own
+        self.contender.after_backward()
+
+    def forward(self) -> Tensor:
+        return self.contender.forward(self.x)
+
+    def clear(self) -> None:
+        self.x.grad = None
+        self.contender.model.zero_grad(set_to_none=True)
+
+
 def measure(name: str, job: Job) -> Result:
     """Build a contender, run it, and leave nothing of it behind on the device."""
-    result = Result(name)
-    contender = CONTENDERS[name](job)
-    x, grad_output = input_and_grad_output(job)
-
-    def clear() -> None:
-        x.grad = None
-        contender.model.zero_grad(set_to_none=True)
-
-    def step() -> None:
-        clear()
-        contender.forward(x).backward(grad_output)  # no loss: it would only add work of its own
-        contender.after_backward()
-
-    result.compile_s = seconds(step, job.device)  # the first step; almost all of it compiles
-    for _ in range(WARMUP_STEPS if job.device.type == "cuda" else 1):
-        step()
+    step = Step(name, job)
+    result = Result(name, compile_s=step.compile_s)
     result.step_ms = median_ms(step, job.steps, job.device)
     result.peak = peak_of(step, job.device)
-    clear()
-    result.kept, output = kept_for_backward(lambda: contender.forward(x), job.device)
-    output.backward(grad_output)
-    if contender.comparable:
-        result.tensors = on_cpu(output, x, contender.model)
+    step.clear()
+    result.kept, output = kept_for_backward(step.forward, job.device)
+    output.backward(step.grad_output)
+    if step.contender.comparable:
+        result.tensors = on_cpu(output, step.x, step.contender.model)
     del output
     if job.device.type == "cuda":
         result.kernels = kernel_times(step)
@@ -266,6 +280,18 @@ def measure_all(names: list[str], job: Job) -> list[Result]:
     return results
 
 
+def time_in_turns(names: list[str], job: Job, rounds: int) -> dict[str, float]:
+    """Median ms of a step of each contender, all alive at once."""
+    load_compiler(job.device)
+    heat_up(job.device)
+    with ExitStack() as stack:
+        steps = {}
+        for name in progress(names, "contenders"):
+            stack.enter_context(equal_conditions(job.device))
+            steps[name] = Step(name, job)
+        return median_ms_in_turns(steps, job.steps, rounds, job.device)
+
+
 # ---- tables --------------------------------------------------------------------------------------
 def print_steps(results: list[Result], job: Job) -> None:
     bf16_ms = next((r.step_ms for r in results if r.name == "bf16"), float("nan"))
@@ -280,6 +306,13 @@ def print_steps(results: list[Result], job: Job) -> None:
         )
     if job.device.type == "cpu":
         print("These times mean nothing: on a CPU, FP8 is emulated. Memory is not counted.")
+
+
+def print_turns(times: dict[str, float]) -> None:
+    first = next(iter(times))
+    print(f"\n{'contender':<15} {'step ms':>9} {'vs ' + first:>14}")
+    for name, ms in times.items():
+        print(f"{name:<15} {ms:>9.2f} {times[first] / ms:>13.3f}x")
 
 
 def print_sqnr(results: list[Result]) -> None:
@@ -351,7 +384,7 @@ def save_csv(path: Path, job: Job, results: list[Result], gemms: list[GemmResult
 
 
 # ---- the command line ----------------------------------------------------------------------------
-def parse_arguments(argv: list[str] | None) -> tuple[Job, list[str], Path | None]:
+def parse_arguments(argv: list[str] | None) -> tuple[Job, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=4096, help="hidden size; the rest follows")
@@ -359,18 +392,27 @@ def parse_arguments(argv: list[str] | None) -> tuple[Job, list[str], Path | None
     parser.add_argument("--tokens", type=int, default=8192, help="per sequence")
     parser.add_argument("--steps", type=int, default=20, help="whose median time is taken")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument(
+        "--rounds", type=int, help="only time them: in turns, so many times --steps each"
+    )
     parser.add_argument("--csv", type=Path, help="append the numbers to this file")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     args = parser.parse_args(argv)
     shape, device = LlamaShape.of_width(args.width), torch.device(args.device)
-    job = Job(shape, args.layers, args.batch, args.tokens, args.steps, device)
-    return job, args.contenders, args.csv
+    return Job(shape, args.layers, args.batch, args.tokens, args.steps, device), args
 
 
 def main(argv: list[str] | None = None) -> None:
-    job, names, csv_path = parse_arguments(argv)
+    job, args = parse_arguments(argv)
     print(f"{device_name(job.device)}, {versions()}\n{job}")
-    results = measure_all(names, job)
+    if args.rounds:
+        times = time_in_turns(args.contenders, job, args.rounds)
+        print_turns(times)
+        if args.csv:
+            rows = [(name, f"step in {args.rounds} rounds", ms, "ms") for name, ms in times.items()]
+            append_csv(args.csv, job.device, str(job), rows)
+        return
+    results = measure_all(args.contenders, job)
     print_steps(results, job)
     print_sqnr(results)
     print_categories(results)
@@ -378,8 +420,8 @@ def main(argv: list[str] | None = None) -> None:
     if job.device.type == "cuda":
         gemms = measure_gemms(gemm_cases(job.shape, job.batch * job.tokens))
         print_gemms(gemms)
-    if csv_path:
-        save_csv(csv_path, job, results, gemms)
+    if args.csv:
+        save_csv(args.csv, job, results, gemms)
 
 
 if __name__ == "__main__":
