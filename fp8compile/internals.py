@@ -111,7 +111,7 @@ def add_input(gm: fx.GraphModule, name: str, example: Tensor) -> fx.Node:
     context = TracingContext.try_get()
     mode = detect_fake_mode() or (context and context.fake_mode)
     fake = mode.from_tensor(example, static_shapes=True) if mode else example
-    node.meta.update(val=fake, example_value=fake)
+    node.meta["example_value"] = fake  # no "val": Inductor would take it for an exported graph's
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     node._dynamo_source = ConstantSource(name)
     return node

@@ -466,6 +466,19 @@ def test_reduce_overhead() -> None:
     assert 25 <= sqnr_db(model(x).detach(), out) < 60
 
 
+def test_inductor_cpp_wrapper() -> None:
+    """Calls without Python: the inputs that the scales come in by are inputs like any other."""
+    model, x = nn.Linear(32, 48), torch.randn(16, 32)
+    results = []
+    for wrapper in (False, True):
+        torch._dynamo.reset()
+        options = {"decline_slower": False, "inductor": {"cpp_wrapper": wrapper}}
+        with torch.no_grad():
+            results.append(torch.compile(model, backend="fp8", options=options)(x))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert 25 <= sqnr_db(model(x).detach(), results[0]) < 60
+
+
 @pytest.mark.parametrize(
     "inductor", [{"use_joint_graph_passes": False}, {"use_dce": False}], ids=str
 )

@@ -128,6 +128,17 @@ def median_ms_in_turns(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def host_ms(step: Callable[[], object], device: torch.device, steps: int = 10) -> float:
+    """Median time that the host takes for ``step`` while the device has nothing else to do."""
+    times = []
+    for _ in range(steps):
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
 def train_of(calls: Sequence[Callable[[], object]], count: int) -> torch.cuda.CUDAGraph:
     """A CUDA graph of ``count`` calls, in turns: the host's time per launch does not count."""
     for call in calls:
