@@ -57,11 +57,9 @@ def tiles(region: Region) -> list[Tile]:
 
 
 def _of_whole_blocks(region: Region, usual: list[Tile]) -> list[Tile]:
-    """Tiles that blocks fill: whole rows; as high as the blocks of columns, where these are all; or
-    one block where both copies have blocks of 128.
+    """Tiles that blocks fill: whole rows, as wide as a block at least; as high as the blocks of
+    columns, where these are all; or one block where both copies have blocks of 128.
     """
-    if region.finds_row_scales:
-        return _whole_rows(region)
     inside = [cast for cast in region.blocks if cast not in region.searched]
     high, wide = (max(sizes) for sizes in zip(*map(_extent, inside), strict=True))
     if all(cast.block == (1, GROUP) and "fp8" not in cast.outputs for cast in inside):
@@ -70,7 +68,7 @@ def _of_whole_blocks(region: Region, usual: list[Tile]) -> list[Tile]:
         # With 4 warps a result of many loads does not fit into registers.
         warps = (4, 8) if emit_once(region).loads_little else (8, 16)
         return [Tile(GROUP, GROUP, count) for count in warps]
-    if region.reduces and not region.sums_apart:
+    if region.whole_rows:
         return [replace(tile, block_n=max(tile.block_n, wide)) for tile in usual]
     found = [tile for tile in usual if tile.block_m % high == tile.block_n % wide == 0]
     return found or [Tile(max(high, 32), max(wide, 32), count) for count in (4, 8)]

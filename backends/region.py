@@ -199,6 +199,13 @@ class Region:
         return any("fp8_t" in cast.outputs for cast in (*self.casts, *self.blocks))
 
     @property
+    def takes_high_tiles(self) -> bool:
+        """Whether tiles of whole rows have too few of them: for a transposed copy, or for blocks of
+        several rows.
+        """
+        return self.transposes or any(cast.block[0] > 1 for cast in self.blocks)
+
+    @property
     def scales_rows(self) -> bool:
         """Whether a cast has a scale per row."""
         return any(cast.block[1] == 0 for cast in self.blocks)
@@ -206,7 +213,7 @@ class Region:
     @property
     def finds_row_scales(self) -> bool:
         """Whether the program that casts a row finds its scale, as it holds the whole of it."""
-        return self.scales_rows and not (self.transposes or self._is_long)
+        return self.scales_rows and not (self.takes_high_tiles or self._is_long)
 
     @cached_property
     def searched(self) -> list[Cast]:
@@ -216,7 +223,7 @@ class Region:
         where one is too long for a program. Those of blocks that no fast tile holds, unless so
         little is computed that a tile of whole blocks is still faster than to read all twice.
         """
-        rows, blocks = self.scales_rows and (self.transposes or self._is_long), self._is_heavy
+        rows, blocks = self.scales_rows and not self.finds_row_scales, self._is_heavy
         return [
             cast
             for cast in self.blocks
@@ -293,11 +300,8 @@ class Region:
 
     @property
     def sums_apart(self) -> bool:
-        """Whether a kernel before computes the reductions over rows: tiles of whole rows have too
-        few for a transposed copy, or for blocks of several rows.
-        """
-        high = any(cast.block[0] > 1 for cast in self.blocks)
-        return self.reduces and (self.transposes or high)
+        """Whether a kernel before computes the reductions over rows."""
+        return self.reduces and self.takes_high_tiles
 
     @property
     def whole_rows(self) -> bool:

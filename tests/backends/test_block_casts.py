@@ -79,6 +79,24 @@ def test_a_cast_alone_is_the_reference_bit_by_bit(
             assert torch.equal(bits(expected), bits(found)), tile
 
 
+@pytest.mark.parametrize("block", [(1, 32), (1, 128), (128, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 32), (33, 16), (130, 200)], ids=str)
+def test_rows_and_blocks_of_one_value(shape: tuple[int, int], block: tuple[int, int]) -> None:
+    """As where two GEMMs with recipes of their own read it: tiles hold whole rows and blocks, or
+    the scales of rows are found before.
+    """
+
+    def both(x: Tensor) -> list[Tensor]:
+        rows, blocks = (quantize(x, size, copies=(True, False)) for size in ((1, 0), block))
+        return [*rows, *blocks]
+
+    x = uneven(*shape)
+    case = only_region(both, x=x)
+    for tile in tiles(case.region):
+        for expected, found in zip(both(x), case.run(tile).values(), strict=True):
+            assert torch.equal(bits(expected), bits(found)), tile
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_scales_that_are_powers_of_two_and_the_other_format(block: tuple[int, int]) -> None:
     x = uneven(130, 200)
