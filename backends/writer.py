@@ -74,7 +74,7 @@ class Writer(TileText):
         if not self.region.completes_sums:
             return []
         counter = f"words_ptr + {self.region.first_counter} + tile_n"
-        tiles_m = f"tl.cdiv({self._covered('M')}, BLOCK_M)"
+        tiles_m = self._tiles_along("M")
         inner = [
             "tl.debug_barrier()",
             f"tl.store({counter}, 0)",  # so that the same buffer serves another launch
@@ -90,7 +90,7 @@ class Writer(TileText):
         """Compute the results of one tile and store them; of several, where a program loops."""
         padding = self.region.padding
         lines = self._extent(padding, padding) if padding > 1 else self._extent()
-        lines.append(f"tiles_n = tl.cdiv({self._covered('N')}, BLOCK_N)")
+        lines.append(f"tiles_n = {self._tiles_along('N')}")
         if self.search_inside:
             lines += self.before.search_if_needed()
         for i in range(len(self.region.scales)):
@@ -113,10 +113,10 @@ class Writer(TileText):
             lines += self._leave_sum(i, f"col_sum_{i}", "tl.program_id(0)")
         return lines + self._leave_scales()
 
-    def _covered(self, side: str) -> str:
-        """How much of a side of the space, and of the padding behind it, tiles cover."""
+    def _tiles_along(self, side: str) -> str:
+        """How many tiles cover a side of the space, and the padding behind it."""
         padding = self.region.padding
-        return padded_text(side, padding) if padding > 1 else side
+        return f"tl.cdiv({padded_text(side, padding) if padding > 1 else side}, BLOCK_{side})"
 
     def _ordered_place(self) -> list[str]:
         """Where the tile lies. Of tiles that use sums made before, several rows of them are taken
@@ -126,7 +126,7 @@ class Writer(TileText):
         place = self._place()
         if not self.region.sums_apart:
             return place
-        position = f"tile_position(tile, tl.cdiv(M, BLOCK_M), tiles_n, {_ROWS_OF_TILES})"
+        position = f"tile_position(tile, {self._tiles_along('M')}, tiles_n, {_ROWS_OF_TILES})"
         return [f"tile_m, tile_n = {position}", *place[2:]]
 
     def _stages(self) -> int:

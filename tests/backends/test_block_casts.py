@@ -97,6 +97,22 @@ def test_rows_and_blocks_of_one_value(shape: tuple[int, int], block: tuple[int, 
             assert torch.equal(bits(expected), bits(found)), tile
 
 
+@pytest.mark.parametrize("rows", [20, 130])
+def test_tiles_of_sums_made_before_cover_the_padding(rows: int) -> None:
+    """The last of them may hold nothing else: a transposed copy is padded to blocks of 128."""
+
+    def twice(x: Tensor, w: Tensor) -> list[Tensor]:
+        y = norm(x, w)
+        return [*quantize(y, (1, 128)), *quantize(y, (1, 32), copies=(True, False))]
+
+    case = only_region(twice, x=uneven(rows, 200), w=torch.randn(200).bfloat16())
+    assert case.region.sums_apart and case.region.searched
+    want = case.oracle()
+    for tile in tiles(case.region):
+        found = case.run(tile)
+        assert all(close(want[key], found[key]) for key in want), tile
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_scales_that_are_powers_of_two_and_the_other_format(block: tuple[int, int]) -> None:
     x = uneven(130, 200)
