@@ -190,6 +190,35 @@ def fine_launches() -> Iterator[tuple[str, Launch]]:
     gated = {name: torch.ones(M, N, dtype=BF16) for name in ("gate", "up", "g")}
     for block in ((1, 0), (1, 128)):
         yield from searched(f"gated {block}", only_region(partial(gate_backward, block), **gated))
+    yield from two_recipes()
+
+
+def two_recipes() -> Iterator[tuple[str, Launch]]:
+    """What two GEMMs with recipes of their own read: a matrix narrower than a block, weights, and a
+    norm whose transposed copy has a tile of padding only.
+    """
+
+    def rows_and_blocks(block: tuple[int, int], x: torch.Tensor) -> list[torch.Tensor]:
+        rows, blocks = (
+            torch.ops.fp8.quantize_blocks(x, size, False, E4M3, True, False)
+            for size in ((1, 0), block)
+        )
+        return [*rows[0::2], *blocks[0::2]]
+
+    def norm_of_both(x: torch.Tensor) -> list[torch.Tensor]:
+        y = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True)).to(x.dtype)
+        groups = torch.ops.fp8.quantize_blocks(y, (1, 32), False, E4M3, True, False)
+        return [*torch.ops.fp8.quantize_blocks(y, (1, 128), False, E4M3, True, True), *groups[0::2]]
+
+    cases = {
+        "narrow (1, 128)": (partial(rows_and_blocks, (1, 128)), (M, 32)),
+        "weights (128, 128)": (partial(rows_and_blocks, (128, 128)), (M, N)),
+        "norm": (norm_of_both, (M + 2, N)),
+    }
+    for name, (fn, shape) in cases.items():
+        case = only_region(fn, x=torch.ones(shape, dtype=BF16))
+        for launch in prepare(case.gm, case.inputs)[0]:
+            yield f"region of two recipes, {name} {launch.kernel.fn.__name__}", launch
 
 
 def searched(name: str, case: Case) -> Iterator[tuple[str, Launch]]:
