@@ -34,6 +34,18 @@ def code_of(title: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", section(title), re.DOTALL)
 
 
+def test_the_first_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In one file, from the top, as a reader would have it."""
+    torch._dynamo.reset()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    train, save = code_of("Use it")
+    exec(train, names)
+    exec(save, names)
+    state = fp8compile.state_dict(names["model"])
+    assert state["0.weight.scale"].count_nonzero() and (tmp_path / "scales.pt").exists()
+
+
 def test_what_explain_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The first example of the README, and what it says that explain prints for it."""
     torch._dynamo.reset()
