@@ -104,7 +104,9 @@ class Before(TileText):
     # --- a function ----------------------------------------------------------------------------
 
     def search_if_needed(self) -> list[str]:
-        call = f"{self._search_name}({', '.join([*self._read(), 'BLOCK_M', 'BLOCK_N'])})"
+        # In tiles as high as a set, which take no more registers than the results do.
+        height = "BLOCK_M // 4" if self.region.transposes else "BLOCK_M"
+        call = f"{self._search_name}({', '.join([*self._read(), height, 'BLOCK_N'])})"
         return [f"known = {self._known()}", "if not known:", f"    {call}"]
 
     def search_function(self) -> str:

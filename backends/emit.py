@@ -24,6 +24,8 @@ from .region import Region
 from .values import Values
 from .writer import Writer
 
+_SMALL = 2**25  # elements
+
 
 @dataclass(frozen=True)
 class Source:
@@ -76,11 +78,19 @@ def search_apart(region: Region) -> bool:
     """Whether a kernel of its own looks for a missing amax, of the whole or of rows or blocks.
 
     Transposed copies are made of small tiles: to wait for the scales, before anything else is
-    loaded, takes such kernels 12 to 23 % longer (H200). It costs others 2 %, and spares a launch.
-    Where no scale is ever known, every step searches, which a kernel without a wait does faster.
+    loaded, takes such kernels 12 to 23 % longer (H200). It costs others 2 %, and spares a launch,
+    which is more than a small matrix takes. Where no scale is ever known, every step searches,
+    which a kernel without a wait does faster.
     """
-    elsewhere = region.search_in_sums or not (region.transposes or region.always_searches)
+    waits_long = region.transposes and not _is_small(region)
+    elsewhere = region.search_in_sums or not (waits_long or region.always_searches)
     return (region.searches and not elsewhere) or bool(region.searched)
+
+
+def _is_small(region: Region) -> bool:
+    """Whether a cast takes no longer than two dozen microseconds, a launch of the host's."""
+    size = region.space.size
+    return bool(size.is_number) and size <= _SMALL
 
 
 @dataclass(frozen=True)

@@ -91,12 +91,11 @@ class Writer(TileText):
         padding = self.region.padding
         lines = self._extent(padding, padding) if padding > 1 else self._extent()
         lines.append(f"tiles_n = {self._tiles_along('N')}")
-        if self.search_inside:
-            lines += self.before.search_if_needed()
         for i in range(len(self.region.scales)):
             lines.append(f"bits_{i} = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)")
         casts = list(enumerate(self.region.casts))
-        scales = [self._scale(i, cast) for i, cast in casts]
+        scales = self.before.search_if_needed() if self.search_inside else []
+        scales += [self._scale(i, cast) for i, cast in casts]
         told = [line for i, cast in casts for line in self._tell_scale(i, cast)]
         if not self.region.loops:
             lines += [*self._ordered_place(), *self._rows(), *self._cols()]
@@ -138,7 +137,7 @@ class Writer(TileText):
 
     def _stored_tile(self, scales: Sequence[str] = ()) -> list[str]:
         """Compute the results of a tile whose place is known, and store them. ``scales``: what
-        loads those of casts, after the values, whose loads would else wait for them.
+        finds those of casts, after the values, whose loads would else wait for them.
         """
         lines = self._totals()
         for _, searched in self._searched():

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
 
+from fp8compile.backends import emit, fused
 from fp8compile.backends.bundle import bundle_launch, emit_bundle, prefix, tile_of
 from fp8compile.backends.fused import Tile, prepare, run_region
 from fp8compile.backends.kernels.launch import Launch
@@ -39,6 +41,14 @@ def what_nobody_writes_is_nan() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def no_region_is_small() -> Iterator[None]:
+    """As for large matrices, a kernel of its own looks for a missing amax of transposed copies."""
+    small = mock.patch.object(emit, "_SMALL", 0)
+    with small, mock.patch.dict(fused._emitted, clear=True):
+        yield
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -11,12 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8compile.backends.emit import emit, search_apart
+from fp8compile.backends.emit import Source, emit, search_apart
 from fp8compile.backends.fused import Tile, partial_rows, prepare, tiles
 from fp8compile.backends.kernels.launch import run
 from fp8compile.ops import padded
 from fp8compile.regions import POINTWISE, POWERS
-from tests.backends.common import E5M2, Case, assert_close, only_region, parts_of_region, quantize
+from tests.backends.common import (
+    E5M2,
+    Case,
+    assert_close,
+    no_region_is_small,
+    only_region,
+    parts_of_region,
+    quantize,
+)
 from tests.models import rotate
 
 Outputs = tuple[Tensor, ...]
@@ -312,25 +321,45 @@ KINDS = ("plain", "layer_norm_rows", "norm_of_sum", "norm_backward", "swiglu_bac
 
 @pytest.mark.parametrize("scales", [None, [0.0, 0.0], [0.0, 700.0]], ids=str)
 @pytest.mark.parametrize("name", KINDS)
-def test_without_a_scale_the_current_one_is_used(name: str, scales: list[float] | None) -> None:
+@pytest.mark.parametrize("size", [nullcontext, no_region_is_small], ids=["small", "large"])
+def test_without_a_scale_the_current_one_is_used(
+    size: Callable[[], AbstractContextManager[None]], name: str, scales: list[float] | None
+) -> None:
     case = make(name, scales)
-    assert_close(case.run(), case.oracle())
+    with size():
+        assert_close(case.run(), case.oracle())
 
 
 def test_the_search_for_amax_is_left_out_where_every_scale_is_known() -> None:
-    rows, tiled = (emit(make(name, [30.0]).region).text for name in ("row_major_only", "plain"))
-    assert "known = (tl.load(scale_0_ptr) > 0)\n    if not known:\n        _search(" in rows
+    names = ("row_major_only", "plain")
+    inside = [emit(make(name, [30.0]).region).text for name in names]
+    with no_region_is_small():
+        rows, tiled = (emit(make(name, [30.0]).region).text for name in names)
+    for text in (*inside, rows):
+        assert "known = (tl.load(scale_0_ptr) > 0)\n    if not known:\n        _search(" in text
     assert "tiles = tl.where((tl.load(scale_0_ptr) > 0), 0, tiles)" in tiled
-    for name in ("row_major_only", "plain"):  # every step searches, in a kernel of its own
+    for name in names:  # every step searches, in a kernel of its own
         always = emit(make(name, None).region)
         assert always.amax_name in always.text and "scale_0_ptr" not in always.text
 
 
-def test_only_kernels_of_large_tiles_look_for_a_missing_amax_themselves() -> None:
-    rows, tiled = (emit(make(name, [30.0]).region) for name in ("row_major_only", "plain"))
-    assert rows.amax_name not in rows.text
-    main = tiled.text.split(f"def {tiled.name}(")[1].split("@triton.jit")[0]
-    assert tiled.amax_name in tiled.text and "_search(" not in main
+def test_kernels_of_small_tiles_look_for_a_missing_amax_of_small_matrices_only() -> None:
+    def main(source: Source) -> str:
+        return source.text.split(f"def {source.name}(")[1].split("@triton.jit")[0]
+
+    rows, small = (emit(make(name, [30.0]).region) for name in ("row_major_only", "plain"))
+    for source in (rows, small):
+        assert source.amax_name not in source.text and "_search(" in main(source)
+    with no_region_is_small():
+        large = emit(make("plain", [30.0]).region)
+    assert large.amax_name in large.text and "_search(" not in main(large)
+
+
+def test_values_are_under_way_when_a_search_is_decided_on() -> None:
+    """Which waits for a scale; and by as high tiles as one of the four sets of rows."""
+    text = emit(make("plain", [30.0]).region).text
+    assert "_search(input_1_ptr, words_ptr, BLOCK_M // 4, BLOCK_N)" in text
+    assert text.rindex("= _values(") < text.index("known = ") < text.index("resolve_scale(tl")
 
 
 def test_a_search_at_every_call_makes_the_sums_over_rows_too() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fp8compile.backends.fused import Tile, prepare, tiles
 from fp8compile.backends.kernels.launch import run
-from tests.backends.common import DEVICE, Case, assert_close, only_region
+from tests.backends.common import DEVICE, Case, assert_close, no_region_is_small, only_region
 
 FORMATS = [torch.float8_e4m3fn, torch.float8_e5m2]
 LARGEST_SCALE = 2.0**126
@@ -117,6 +117,12 @@ INPUTS = {
 @pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS)
 def test_values(make: Callable[[], Tensor], scale: float | None, fmt: torch.dtype) -> None:
     check(make(), scale, fmt)
+
+
+@pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS)
+def test_values_of_a_large_matrix_without_a_scale(make: Callable[[], Tensor]) -> None:
+    with no_region_is_small():
+        check(make(), 0.0, FORMATS[0])
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
