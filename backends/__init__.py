@@ -14,6 +14,7 @@ from torch import fx
 from ..cost import Device
 from ..errors import OptionError
 from ..report import KernelRow
+from . import cublaslt  # and so its operator is there for compiled code from a cache
 
 REFERENCE, TRITON = "reference", "triton"
 MIN_CAPABILITY = (9, 0)
@@ -51,6 +52,11 @@ def why_not_triton(device: torch.device) -> str | None:
     return None
 
 
+def library_versions(kernels: str) -> tuple[int | None, ...]:
+    """Of what compiled code depends on, besides PyTorch and Triton."""
+    return () if kernels == REFERENCE else (cublaslt.version(),)
+
+
 def device_constants(device: torch.device) -> Device:
     """What FP8's gain is predicted from; without an FP8 GPU, the constants of an H200."""
     from .device import ASSUMED, constants_of
@@ -68,7 +74,9 @@ def lower(gm: fx.GraphModule, kernels: str) -> dict[str, str]:
 
 
 def kernel_name(node: fx.Node, kernels: str) -> str:
-    """What runs an ``fp8::scaled_mm`` node: "reference", "cublaslt" or our kernel and its tile."""
+    """What runs an ``fp8::scaled_mm`` node: "reference", "cublaslt", "cublaslt #2" (the algorithm
+    after the first two that it lists) or our kernel and its tile.
+    """
     if kernels == REFERENCE:
         return REFERENCE
     from .gemm_choice import gemm_kernel_name

@@ -1,4 +1,4 @@
-"""What multiplies the operands of a GEMM's node: PyTorch's operator, or which kernel of ours.
+"""What multiplies a GEMM's operands: PyTorch's operator, another algorithm of cuBLASLt, or ours.
 
 Tensorwise GEMMs are timed (tuning.py); for those with a scale per row or block it is known.
 """
@@ -20,7 +20,7 @@ from .kernels.scaled_mm_few_rows import (
     FewRowsConfig,
     few_rows_config_for,
 )
-from .tuning import CUBLASLT, GemmShape, choose_gemm
+from .tuning import CUBLASLT, CublasltAlgorithm, GemmShape, choose_gemm
 
 
 def gemm_kernel_name(node: fx.Node) -> str:
@@ -30,8 +30,10 @@ def gemm_kernel_name(node: fx.Node) -> str:
             return f"triton {few_rows}"
         return "_scaled_mm" if is_scaled_mm(node) else f"triton {block_config(node)}"
     device = args_of(node)[0].meta["val"].device
-    config = choose_gemm(gemm_shape(node), device.index or 0)
-    return CUBLASLT if config is None else f"triton {config}"
+    choice = choose_gemm(gemm_shape(node), device.index or 0)
+    if choice is None or isinstance(choice, CublasltAlgorithm):
+        return str(choice or CUBLASLT)
+    return f"triton {choice}"
 
 
 def few_rows_config(node: fx.Node) -> FewRowsConfig | None:
@@ -70,4 +72,5 @@ def gemm_shape(node: fx.Node) -> GemmShape:
         fast_accum=bool(fast_accum),
         aligned=is_aligned(size_expr(b.meta["val"].shape[0])),
         grows=m <= FEW_ROWS and not stays_below(a.meta["val"].shape[0], FEW_ROWS),
+        fixed=all(isinstance(size, int) for size in (*a.meta["val"].shape, b.meta["val"].shape[0])),
     )

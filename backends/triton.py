@@ -41,6 +41,7 @@ from ..ir import (
 from ..regions import is_aligned
 from .block_gemms import inline, is_scaled_mm, lower_to_scaled_mm
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
+from .cublaslt import SCALED_MM_CUBLASLT
 from .fused import emit_once, launches, partial_rows, tiles
 from .gemm_choice import block_config, few_rows_config, gemm_shape
 from .kernels.launch import Launch
@@ -53,7 +54,7 @@ from .kernels.scaled_mm_few_rows import (
 )
 from .kernels.update_scales import update_scales
 from .region import Cast, Region
-from .tuning import choose_gemm
+from .tuning import CublasltAlgorithm, choose_gemm
 
 _ALIGNED = 4  # words: parts of a buffer that start at multiples of it can share a compiled kernel
 
@@ -273,18 +274,21 @@ class _Lowering:
         raise PassError("lower", f"no tensor of the graph has the size {expr}", before)
 
     def scaled_mm(self, node: fx.Node) -> None:
-        """``fp8::scaled_mm`` -> our kernel or ``aten._scaled_mm``, whichever is faster here."""
+        """``fp8::scaled_mm`` -> cuBLASLt or our kernel, whichever is fastest here."""
         shape, device = gemm_shape(node), args_of(node)[0].meta["val"].device.index or 0
-        config = choose_gemm(shape, device)
-        if config is None:
+        choice = choose_gemm(shape, device)
+        if choice is None:
+            out = self._scaled_mm(node)
+        elif isinstance(choice, CublasltAlgorithm):
+            args = (*args_of(node), choice.index)
             with self.graph.inserting_before(node):
-                out = self._cublaslt(node)
-        elif isinstance(config, FewRowsConfig):
-            out = self._few_rows(node, config, ONE_SCALE)
+                out = emit(self.graph, SCALED_MM_CUBLASLT, args, f"{node.name}_lt", like=node)
+        elif isinstance(choice, FewRowsConfig):
+            out = self._few_rows(node, choice, ONE_SCALE)
         else:
             launch = functools.partial(
                 scaled_mm_launch,
-                config=config,
+                config=choice,
                 fast_accum=args_of(node)[-1],
                 aligned=shape.aligned,
                 num_sms=_multiprocessors(device),
@@ -345,11 +349,13 @@ class _Lowering:
         self._keep_source(stem, _configured_source(launch))
         return out
 
-    def _cublaslt(self, node: fx.Node) -> fx.Node:
+    def _scaled_mm(self, node: fx.Node) -> fx.Node:
+        """``aten._scaled_mm``: cuBLASLt's first algorithm."""
         a, b, a_scale_inv, b_scale_inv, bias, out_dtype, fast_accum = args_of(node)
-        right = emit(self.graph, aten.permute.default, (b, [1, 0]), f"{b}_right")
-        args = (a, right, a_scale_inv, b_scale_inv, bias, None, out_dtype, fast_accum)
-        return emit(self.graph, aten._scaled_mm.default, args, f"{node.name}_lt", like=node)
+        with self.graph.inserting_before(node):
+            right = emit(self.graph, aten.permute.default, (b, [1, 0]), f"{b}_right")
+            args = (a, right, a_scale_inv, b_scale_inv, bias, None, out_dtype, fast_accum)
+            return emit(self.graph, aten._scaled_mm.default, args, f"{node.name}_lt", like=node)
 
     def _materialize(self, value: fx.Node) -> None:
         """Have a value that Inductor computes written once, for both launches that read it."""

@@ -1,4 +1,4 @@
-"""Choose what multiplies a GEMM shape fastest: cuBLASLt or one of our tile configurations.
+"""Choose what multiplies a GEMM shape fastest: which algorithm of cuBLASLt, or one of our tiles.
 
 Each shape is timed once per device and remembered in a file beside Inductor's own caches.
 """
@@ -17,8 +17,10 @@ import triton
 from torch import Tensor
 
 from ..formats import Format
-from ..internals import cache_folder, outside_tracing
+from ..internals import cache_folder, outside_tracing, pause
 from ..progress import progress
+from . import cublaslt
+from .cublaslt import MOST_ALGORITHMS, SCALED_MM_CUBLASLT, CublasltError
 from .json_file import add_entry, read_entries
 from .kernels.scaled_mm import TileConfig, candidates, scaled_mm
 from .kernels.scaled_mm_few_rows import (
@@ -37,15 +39,31 @@ _TIMED_CONFIGS, _TIMED_CONFIGS_ALONE = 1, 3
 _WARMUP, _ROUNDS, _BATCH_US = 5, 7, 2000
 _MOST_COPIES = 256  # of matrices below 0.4 MB, whose launches take longer than reading them
 _NOISE = 0.01
+# What an algorithm of cuBLASLt has to save: launched from Python, it takes the host 4 to 11
+# microseconds more than PyTorch's operator does (144 GEMMs of GPT-2 small, H200).
+_LAUNCH_US = 10.0
+_HOPELESS = 1.2  # times the fastest: what took that long in the first round is not timed again
 _SAMPLE = 2**20  # random numbers, which operands repeat
 
-Choice = TileConfig | FewRowsConfig | None  # None stands for cuBLASLt
+
+@dataclass(frozen=True)
+class CublasltAlgorithm:
+    """An algorithm that cuBLASLt lists for a shape, from 1: ``aten._scaled_mm`` takes the first."""
+
+    index: int
+
+    def __str__(self) -> str:
+        return f"{CUBLASLT} #{self.index}"
+
+
+Choice = TileConfig | FewRowsConfig | CublasltAlgorithm | None  # None: aten._scaled_mm
 
 
 @dataclass(frozen=True)
 class GemmShape:
-    """What a choice depends on. ``m``, ``n``, ``k``: hints where they are symbolic; ``aligned``:
-    whether n is known to be a multiple of 16; ``grows``: whether few rows may become many.
+    """What a choice depends on. ``m``, ``n``, ``k``: hints where they are symbolic, and then not
+    ``fixed``; ``aligned``: whether n is known to be a multiple of 16; ``grows``: whether few rows
+    may become many.
     """
 
     m: int
@@ -58,6 +76,7 @@ class GemmShape:
     fast_accum: bool
     aligned: bool = True
     grows: bool = False
+    fixed: bool = True
 
     @property
     def has_few_rows(self) -> bool:
@@ -70,8 +89,15 @@ class GemmShape:
         formats = f"{Format.of(self.left)}x{Format.of(self.right)}"
         accum = "fast" if self.fast_accum else "precise"
         types = f"{formats} {short(self.out)} bias={short(self.bias)}"
-        rows = ("" if self.aligned else " unaligned") + (" grows" if self.grows else "")
-        return f"{self.m}x{self.n}x{self.k} {types} {accum}{rows}"
+        marks = {" unaligned": not self.aligned, " grows": self.grows, " symbolic": not self.fixed}
+        marked = "".join(mark for mark, applies in marks.items() if applies)
+        return f"{self.m}x{self.n}x{self.k} {types} {accum}{marked}"
+
+    @property
+    def gemm(self) -> cublaslt.Gemm:
+        """What cuBLASLt is told of it."""
+        sizes, dtypes = (self.m, self.n, self.k), (self.left, self.right, self.out)
+        return cublaslt.Gemm(*sizes, *dtypes, self.bias is not None, self.fast_accum)
 
 
 def cublaslt_supports(shape: GemmShape) -> bool:
@@ -97,21 +123,35 @@ def choose_gemm(shape: GemmShape, device_index: int) -> Choice:
         guess = choices(shape)[0]
         log.warning("no memory left to time %s; taking %s", shape, guess or CUBLASLT)
         return guess
-    # Within the noise cuBLASLt is preferred: its launch is cheaper.
-    best = min(times, key=lambda c: times[c] * (1.0 if c is None else 1 + _NOISE))
+    best = min(times, key=lambda choice: _cost(choice, times[choice]))
     log.debug("%s: %s", shape, {str(c or CUBLASLT): f"{t:.1f} us" for c, t in times.items()})
     add_entry(file, str(shape), _entry(best))
     return best
 
 
+def _cost(choice: Choice, us: float) -> float:
+    """What a choice is judged by: PyTorch's own operator is preferred within the noise, and to one
+    whose launch takes longer.
+    """
+    if isinstance(choice, CublasltAlgorithm):
+        return us + _LAUNCH_US
+    return us if choice is None else us * (1 + _NOISE)
+
+
 def choices(shape: GemmShape) -> list[Choice]:
-    """What is worth timing for a shape; None stands for cuBLASLt."""
+    """What is worth timing for a shape, PyTorch's operator first where it can do the job.
+
+    Algorithms of cuBLASLt are listed for known sizes: the same index is another one for others.
+    """
     m, n, k, aligned = shape.m, shape.n, shape.k, shape.aligned
-    cublaslt = [None] if cublaslt_supports(shape) else []
+    found: list[Choice] = [None] if cublaslt_supports(shape) else []
     if shape.has_few_rows:
-        return [*cublaslt, few_rows_config_for(m, n, fast_accum=shape.fast_accum)]
+        return [*found, few_rows_config_for(m, n, fast_accum=shape.fast_accum)]
     configs = candidates(m, n, k, fast_accum=shape.fast_accum, aligned=aligned)
-    return [*cublaslt, *configs[: _TIMED_CONFIGS if cublaslt else _TIMED_CONFIGS_ALONE]]
+    timed = configs[: _TIMED_CONFIGS if found else _TIMED_CONFIGS_ALONE]
+    if found and shape.fixed:
+        found += [CublasltAlgorithm(index) for index in range(1, MOST_ALGORITHMS)]
+    return [*found, *timed]
 
 
 def _entry(choice: Choice) -> dict[str, int | bool] | None:
@@ -128,23 +168,44 @@ def time_choices(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
         _operand(shape.n, shape.k, shape.right, device) for _ in range(_copies(shape, device))
     ]
 
-    def multiply(choice: Choice, b: Tensor) -> None:
-        operands, out, fast = (a, b, one, one, bias), shape.out, shape.fast_accum
-        if choice is None:
-            torch._scaled_mm(a, b.t(), one, one, bias, out_dtype=out, use_fast_accum=fast)
-        elif isinstance(choice, FewRowsConfig):
-            scaled_mm_few_rows(*operands, out_dtype=out, config=choice, fast_accum=fast)
-        else:
-            aligned = shape.aligned
-            scaled_mm(*operands, out_dtype=out, config=choice, fast_accum=fast, aligned=aligned)
-
     def run(choice: Choice) -> None:
         for b in rights:
-            multiply(choice, b)
+            multiply(choice, shape, a, b, one, one, bias)
 
-    runs = {choice: functools.partial(run, choice) for choice in choices(shape)}
+    runs = {choice: functools.partial(run, choice) for choice in _offered(shape, device)}
     times = _fastest(runs, f"autotuning {shape}", as_graph=shape.has_few_rows)
     return {choice: time / len(rights) for choice, time in times.items()}
+
+
+def _offered(shape: GemmShape, device: torch.device) -> list[Choice]:
+    """The choices without the algorithms that cuBLASLt does not list here."""
+    offered = choices(shape)
+    if any(isinstance(choice, CublasltAlgorithm) for choice in offered):
+        listed = cublaslt.listed(shape.gemm, device.index or 0)
+        offered = [c for c in offered if not isinstance(c, CublasltAlgorithm) or c.index < listed]
+    return offered
+
+
+def multiply(
+    choice: Choice,
+    shape: GemmShape,
+    a: Tensor,
+    b: Tensor,
+    a_scale_inv: Tensor,
+    b_scale_inv: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``fp8::scaled_mm`` of operands of a shape, by what was chosen."""
+    operands, out, fast = (a, b, a_scale_inv, b_scale_inv, bias), shape.out, shape.fast_accum
+    if choice is None:
+        scales = a_scale_inv, b_scale_inv
+        return torch._scaled_mm(a, b.t(), *scales, bias, out_dtype=out, use_fast_accum=fast)
+    if isinstance(choice, CublasltAlgorithm):
+        return SCALED_MM_CUBLASLT(*operands, out, fast, choice.index)
+    if isinstance(choice, FewRowsConfig):
+        return scaled_mm_few_rows(*operands, out_dtype=out, config=choice, fast_accum=fast)
+    aligned = shape.aligned
+    return scaled_mm(*operands, out_dtype=out, config=choice, fast_accum=fast, aligned=aligned)
 
 
 def _operand(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -172,18 +233,25 @@ def _fastest(
 ) -> dict[Choice, float]:
     """Microseconds per run of every choice, measured in turns so that clocks drift for all.
 
-    ``as_graph``: replayed, for what takes longer to launch than to run.
+    ``as_graph``: replayed, for what many launches make. Others queue up behind a pause: the host
+    may take longer to launch a GEMM than it runs.
     """
-    timed, batches = {}, {}
+    measures: dict[Choice, Callable[[], float]] = {}
     for choice, run in progress(runs.items(), what):  # their compiling takes the time
-        run()
-        timed[choice] = _captured(run) if as_graph else run
-        estimate = _microseconds(timed[choice], _WARMUP)
-        batches[choice] = max(1, int(_BATCH_US / estimate))
-    times: dict[Choice, list[float]] = {choice: [] for choice in runs}
-    for _ in range(_ROUNDS):
-        for choice, run in timed.items():
-            times[choice].append(_microseconds(run, batches[choice]))
+        try:
+            run()
+        except CublasltError as error:  # what is listed need not run; PyTorch's operator is there
+            log.debug("%s: %s", choice, error)
+            continue
+        timed = _captured(run) if as_graph else run
+        launches = max(1, int(_BATCH_US / _microseconds(timed, _WARMUP)))
+        measures[choice] = functools.partial(_microseconds_queued, timed, launches)
+    times = {choice: [measure()] for choice, measure in measures.items()}
+    limit = _HOPELESS * min(first for (first,) in times.values())
+    hopeful = [choice for choice, (first,) in times.items() if first <= limit]
+    for _ in range(_ROUNDS - 1):
+        for choice in hopeful:
+            times[choice].append(measures[choice]())
     return {choice: statistics.median(values) for choice, values in times.items()}
 
 
@@ -194,6 +262,12 @@ def _captured(run: Callable[[], None]) -> Callable[[], None]:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run()
     return graph.replay
+
+
+def _microseconds_queued(run: Callable[[], None], launches: int) -> float:
+    """The GPU waits for longer than the host takes, which is no more than the batch."""
+    pause(1.5 * _BATCH_US)
+    return _microseconds(run, launches)
 
 
 def _microseconds(run: Callable[[], None], launches: int) -> float:
@@ -211,5 +285,5 @@ def _microseconds(run: Callable[[], None], launches: int) -> float:
 
 def _cache_file(device_index: int) -> Path:
     name = torch.cuda.get_device_name(device_index).replace(" ", "_")
-    versions = f"torch{torch.__version__}_triton{triton.__version__}"
+    versions = f"torch{torch.__version__}_triton{triton.__version__}_cublaslt{cublaslt.version()}"
     return cache_folder() / f"gemm_{name}_{versions}.json"

@@ -23,7 +23,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import internals
-from .backends import TRITON, device_constants, kernel_name, lower, resolve_kernels
+from .backends import (
+    TRITON,
+    device_constants,
+    kernel_name,
+    library_versions,
+    lower,
+    resolve_kernels,
+)
 from .compiled_graph import CompiledGraph, is_parameter
 from .cost import DEVICES, Device
 from .dump import Dump
@@ -173,7 +180,7 @@ class GraphCompiler:
         """Everything the compiled code depends on, besides the graph itself."""
         skipped = tuple(self.options.skips(site.fqn) for site in self.sites)
         parts = (self.options.cache_key(), self.sites, skipped, self.kernels, self.predict_for)
-        return f"{internals.source_hash()}{parts}"
+        return f"{internals.source_hash()}{parts}{library_versions(self.kernels)}"
 
     def joint(self, gm: fx.GraphModule) -> None:
         """Rewrite the joint graph, or the only graph when there is no backward."""

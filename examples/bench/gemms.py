@@ -20,9 +20,15 @@ from llama_layers import LlamaShape
 from timing import median_gap_ms
 from torch import Tensor
 
-from fp8compile.backends.kernels.scaled_mm import TileConfig, candidates, scaled_mm
-from fp8compile.backends.kernels.scaled_mm_few_rows import FewRowsConfig, scaled_mm_few_rows
-from fp8compile.backends.tuning import Choice, GemmShape, choose_gemm, time_choices
+from fp8compile.backends.kernels.scaled_mm import TileConfig, candidates
+from fp8compile.backends.tuning import (
+    CUBLASLT,
+    Choice,
+    GemmShape,
+    choose_gemm,
+    multiply,
+    time_choices,
+)
 from fp8compile.progress import progress
 
 SETS = 3  # of operands, which take turns: no call finds its own in the L2 cache
@@ -88,7 +94,7 @@ class GemmResult:
 
     @property
     def best_kernel(self) -> Choice:
-        kernels = [choice for choice in self.speed if choice is not None]
+        kernels = [choice for choice in self.speed if isinstance(choice, TileConfig)]
         return max(kernels, key=lambda kernel: self.speed[kernel])
 
     @property
@@ -132,13 +138,9 @@ def random_operands(case: GemmCase) -> tuple[Tensor, Tensor]:
 def call(choice: Choice, a: Tensor, b: Tensor) -> Callable[[], Tensor]:
     """The multiplication as a function without arguments."""
     one = torch.ones(1, device=a.device)
-    if choice is None:
-        return lambda: torch._scaled_mm(
-            a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-    if isinstance(choice, FewRowsConfig):
-        return lambda: scaled_mm_few_rows(a, b, one, one, out_dtype=torch.bfloat16, config=choice)
-    return lambda: scaled_mm(a, b, one, one, out_dtype=torch.bfloat16, config=choice)
+    sizes, dtypes = (len(a), len(b), a.shape[1]), (a.dtype, b.dtype, torch.bfloat16)
+    shape = GemmShape(*sizes, *dtypes, bias=None, fast_accum=True)
+    return lambda: multiply(choice, shape, a, b, one, one)
 
 
 def fitting(case: GemmCase, operands: tuple[Tensor, Tensor]) -> list[TileConfig]:
@@ -183,18 +185,20 @@ def median_ms(calls: Sequence[Callable[[], object]], repeats: int) -> float:
 
 
 def print_gemms(results: list[GemmResult]) -> None:
-    print("\nTFLOP/s per GEMM (chosen: what the compiler launches)")
+    print("\nTFLOP/s per GEMM (cuBLASLt: its first algorithm; chosen: what the compiler launches)")
     print(
         f"{'':<10}{'role':<7}{'m':>7}{'n':>7}{'k':>7}{'cuBLASLt':>10}{'our kernel':>12}"
-        f"{'chosen':>8}{'ratio':>7}  our kernel's tiles"
+        f"{'chosen':>8}{'ratio':>7}  what was chosen"
     )
     for r in results:
         case, speed = r.case, r.tflops
         print(
             f"{case.names:<10}{case.role:<7}{case.m:>7}{case.n:>7}{case.k:>7}"
             f"{speed['cublaslt']:>10.0f}{speed['kernel']:>12.0f}{speed['chosen']:>8.0f}"
-            f"{speed['chosen'] / speed['cublaslt']:>6.2f}x  {r.best_kernel}"
+            f"{speed['chosen'] / speed['cublaslt']:>6.2f}x  {r.chosen or CUBLASLT}"
         )
+    ratios = [r.tflops["chosen"] / r.tflops["cublaslt"] for r in results]
+    print(f"geometric mean {statistics.geometric_mean(ratios):.3f}x, minimum {min(ratios):.2f}x")
 
 
 def print_few_rows() -> None:

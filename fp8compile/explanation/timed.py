@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ..backends import why_not_triton
+from ..backends.cublaslt import sizes_of
 from ..errors import OptionError, own_errors
 from ..options import parse_options
 from ..progress import progress
@@ -25,14 +26,14 @@ from ..untouched import fresh, left_as_it_was
 HIGH, FP8 = "its own precision", "FP8"
 _WARMUP, _ROUNDS, _STEPS, _PROFILED = 3, 5, 10, 3
 _OWN_GEMM = "_scaled_mm"  # what the names of our GEMM kernels begin with
-_CUBLASLT = "aten::_scaled_mm"
+_SCALED_MM = "aten::_scaled_mm"
 
 GemmSize = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """``measured``, and microseconds per FP8 step: of kernels by name, and of ``_scaled_mm``
+    """``measured``, and microseconds per FP8 step: of kernels by name, and of cuBLASLt
     calls by M, N and K.
     """
 
@@ -175,9 +176,14 @@ def _profiled(
             kernels[event.key] += event.self_device_time_total / _PROFILED
     gemms: dict[GemmSize, float] = defaultdict(float)
     for event in profiler.key_averages(group_by_input_shape=True):
-        if event.key == _CUBLASLT:
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue
+        size = sizes_of(event.key)
+        if event.key == _SCALED_MM:
             (m, k), (_, n) = event.input_shapes[:2]
-            gemms[m, n, k] += event.device_time_total / _PROFILED
+            size = m, n, k
+        if size is not None:
+            gemms[size] += event.device_time_total / _PROFILED
     return dict(kernels), dict(gemms)
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fp8compile.backends import triton as lowering
+from fp8compile.backends.cublaslt import SCALED_MM_CUBLASLT
 from fp8compile.backends.triton import lower_to_triton, stored
+from fp8compile.backends.tuning import CublasltAlgorithm, GemmShape
 from fp8compile.compile import compile_graph
 from fp8compile.internals import is_tangent
 from fp8compile.ir import aten
@@ -83,6 +85,39 @@ def test_nothing_of_the_fp8_ir_is_left(dynamic: bool) -> None:
         # Inductor of torch 2.11 looks up what every size is, used or not.
         arithmetic = [n for n in gm.graph.nodes if n.target in vars(operator).values()]
         assert all("val" in n.meta for n in arithmetic)
+
+
+def test_an_algorithm_of_cublaslt_is_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the operands as the casts write them, both K-major."""
+    shapes = []
+
+    def choose(shape: GemmShape, device_index: int) -> CublasltAlgorithm:
+        shapes.append(shape)
+        return CublasltAlgorithm(len(shapes))
+
+    monkeypatch.setattr(lowering, "choose_gemm", choose)
+    graphs = lowered(MLP(bias=True).bfloat16(), torch.randn(32, 64).bfloat16())
+    found = []
+    for gm in graphs.values():
+        gm.graph.lint()
+        assert not [n for n in gm.graph.nodes if "aten._scaled_mm" in str(n.target)]
+        for node in gm.graph.find_nodes(op="call_function", target=SCALED_MM_CUBLASLT):
+            a, b, _, _, bias, out_dtype, fast_accum, algorithm = node.args
+            (m, k), (n, same_k) = a.meta["val"].shape, b.meta["val"].shape
+            assert k == same_k and fast_accum
+            assert node.meta["val"].shape == (m, n) and node.meta["val"].dtype == out_dtype
+            shape = shapes[algorithm - 1]
+            assert (shape.m, shape.n, shape.k, shape.fixed) == (m, n, k, True)
+            assert (shape.bias is None) == (bias is None)
+            found.append(algorithm)
+    assert sorted(found) == list(range(1, len(shapes) + 1)) and len(found) >= 4
+
+
+def test_of_unknown_sizes_no_algorithm_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[GemmShape] = []
+    monkeypatch.setattr(lowering, "choose_gemm", lambda shape, device: shapes.append(shape))
+    lowered(MLP(bias=True).bfloat16(), torch.randn(32, 64).bfloat16(), dynamic=True)
+    assert shapes and not any(shape.fixed for shape in shapes)
 
 
 def test_the_launches_of_a_block() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +14,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fp8compile.backends import tuning
+from fp8compile.backends import cublaslt, tuning
+from fp8compile.backends.cublaslt import CublasltError
 from fp8compile.backends.json_file import add_entry, read_entries
+from fp8compile.backends.kernels.scaled_mm import TileConfig
 from fp8compile.backends.kernels.scaled_mm_few_rows import FEW_ROWS, FewRowsConfig
-from fp8compile.backends.tuning import Choice, GemmShape, choices, choose_gemm
+from fp8compile.backends.tuning import (
+    Choice,
+    CublasltAlgorithm,
+    GemmShape,
+    choices,
+    choose_gemm,
+    multiply,
+)
 
 E4M3 = torch.float8_e4m3fn
 ALIGNED = GemmShape(1024, 512, 256, E4M3, E4M3, torch.bfloat16, None, fast_accum=True)
@@ -56,6 +67,85 @@ def test_few_rows_have_a_kernel_of_their_own() -> None:
     assert [type(choice) for choice in choices(FEW)] == [type(None), FewRowsConfig]
     assert [type(choice) for choice in choices(replace(UNALIGNED, m=FEW_ROWS))] == [FewRowsConfig]
     assert FewRowsConfig not in map(type, choices(replace(FEW, m=FEW_ROWS + 1)))
+
+
+def test_algorithms_of_cublaslt_are_for_known_sizes_that_it_supports() -> None:
+    """An index into what cuBLASLt lists is another algorithm for other sizes."""
+    algorithms = [CublasltAlgorithm(index) for index in range(1, 8)]
+    assert choices(ALIGNED)[:-1] == [None, *algorithms]
+    assert isinstance(choices(ALIGNED)[-1], TileConfig)
+    symbolic = replace(ALIGNED, fixed=False)
+    assert choices(symbolic) == [None, choices(ALIGNED)[-1]]
+    assert str(symbolic) == f"{ALIGNED} symbolic"
+    assert not set(algorithms) & set(choices(UNALIGNED))
+
+
+def test_only_what_cublaslt_lists_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def listed(gemm: cublaslt.Gemm, device_index: int) -> int:
+        asked.append((gemm, device_index))
+        return 3
+
+    monkeypatch.setattr(cublaslt, "listed", listed)
+    device = torch.device("cuda", 1)
+    offered = tuning._offered(ALIGNED, device)
+    expected = [None, CublasltAlgorithm(1), CublasltAlgorithm(2), choices(ALIGNED)[-1]]
+    assert offered == expected
+    assert tuning._offered(UNALIGNED, device) == choices(UNALIGNED)
+    sizes, dtypes = (1024, 512, 256), (E4M3, E4M3, torch.bfloat16)
+    assert asked == [(cublaslt.Gemm(*sizes, *dtypes, False, True), 1)]
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_every_choice_multiplies(bias: bool) -> None:
+    """``_scaled_mm`` and our kernels have tests of their own; here, that each is called right."""
+    shape = replace(ALIGNED, m=32, n=48, k=64, bias=torch.bfloat16 if bias else None)
+    a, b = torch.randn(32, 64).to(E4M3), torch.randn(48, 64).to(E4M3)
+    a_scale_inv, b_scale_inv = torch.tensor([0.5]), torch.tensor([0.25])
+    added = torch.randn(48).bfloat16() if bias else None
+    want = a.float() @ b.float().t() * 0.125 + (0 if added is None else added)
+    few = replace(shape, m=16)
+    for choice in (*choices(shape)[-2:], choices(few)[-1]):
+        out = multiply(choice, shape, a, b, a_scale_inv, b_scale_inv, added)
+        torch.testing.assert_close(out.float(), want, rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize("as_graph", [False, True], ids=["queued", "as graph"])
+def test_what_took_too_long_once_is_not_timed_again(
+    monkeypatch: pytest.MonkeyPatch, as_graph: bool
+) -> None:
+    took = [10.0, 11.9, 12.1, 10.0]  # microseconds of a launch
+    estimated, measured = Counter[int](), Counter[int]()
+    pauses: list[float] = []
+
+    def microseconds(run: Callable[[], int], launches: int) -> float:
+        (measured if pauses else estimated)[run()] += 1
+        # Longer than what the host takes for a batch of launches that it cannot make any faster.
+        assert pauses in ([], [1.5 * tuning._BATCH_US])
+        assert launches == (int(tuning._BATCH_US / took[run()]) if pauses else tuning._WARMUP)
+        pauses.clear()
+        return took[run()]
+
+    monkeypatch.setattr(tuning, "_microseconds", microseconds)
+    monkeypatch.setattr(tuning, "_captured", lambda run: run)
+    monkeypatch.setattr(tuning, "pause", pauses.append)
+    choices = [CublasltAlgorithm(index) for index in range(4)]
+    runs: dict[Choice, Any] = {choice: partial(int, choice.index) for choice in choices}
+    times = tuning._fastest(runs, "autotuning", as_graph=as_graph)
+    assert [times[choice] for choice in choices] == took
+    assert estimated == dict.fromkeys(range(4), 1)
+    assert measured == dict.fromkeys(range(4), tuning._ROUNDS) | {2: 1}
+
+
+def test_an_algorithm_that_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        raise CublasltError("cublasLtMatmul", 15)
+
+    monkeypatch.setattr(tuning, "_microseconds", lambda run, launches: 10.0)
+    monkeypatch.setattr(tuning, "pause", lambda us: None)
+    runs: dict[Choice, Any] = {None: lambda: None, CublasltAlgorithm(1): refused}
+    assert tuning._fastest(runs, "autotuning", as_graph=False) == {None: 10.0}
 
 
 def test_few_rows_are_timed_with_matrices_that_are_not_in_l2(
@@ -128,8 +218,22 @@ def test_cublaslt_is_remembered_and_preferred_within_the_noise(
     assert timed == [ALIGNED]
 
 
+@pytest.mark.parametrize("saved", [9.9, 10.1], ids=str)
+def test_an_algorithm_of_cublaslt_has_to_save_what_its_launch_takes(
+    timed: list[GemmShape], monkeypatch: pytest.MonkeyPatch, saved: float
+) -> None:
+    def saving(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
+        return {c: 100.0 - saved * (c == CublasltAlgorithm(3)) for c in choices(shape)}
+
+    monkeypatch.setattr(tuning, "time_choices", saving)
+    expected = CublasltAlgorithm(3) if saved > 10 else None
+    assert in_another_process(ALIGNED) == in_another_process(ALIGNED) == expected
+    assert ("index" in str(read_entries(tuning._cache_file(0)))) == (saved > 10)
+
+
 BAD: dict[str, Any] = {
     "cublaslt_which_cannot": None,
+    "an_algorithm_of_cublaslt_which_cannot": {"index": 1},
     "a_text": "fast",
     "nothing": {},
     "a_field_too_few": {k: v for k, v in GOOD.items() if k != "num_warps"},

@@ -1,0 +1,383 @@
+"""The way to cuBLASLt: with its functions replaced, and on a GPU."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+from fp8compile.backends import cublaslt, triton, tuning
+from fp8compile.backends.cublaslt import CublasltError, Gemm
+from fp8compile.backends.tuning import CublasltAlgorithm, GemmShape
+from fp8compile.ops import scaled_mm
+from tests.models import MLP, sqnr_db
+
+OP = torch.ops.fp8.scaled_mm_cublaslt.default
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+GEMM = Gemm(32, 48, 64, E5M2, E4M3, torch.bfloat16, True, True)
+STREAM = 77
+CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+class Library:
+    """Answers like cuBLASLt, and notes what it is asked. Handles are numbers."""
+
+    def __init__(self) -> None:
+        self.set: dict[int, list[tuple[int, int]]] = {}  # of each descriptor: attribute, value
+        self.layouts: dict[int, tuple[int, int, int, int]] = {}
+        self.preferences: dict[int, int] = {}
+        self.matmuls: list[tuple[Any, ...]] = []
+        self.status = self.listing = 0
+        self._handles = iter(range(1, 1000))
+        for name, signature in cublaslt._SIGNATURES.items():
+            setattr(self, name, self._counting(getattr(self, name), len(signature)))
+
+    @staticmethod
+    def _counting(function: Callable[..., int], count: int) -> Callable[..., int]:
+        def call(*args: Any) -> int:
+            assert len(args) == count
+            return function(*args)
+
+        return call
+
+    def _new(self, pointer: Any) -> int:
+        pointer._obj.value = next(self._handles)
+        return int(pointer._obj.value)
+
+    def cublasLtGetVersion(self) -> int:
+        return 130100
+
+    def cublasLtCreate(self, handle: Any) -> int:
+        self._new(handle)
+        return 0
+
+    def cublasLtMatmulDescCreate(self, desc: Any, compute: int, scale: int) -> int:
+        assert (compute, scale) == (68, 0)  # both float32
+        self.set[self._new(desc)] = []
+        return 0
+
+    def cublasLtMatmulDescSetAttribute(self, desc: Any, attribute: int, v: Any, size: int) -> int:
+        assert size == ctypes.sizeof(v._obj)
+        self.set[desc.value].append((attribute, v._obj.value))
+        return 0
+
+    def cublasLtMatrixLayoutCreate(
+        self, layout: Any, dtype: int, rows: Any, columns: Any, ld: Any
+    ) -> int:
+        self.layouts[self._new(layout)] = (dtype, rows.value, columns.value, ld.value)
+        return 0
+
+    def cublasLtMatmulPreferenceCreate(self, preference: Any) -> int:
+        self._new(preference)
+        return 0
+
+    def cublasLtMatmulPreferenceSetAttribute(
+        self, p: Any, attribute: int, v: Any, size: int
+    ) -> int:
+        assert size == ctypes.sizeof(v._obj)
+        self.preferences[attribute] = v._obj.value
+        return 0
+
+    def cublasLtMatmulPreferenceDestroy(self, preference: Any) -> int:
+        return 0
+
+    def cublasLtMatmulAlgoGetHeuristic(self, *args: Any) -> int:
+        *_, most, results, found = args
+        assert most == 8
+        for index in range(4):
+            result = results._obj[index]
+            result.algorithm.data[0] = 100 + index
+            result.workspace_bytes = 16 * index
+            result.state = 14 if index == 1 else 0  # the second cannot run
+        found._obj.value = 4 if self.listing == 0 else 0
+        return self.listing
+
+    def cublasLtMatmul(self, *args: Any) -> int:
+        self.matmuls.append(args)
+        return self.status
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
+    fake = Library()
+    monkeypatch.setattr(cublaslt, "_library", lambda: fake)
+    monkeypatch.setattr(cublaslt, "current_stream", lambda device_index: STREAM)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: torch.device("cpu"))
+    caches = (cublaslt._plan, cublaslt._handle)
+    for cache in caches:
+        cache.cache_clear()
+    yield fake
+    for cache in caches:
+        cache.cache_clear()
+
+
+def operands(gemm: Gemm = GEMM) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    a = torch.randn(gemm.m, gemm.k).to(gemm.left)
+    b = torch.randn(gemm.n, gemm.k).to(gemm.right)
+    bias = torch.randn(gemm.n).to(gemm.out) if gemm.has_bias else None
+    return a, b, torch.tensor([0.5]), torch.tensor([0.25]), bias
+
+
+def run(gemm: Gemm, algorithm: int, *args: Tensor | None) -> Tensor:
+    out = torch.empty(gemm.m, gemm.n, dtype=gemm.out)
+    cublaslt._plan(gemm, 0).run(algorithm, *args, out)
+    return out
+
+
+def test_cublaslt_gets_the_transposed_gemm(library: Library) -> None:
+    args = a, b, a_scale_inv, b_scale_inv, bias = operands()
+    out = run(GEMM, 2, *args)
+    (call,) = library.matmuls
+    _, desc, alpha, b_ptr, b_layout, a_ptr, a_layout, beta = call[:8]
+    c_ptr, c_layout, d_ptr, d_layout, algorithm, _, workspace_bytes, stream = call[8:]
+    assert (alpha._obj.value, beta._obj.value, stream) == (1, 0, STREAM)
+    assert (b_ptr, a_ptr) == (b.data_ptr(), a.data_ptr())
+    assert c_ptr == d_ptr == out.data_ptr()
+    # dtype, rows, columns and the distance of columns, as cuBLAS counts them
+    assert library.layouts[b_layout.value] == (28, 64, 48, 64)
+    assert library.layouts[a_layout.value] == (29, 64, 32, 64)
+    assert c_layout is d_layout and library.layouts[d_layout.value] == (14, 48, 32, 48)
+    # Index 2 of those that can run is the fourth of the list.
+    assert (algorithm._obj.data[0], workspace_bytes) == (103, 48)
+    now = dict(library.set[desc.value])  # later values win
+    assert bias is not None
+    pointers = {17: b_scale_inv.data_ptr(), 18: a_scale_inv.data_ptr(), 8: bias.data_ptr()}
+    assert now == {3: 1, 25: 1, 7: 4, 26: 14} | pointers
+
+
+def test_each_call_brings_its_own_tensors(library: Library) -> None:
+    gemm = GEMM._replace(has_bias=False, fast_accum=False)
+    descs = set()
+    for _ in range(2):
+        args = _, b, a_scale_inv, b_scale_inv, _ = operands(gemm)
+        run(gemm, 0, *args)
+        desc, b_ptr, workspace = (library.matmuls[-1][index] for index in (1, 3, 13))
+        descs.add(desc.value)
+        assert (b_ptr, workspace) == (b.data_ptr(), None)
+        now = dict(library.set[desc.value])
+        assert now == {3: 1, 25: 0, 17: b_scale_inv.data_ptr(), 18: a_scale_inv.data_ptr()}
+    assert len(descs) == 1  # made once per GEMM
+
+
+def test_algorithms_must_do_with_what_a_call_gives(library: Library) -> None:
+    """Operands of 16 bytes' alignment, 32 MiB, and partial sums in float32."""
+    assert cublaslt.listed(GEMM, 0) == 3
+    assert library.preferences == {1: 2**25, 3: 2} | dict.fromkeys((5, 6, 7, 8), 16)
+
+
+def test_what_is_not_listed_or_fails_raises(library: Library) -> None:
+    with pytest.raises(IndexError):
+        run(GEMM, 3, *operands())
+    library.status = 15
+    with pytest.raises(CublasltError, match=r"^cublasLtMatmul returned status 15"):
+        run(GEMM, 0, *operands())
+
+
+def test_for_what_is_not_supported_nothing_is_listed(library: Library) -> None:
+    library.listing = 15
+    assert cublaslt.listed(GEMM, 0) == 0
+    library.listing = 7  # an invalid value: a mistake of ours
+    with pytest.raises(CublasltError, match="cublasLtMatmulAlgoGetHeuristic returned status 7"):
+        cublaslt.listed(GEMM._replace(m=64), 0)
+
+
+def test_a_profile_names_the_sizes(library: Library) -> None:
+    label = cublaslt._plan(GEMM, 0).label
+    assert cublaslt.sizes_of(label) == (32, 48, 64)
+    for other in ("aten::_scaled_mm", "fp8_cast", "fp8_scaled_mm", ""):
+        assert cublaslt.sizes_of(other) is None
+
+
+def test_without_cublaslt_none_is_listed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cublaslt._library.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert (cublaslt.version(), cublaslt.listed(GEMM, 0)) == (None, 0)
+    assert not caplog.text
+    cublaslt._library.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "99.0")
+    assert (cublaslt.version(), cublaslt.listed(GEMM, 0)) == (None, 0)
+    assert "GEMMs take cuBLASLt's first algorithm" in caplog.text
+    assert caplog.text.count("libcublasLt.so.99") == 1
+    cublaslt._library.cache_clear()
+
+
+WITH_AND_WITHOUT_BIAS = pytest.mark.parametrize(
+    "gemm", [GEMM, GEMM._replace(has_bias=False)], ids=["bias", ""]
+)
+
+
+@WITH_AND_WITHOUT_BIAS
+def test_on_a_cpu_it_is_scaled_mm(gemm: Gemm) -> None:
+    args = (*operands(gemm), gemm.out, gemm.fast_accum)
+    assert torch.equal(OP(*args, 5), scaled_mm(*args))
+    # Its test of the schema multiplies FP8, which a CPU cannot.
+    torch.library.opcheck(OP, (*args, 5), test_utils=CHECKS)
+
+
+@WITH_AND_WITHOUT_BIAS
+@pytest.mark.parametrize("cpp_wrapper", [False, True], ids=["", "cpp_wrapper"])
+def test_inductors_wrapper_calls_it_directly(gemm: Gemm, cpp_wrapper: bool) -> None:
+    """Without PyTorch's dispatcher, where that wrapper is Python, and into Inductor's memory."""
+
+    def fn(a: Tensor, b: Tensor, *others: Tensor | None) -> Tensor:
+        return OP(a, b, *others, gemm.out, gemm.fast_accum, 5) * 2
+
+    args = operands(gemm)
+    compiled = torch.compile(fn, options={"cpp_wrapper": cpp_wrapper})
+    with torch.no_grad():
+        out, (code, *_) = run_and_get_code(compiled, *args)
+    assert torch.equal(out, scaled_mm(*args, gemm.out, gemm.fast_accum) * 2)
+    call = "extern_kernels.fp8_scaled_mm_cublaslt_default("
+    (line,) = [line for line in code.splitlines() if call in line] or [""]
+    assert bool(line) != cpp_wrapper
+    assert cpp_wrapper or "fast_accum=True, algorithm=5, out=" in line
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+BF16, F32 = torch.bfloat16, torch.float32
+GEMMS = (
+    Gemm(512, 256, 384, E4M3, E4M3, BF16, False, True),
+    Gemm(4096, 2048, 1024, E5M2, E4M3, BF16, False, True),
+    Gemm(77, 48, 80, E4M3, E4M3, BF16, True, True),
+    Gemm(1, 1024, 4096, E4M3, E4M3, torch.float16, True, True),
+    Gemm(300, 256, 512, E5M2, E4M3, F32, False, False),
+    Gemm(256, 256, 16384, E5M2, E4M3, BF16, False, True),  # K is worth splitting
+)
+
+
+def on_gpu(gemm: Gemm) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.cuda() for tensor in operands(gemm)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gemm", GEMMS, ids=lambda gemm: "x".join(map(str, gemm[:3])))
+def test_every_algorithm_multiplies(gemm: Gemm) -> None:
+    args = on_gpu(gemm)
+    want = scaled_mm(*args, F32, gemm.fast_accum)
+    count = cublaslt.listed(gemm, torch.cuda.current_device())
+    assert 1 <= count <= cublaslt.MOST_ALGORITHMS
+    for algorithm in range(count):
+        out = OP(*args, gemm.out, gemm.fast_accum, algorithm)
+        assert (out.shape, out.dtype) == ((gemm.m, gemm.n), gemm.out)
+        assert sqnr_db(want, out) > (60 if gemm.out == F32 else 45)
+        assert torch.equal(out, OP(*args, gemm.out, gemm.fast_accum, algorithm))
+
+
+@pytest.mark.gpu
+def test_it_is_what_pytorch_computes() -> None:
+    """The first algorithm is PyTorch's, and one that does not split K adds up in the same order."""
+    a, b, a_scale_inv, b_scale_inv, _ = on_gpu(GEMMS[1])
+    want = torch._scaled_mm(a, b.t(), a_scale_inv, b_scale_inv, out_dtype=BF16, use_fast_accum=True)
+    count = cublaslt.listed(GEMMS[1], torch.cuda.current_device())
+    assert count > 1
+    for algorithm in range(count):
+        out = OP(a, b, a_scale_inv, b_scale_inv, None, BF16, True, algorithm)
+        assert torch.equal(out, want)
+
+
+@pytest.mark.gpu
+def test_threads_share_the_descriptors_of_a_gemm() -> None:
+    """Forward and backward run in two threads; each must get its own scales."""
+    a, b, one, _, _ = on_gpu(GEMMS[0])
+    product = OP(a, b, one, one, None, BF16, True, 0)
+
+    def multiply(power: int) -> bool:
+        scale_inv = one * 2.0**power
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return all(
+                torch.equal(OP(a, b, scale_inv, one, None, BF16, True, 1), product * 2.0**power)
+                for _ in range(200)
+            )
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(multiply, range(8)))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_it() -> None:
+    gemm = GEMMS[-1]
+    a, b, a_scale_inv, b_scale_inv, _ = on_gpu(gemm)
+    count = cublaslt.listed(gemm, torch.cuda.current_device())
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        args = (a, b, a_scale_inv, b_scale_inv, None, BF16, True)
+        outs = [OP(*args, algorithm) for algorithm in range(count)]
+    a_scale_inv.mul_(4)
+    graph.replay()
+    want = scaled_mm(a, b, a_scale_inv, b_scale_inv, None, F32, True)
+    assert all(sqnr_db(want, out) > 45 for out in outs)
+
+
+@pytest.mark.gpu
+def test_a_profile_shows_it() -> None:
+    args = (*on_gpu(GEMMS[0]), BF16, True, 1)
+    OP(*args)
+    with torch.profiler.profile() as profiler:
+        OP(*args)
+        torch.cuda.synchronize()
+    events = {event.key: event for event in profiler.key_averages()}
+    (label,) = (key for key in events if cublaslt.sizes_of(key))
+    assert cublaslt.sizes_of(label) == GEMMS[0][:3]
+    assert events[label].device_time_total > 0
+
+
+@pytest.mark.gpu
+def test_operands_may_be_on_another_gpu() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    args = [None if tensor is None else tensor.to("cuda:1") for tensor in operands(GEMMS[0])]
+    assert torch.cuda.current_device() == 0
+    assert sqnr_db(scaled_mm(*args, F32, True), OP(*args, BF16, True, 1)) > 45
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_with_other_algorithms(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MLP(256, 512, bias=True).to("cuda", BF16)
+    x = torch.randn(1024, 256, device="cuda", dtype=BF16, requires_grad=True)
+    options = {"decline_slower": False}
+    if mode == "reduce-overhead":
+        options["inductor"] = {"triton.cudagraphs": True}
+    found = []
+    for algorithm in (0, 1, 2):
+        choice = CublasltAlgorithm(algorithm) if algorithm else None
+        monkeypatch.setattr(triton, "choose_gemm", lambda shape, device, choice=choice: choice)
+        torch._dynamo.reset()
+        with torch._inductor.utils.fresh_cache():
+            alike = copy.deepcopy(model)
+            compiled = torch.compile(alike, backend="fp8", options=options)
+            for _ in range(4):
+                torch.compiler.cudagraph_mark_step_begin()
+                out = compiled(x)
+                out.square().sum().backward()
+                tensors = [out, x.grad, *(p.grad for p in alike.parameters())]
+                got = [tensor.detach().clone() for tensor in tensors]
+                x.grad = None
+                alike.zero_grad()
+        found.append(got)
+    for got in found[1:]:
+        for want, value in zip(found[0], got, strict=True):
+            assert sqnr_db(want, value) > 40
+
+
+@pytest.mark.gpu
+def test_the_choice_is_at_least_as_fast_as_the_first() -> None:
+    """What is timed are the algorithms that are listed, and the fastest is chosen."""
+    shape = GemmShape(8192, 4096, 1024, E4M3, E4M3, BF16, None, fast_accum=True)
+    times = tuning.time_choices(shape, torch.device("cuda", torch.cuda.current_device()))
+    algorithms = [choice for choice in times if isinstance(choice, CublasltAlgorithm)]
+    listed = cublaslt.listed(shape.gemm, torch.cuda.current_device())
+    assert [choice.index for choice in algorithms] == list(range(1, listed))
+    assert min(times[choice] for choice in algorithms) < 1.05 * times[None]
