@@ -67,14 +67,18 @@ def derive_scales(gm: fx.GraphModule, *, inputs: Mapping[fx.Node, int]) -> int:
         value, _, slot, dtype = args_of(cast)[:4]
         cast.meta["amax"] = moments.largest(moments.of(value), elements(value))
         found.setdefault((slot, Format.of(dtype)), []).append(cast.meta["amax"])
-    scales = {
-        slot: sympy.Rational(fmt.max) / (MARGIN[fmt] * largest_of(amaxes))
-        for (slot, fmt), amaxes in found.items()
-    }
+    scales = {slot: _scale(fmt, largest_of(amaxes)) for (slot, fmt), amaxes in found.items()}
     _follow_tangents(gm, casts, moments)
     by_position = {inputs[node]: known for node, known in statistics.items()}
     gm.meta[STATIC_SCALES] = StaticScales(scales, moments.definitions, by_position)
     return len(new)
+
+
+def _scale(fmt: Format, amax: sympy.Expr) -> sympy.Expr:
+    """0, as of what has no amax yet, where all is zero by what it is computed from, such as the
+    gradient of ``x`` in ``x - x``.
+    """
+    return sympy.Integer(0) if amax.is_zero else sympy.Rational(fmt.max) / (MARGIN[fmt] * amax)
 
 
 def _follow_tangents(gm: fx.GraphModule, casts: Sequence[fx.Node], moments: Analysis) -> None:

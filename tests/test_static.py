@@ -283,6 +283,29 @@ def test_weights_that_are_zero_leave_it_to_the_casts() -> None:
 # --- who has which scales -----------------------------------------------------------------------
 
 
+class Cancelling(nn.Module):
+    """Its first layer gets a gradient that is zero whatever the values are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 32), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.first(x)
+        return self.second(x), y - y
+
+
+def test_a_gradient_that_cancels_out_has_no_scale() -> None:
+    model, x = Cancelling(), torch.randn(48, 64, requires_grad=True)
+    output, nothing = compile_interpreted(model, STATIC)(x)
+    (output + nothing).sum().backward()
+    assert sqnr_db(model(x)[0], output) > 25 and not nothing.any()
+    assert not model.first.weight.grad.any() and model.second.weight.grad.all()
+    scale = only_state(model).scale
+    assert scale[GRAD_OUTPUT] == 0  # that cast finds its own
+    assert scale.count_nonzero() == 3  # of the input, both weights and the other gradient
+
+
 @pytest.mark.parametrize("quiet", ["eval", "no_grad"])
 def test_inference_first_and_training_later(quiet: str) -> None:
     model, x = nn.Sequential(nn.Linear(32, 64), nn.Dropout(0.5)), torch.randn(16, 32)
