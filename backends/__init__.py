@@ -74,8 +74,8 @@ def lower(gm: fx.GraphModule, kernels: str) -> dict[str, str]:
 
 
 def kernel_name(node: fx.Node, kernels: str) -> str:
-    """What runs an ``fp8::scaled_mm`` node: "reference", "cublaslt", "cublaslt #2" (the algorithm
-    after the first two that it lists) or our kernel and its tile.
+    """What runs an ``fp8::scaled_mm`` node: "reference", "cublaslt" (its first algorithm),
+    "cublaslt #1" (its second) or our kernel and its tile.
     """
     if kernels == REFERENCE:
         return REFERENCE

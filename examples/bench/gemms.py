@@ -115,7 +115,7 @@ def measure_gemm(case: GemmCase) -> GemmResult:
     operands = [random_operands(case) for _ in range(SETS)]
 
     def milliseconds(choice: Choice, repeats: int) -> float:
-        return median_ms([call(choice, *pair) for pair in operands], repeats)
+        return median_ms([call(case, choice, *pair) for pair in operands], repeats)
 
     quick = {config: milliseconds(config, 9) for config in fitting(case, operands[0])}
     finalists: set[Choice] = {None, compilers_choice(case), min(quick, key=lambda c: quick[c])}
@@ -135,11 +135,9 @@ def random_operands(case: GemmCase) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def call(choice: Choice, a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+def call(case: GemmCase, choice: Choice, a: Tensor, b: Tensor) -> Callable[[], Tensor]:
     """The multiplication as a function without arguments."""
-    one = torch.ones(1, device=a.device)
-    sizes, dtypes = (len(a), len(b), a.shape[1]), (a.dtype, b.dtype, torch.bfloat16)
-    shape = GemmShape(*sizes, *dtypes, bias=None, fast_accum=True)
+    shape, one = gemm_shape(case), torch.ones(1, device=a.device)
     return lambda: multiply(choice, shape, a, b, one, one)
 
 
@@ -148,7 +146,7 @@ def fitting(case: GemmCase, operands: tuple[Tensor, Tensor]) -> list[TileConfig]
     configs = []
     for config in candidates(case.m, case.n, case.k):
         try:
-            call(config, *operands)()
+            call(case, config, *operands)()
         except triton.runtime.errors.OutOfResources:
             continue
         configs.append(config)

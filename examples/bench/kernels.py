@@ -434,7 +434,8 @@ def measure_gemm(case: GemmCase) -> GemmSpeed:
     times: dict[Choice, list[float]] = {each: [] for each in {choice, None}}
     for _ in range(ROUNDS):
         for each in times:
-            times[each].append(median_ms_of_turns([call(each, *pair) for pair in operands], 21))
+            calls = [call(case, each, *pair) for pair in operands]
+            times[each].append(median_ms_of_turns(calls, 21))
     tflops = {each: case.flops / statistics.median(ms) / 1e9 for each, ms in times.items()}
     return GemmSpeed(case, choice, tflops[choice], tflops[None])
 
