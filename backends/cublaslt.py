@@ -13,12 +13,16 @@ import contextlib
 import ctypes
 import functools
 import logging
+import subprocess
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
+from triton.runtime.build import compile_module_from_src
 
 from ..internals import call_from_wrapper, current_stream, is_profiled
 from ..ops import ALIGNMENT, scaled_mm
@@ -46,8 +50,6 @@ _MAX_WORKSPACE, _REDUCTION_SCHEMES, _MIN_ALIGNMENTS = 1, 3, (5, 6, 7, 8)
 # Partial sums of a split K in float32: neither rounded to the output's type nor added up in the
 # order in which they happen to come.
 _REDUCTION_COMPUTE_TYPE = 2
-_alpha, _beta = ctypes.c_float(1), ctypes.c_float(0)
-_ONE, _ZERO = ctypes.byref(_alpha), ctypes.byref(_beta)
 
 
 class CublasltError(RuntimeError):
@@ -75,6 +77,18 @@ class _Algorithm(ctypes.Structure):
     _fields_ = [("data", ctypes.c_uint64 * 8)]
 
 
+class _Launch(ctypes.Structure):
+    """``Launch`` of launch_gemm.c: what stays the same from one call to the next."""
+
+    _fields_ = [
+        ("set_attribute", ctypes.c_void_p),
+        ("matmul", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("handle", "desc", "a", "b", "out")),
+        ("workspace_bytes", ctypes.c_size_t),
+        ("algorithm", _Algorithm),
+    ]
+
+
 class _HeuristicResult(ctypes.Structure):
     _fields_ = [
         ("algorithm", _Algorithm),
@@ -97,7 +111,8 @@ def listed(gemm: Gemm, device_index: int) -> int:
 
 
 # How the functions are called. A pointer is an address, a handle, or ctypes.byref of a value. All
-# arguments must be here: ctypes passes others as 32 bits of a 64-bit slot.
+# arguments must be here: ctypes passes others as 32 bits of a 64-bit slot. cublasLtMatmul is called
+# from C.
 _PTR, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cublasLtCreate": (_PTR,),
@@ -108,7 +123,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cublasLtMatmulPreferenceSetAttribute": (_PTR, _INT, _PTR, _SIZE),
     "cublasLtMatmulPreferenceDestroy": (_PTR,),
     "cublasLtMatmulAlgoGetHeuristic": (*[_PTR] * 7, _INT, _PTR, _PTR),
-    "cublasLtMatmul": (*[_PTR] * 14, _SIZE, _PTR),
 }
 
 
@@ -120,13 +134,25 @@ def _library() -> ctypes.CDLL | None:
     name = f"libcublasLt.so.{torch.version.cuda.split('.')[0]}"
     try:
         library = ctypes.CDLL(name)
-    except OSError as error:
+        _launcher()
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         log.warning("GEMMs take cuBLASLt's first algorithm, for others cannot be asked: %s", error)
         return None
     library.cublasLtGetVersion.restype = _SIZE
     for function, arguments in _SIGNATURES.items():
         getattr(library, function).argtypes = arguments
     return library
+
+
+@functools.cache
+def _launcher() -> Callable[..., int]:
+    """``launch`` of launch_gemm.c, built once with the compiler that Triton needs, too.
+
+    Raises RuntimeError without a compiler, and subprocess.CalledProcessError if it fails.
+    """
+    source = Path(__file__).resolve().parent / "launch_gemm.c"
+    launch: Callable[..., int] = compile_module_from_src(source.read_text(), source.stem).launch
+    return launch
 
 
 def _call(function: str, *args: Any) -> None:
@@ -156,8 +182,7 @@ class _Plan:
     def __init__(self, gemm: Gemm, device_index: int) -> None:
         library = _library()
         assert library is not None
-        self._library, self._handle = library, _handle(device_index)
-        self._device_index = device_index
+        self._handle, self._device_index = _handle(device_index), device_index
         self.label = f"{_LABEL} {gemm.m}x{gemm.n}x{gemm.k}"
         self._desc = ctypes.c_void_p()
         _call("cublasLtMatmulDescCreate", ctypes.byref(self._desc), _COMPUTE_32F, _SCALE_32F)
@@ -167,16 +192,20 @@ class _Plan:
             self._set(_EPILOGUE, ctypes.c_int32(_EPILOGUE_BIAS))
             self._set(_BIAS_TYPE, ctypes.c_int32(_TYPES[gemm.out]))
         # Of tensors that each call brings. The heuristic wants them set: any address will do.
-        self._pointers = []
         for attribute in (_A_SCALE, _B_SCALE, *([_BIAS] if gemm.has_bias else [])):
-            value = ctypes.c_uint64(ALIGNMENT)
-            self._set(attribute, value)
-            self._pointers.append((attribute, value, ctypes.byref(value)))
+            self._set(attribute, ctypes.c_uint64(ALIGNMENT))
         self._lock = threading.Lock()  # what is set for a call must still be set when it launches
         self._b = _layout(gemm.right, gemm.k, gemm.n)
         self._a = _layout(gemm.left, gemm.k, gemm.m)
         self._out = _layout(gemm.out, gemm.n, gemm.m)
         self.algorithms = self._listed()
+        functions = library.cublasLtMatmulDescSetAttribute, library.cublasLtMatmul
+        same = *map(_address, functions), self._handle, self._desc, self._a, self._b, self._out
+        self._launches = [
+            _Launch(*same, result.workspace_bytes, result.algorithm) for result in self.algorithms
+        ]
+        self._addresses = [ctypes.addressof(launch) for launch in self._launches]
+        self._launch = _launcher()
 
     def _set(self, attribute: int, value: Any) -> None:
         arguments = (self._desc, attribute, ctypes.byref(value), ctypes.sizeof(value))
@@ -219,23 +248,22 @@ class _Plan:
         out: Tensor,
     ) -> None:
         """Launch it on the current stream."""
-        chosen, library = self.algorithms[algorithm], self._library
-        size, workspace, out_ptr = chosen.workspace_bytes, None, out.data_ptr()
+        workspace, size = 0, self.algorithms[algorithm].workspace_bytes
         if size:
             held = a.new_empty(size, dtype=torch.uint8)
             workspace = held.data_ptr()
-        brought = (b_scale_inv, a_scale_inv) if bias is None else (b_scale_inv, a_scale_inv, bias)
         with self._lock:
-            for (attribute, value, reference), tensor in zip(self._pointers, brought, strict=True):
-                value.value = tensor.data_ptr()
-                library.cublasLtMatmulDescSetAttribute(self._desc, attribute, reference, 8)
-            status = library.cublasLtMatmul(
-                *(self._handle, self._desc, _ONE, b.data_ptr(), self._b, a.data_ptr(), self._a),
-                *(_ZERO, out_ptr, self._out, out_ptr, self._out),
-                *(ctypes.byref(chosen.algorithm), workspace, size),
+            status = self._launch(
+                *(self._addresses[algorithm], a.data_ptr(), b.data_ptr(), out.data_ptr()),
+                *(a_scale_inv.data_ptr(), b_scale_inv.data_ptr()),
+                *(0 if bias is None else bias.data_ptr(), workspace),
                 current_stream(self._device_index),
             )
         _check("cublasLtMatmul", status)
+
+
+def _address(function: Any) -> int | None:
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 @functools.cache

@@ -39,21 +39,18 @@ _TIMED_CONFIGS, _TIMED_CONFIGS_ALONE = 1, 3
 _WARMUP, _ROUNDS, _BATCH_US = 5, 7, 2000
 _MOST_COPIES = 256  # of matrices below 0.4 MB, whose launches take longer than reading them
 _NOISE = 0.01
-# What an algorithm of cuBLASLt has to save: launched from Python, it takes the host 4 to 11
-# microseconds more than PyTorch's operator does (144 GEMMs of GPT-2 small, H200).
-_LAUNCH_US = 10.0
 _HOPELESS = 1.2  # times the fastest: what took that long in the first round is not timed again
 _SAMPLE = 2**20  # random numbers, which operands repeat
 
 
 @dataclass(frozen=True)
 class CublasltAlgorithm:
-    """An algorithm that cuBLASLt lists for a shape, from 1: ``aten._scaled_mm`` takes the first."""
+    """One that cuBLASLt lists for a shape; the first, 0, is what ``aten._scaled_mm`` takes."""
 
     index: int
 
     def __str__(self) -> str:
-        return f"{CUBLASLT} #{self.index}"
+        return f"{CUBLASLT} #{self.index}" if self.index else CUBLASLT
 
 
 Choice = TileConfig | FewRowsConfig | CublasltAlgorithm | None  # None: aten._scaled_mm
@@ -113,7 +110,7 @@ def choose_gemm(shape: GemmShape, device_index: int) -> Choice:
     """What is fastest for a shape; the best guess, if the GPU has no memory left to find out."""
     file = _cache_file(device_index)
     remembered = read_entries(file).get(str(shape), "never timed")
-    for choice in choices(shape):  # what would not be timed today is not taken from a file
+    for choice in _offered(shape, device_index):  # from a file, no other is taken
         if _entry(choice) == remembered:
             return choice
     try:
@@ -130,28 +127,36 @@ def choose_gemm(shape: GemmShape, device_index: int) -> Choice:
 
 
 def _cost(choice: Choice, us: float) -> float:
-    """What a choice is judged by: PyTorch's own operator is preferred within the noise, and to one
-    whose launch takes longer.
-    """
-    if isinstance(choice, CublasltAlgorithm):
-        return us + _LAUNCH_US
-    return us if choice is None else us * (1 + _NOISE)
+    """What a choice is judged by: cuBLASLt's first is preferred within the noise."""
+    return us if choice in (None, CublasltAlgorithm(0)) else us * (1 + _NOISE)
 
 
 def choices(shape: GemmShape) -> list[Choice]:
-    """What is worth timing for a shape, PyTorch's operator first where it can do the job.
+    """What can multiply a shape and may be the fastest, PyTorch's operator first if it can.
 
-    Algorithms of cuBLASLt are listed for known sizes: the same index is another one for others.
+    Algorithms of cuBLASLt are for known sizes: the same index is another one for others.
     """
     m, n, k, aligned = shape.m, shape.n, shape.k, shape.aligned
     found: list[Choice] = [None] if cublaslt_supports(shape) else []
+    if found and shape.fixed:
+        count = 1 if shape.has_few_rows else MOST_ALGORITHMS
+        found += [CublasltAlgorithm(index) for index in range(count)]
     if shape.has_few_rows:
         return [*found, few_rows_config_for(m, n, fast_accum=shape.fast_accum)]
     configs = candidates(m, n, k, fast_accum=shape.fast_accum, aligned=aligned)
-    timed = configs[: _TIMED_CONFIGS if found else _TIMED_CONFIGS_ALONE]
-    if found and shape.fixed:
-        found += [CublasltAlgorithm(index) for index in range(1, MOST_ALGORITHMS)]
-    return [*found, *timed]
+    return [*found, *configs[: _TIMED_CONFIGS if found else _TIMED_CONFIGS_ALONE]]
+
+
+def _offered(shape: GemmShape, device_index: int) -> list[Choice]:
+    """The choices there are on a device: cuBLASLt may list fewer algorithms. PyTorch's operator is
+    not timed beside them: it is the first, and takes the host longer.
+    """
+    offered = choices(shape)
+    if any(isinstance(choice, CublasltAlgorithm) for choice in offered):
+        listed = cublaslt.listed(shape.gemm, device_index)
+        offered = [c for c in offered if not isinstance(c, CublasltAlgorithm) or c.index < listed]
+        offered = offered[1:] if listed else offered
+    return offered
 
 
 def _entry(choice: Choice) -> dict[str, int | bool] | None:
@@ -172,18 +177,9 @@ def time_choices(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
         for b in rights:
             multiply(choice, shape, a, b, one, one, bias)
 
-    runs = {choice: functools.partial(run, choice) for choice in _offered(shape, device)}
+    runs = {choice: functools.partial(run, choice) for choice in _offered(shape, device.index or 0)}
     times = _fastest(runs, f"autotuning {shape}", as_graph=shape.has_few_rows)
     return {choice: time / len(rights) for choice, time in times.items()}
-
-
-def _offered(shape: GemmShape, device: torch.device) -> list[Choice]:
-    """The choices without the algorithms that cuBLASLt does not list here."""
-    offered = choices(shape)
-    if any(isinstance(choice, CublasltAlgorithm) for choice in offered):
-        listed = cublaslt.listed(shape.gemm, device.index or 0)
-        offered = [c for c in offered if not isinstance(c, CublasltAlgorithm) or c.index < listed]
-    return offered
 
 
 def multiply(
@@ -240,7 +236,7 @@ def _fastest(
     for choice, run in progress(runs.items(), what):  # their compiling takes the time
         try:
             run()
-        except CublasltError as error:  # what is listed need not run; PyTorch's operator is there
+        except CublasltError as error:  # what is listed need not run
             log.debug("%s: %s", choice, error)
             continue
         timed = _captured(run) if as_graph else run

@@ -64,14 +64,15 @@ def test_a_shape_is_timed_once(timed: list[GemmShape], shape: GemmShape) -> None
 
 
 def test_few_rows_have_a_kernel_of_their_own() -> None:
-    assert [type(choice) for choice in choices(FEW)] == [type(None), FewRowsConfig]
+    few = [type(None), CublasltAlgorithm, FewRowsConfig]
+    assert [type(choice) for choice in choices(FEW)] == few
     assert [type(choice) for choice in choices(replace(UNALIGNED, m=FEW_ROWS))] == [FewRowsConfig]
     assert FewRowsConfig not in map(type, choices(replace(FEW, m=FEW_ROWS + 1)))
 
 
 def test_algorithms_of_cublaslt_are_for_known_sizes_that_it_supports() -> None:
     """An index into what cuBLASLt lists is another algorithm for other sizes."""
-    algorithms = [CublasltAlgorithm(index) for index in range(1, 8)]
+    algorithms = [CublasltAlgorithm(index) for index in range(8)]
     assert choices(ALIGNED)[:-1] == [None, *algorithms]
     assert isinstance(choices(ALIGNED)[-1], TileConfig)
     symbolic = replace(ALIGNED, fixed=False)
@@ -88,13 +89,20 @@ def test_only_what_cublaslt_lists_is_timed(monkeypatch: pytest.MonkeyPatch) -> N
         return 3
 
     monkeypatch.setattr(cublaslt, "listed", listed)
-    device = torch.device("cuda", 1)
-    offered = tuning._offered(ALIGNED, device)
-    expected = [None, CublasltAlgorithm(1), CublasltAlgorithm(2), choices(ALIGNED)[-1]]
-    assert offered == expected
-    assert tuning._offered(UNALIGNED, device) == choices(UNALIGNED)
+    first, second, third = map(CublasltAlgorithm, range(3))
+    assert tuning._offered(ALIGNED, 1) == [first, second, third, choices(ALIGNED)[-1]]
+    assert tuning._offered(UNALIGNED, 1) == choices(UNALIGNED)
     sizes, dtypes = (1024, 512, 256), (E4M3, E4M3, torch.bfloat16)
     assert asked == [(cublaslt.Gemm(*sizes, *dtypes, False, True), 1)]
+    assert tuning._offered(FEW, 1) == [first, choices(FEW)[-1]]
+
+
+def test_where_cublaslt_lists_nothing_pytorchs_operator_is_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cublaslt, "listed", lambda gemm, device_index: 0)
+    assert tuning._offered(ALIGNED, 0) == [None, choices(ALIGNED)[-1]]
+    assert tuning._offered(FEW, 0) == [None, choices(FEW)[-1]]
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
@@ -206,29 +214,30 @@ def test_the_best_guess_is_taken_for_once_where_no_memory_is_left(
     assert timed == [shape]
 
 
-def test_cublaslt_is_remembered_and_preferred_within_the_noise(
-    timed: list[GemmShape], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("first", [None, CublasltAlgorithm(0)], ids=["pytorch", "cublaslt"])
+def test_the_first_of_cublaslt_is_remembered_and_preferred_within_the_noise(
+    timed: list[GemmShape], monkeypatch: pytest.MonkeyPatch, first: Choice
 ) -> None:
     def near(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
         timed.append(shape)
-        return {choice: 10.0 if choice is None else 9.95 for choice in choices(shape)}
+        return {
+            choice: 10.0 if choice == first else 9.95 for choice in [first, *choices(shape)[2:]]
+        }
 
     monkeypatch.setattr(tuning, "time_choices", near)
-    assert in_another_process(ALIGNED) is in_another_process(ALIGNED) is None
+    monkeypatch.setattr(cublaslt, "listed", lambda gemm, index: 0 if first is None else 8)
+    assert in_another_process(ALIGNED) == in_another_process(ALIGNED) == first
     assert timed == [ALIGNED]
 
 
-@pytest.mark.parametrize("saved", [9.9, 10.1], ids=str)
-def test_an_algorithm_of_cublaslt_has_to_save_what_its_launch_takes(
-    timed: list[GemmShape], monkeypatch: pytest.MonkeyPatch, saved: float
+def test_pytorchs_operator_is_not_taken_from_a_file_where_cublaslt_lists_it(
+    timed: list[GemmShape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def saving(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
-        return {c: 100.0 - saved * (c == CublasltAlgorithm(3)) for c in choices(shape)}
-
-    monkeypatch.setattr(tuning, "time_choices", saving)
-    expected = CublasltAlgorithm(3) if saved > 10 else None
-    assert in_another_process(ALIGNED) == in_another_process(ALIGNED) == expected
-    assert ("index" in str(read_entries(tuning._cache_file(0)))) == (saved > 10)
+    add_entry(tuning._cache_file(0), str(ALIGNED), None)
+    assert in_another_process(ALIGNED) is None
+    monkeypatch.setattr(cublaslt, "listed", lambda gemm, index: 1)
+    assert in_another_process(ALIGNED) == choices(ALIGNED)[-1]
+    assert timed == [ALIGNED]
 
 
 BAD: dict[str, Any] = {
