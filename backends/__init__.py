@@ -14,7 +14,7 @@ from torch import fx
 from ..cost import Device
 from ..errors import OptionError
 from ..report import KernelRow
-from . import cublaslt  # and so its operator is there for compiled code from a cache
+from . import cublaslt, cudnn_attention  # whose operators compiled code from a cache calls
 
 REFERENCE, TRITON = "reference", "triton"
 MIN_CAPABILITY = (9, 0)
@@ -50,6 +50,18 @@ def why_not_triton(device: torch.device) -> str | None:
     if capability < MIN_CAPABILITY:
         return f"compute capability 9.0; {torch.cuda.get_device_name(device)} has {capability}"
     return None
+
+
+def why_not_attention() -> str | None:
+    """What FP8 attention lacks where the Triton kernels run, or None."""
+    return cudnn_attention.why_not()
+
+
+def check_attention(kernels: str) -> None:
+    """Raise OptionError if attention cannot run in FP8 with these kernels."""
+    missing = None if kernels == REFERENCE else why_not_attention()
+    if missing:
+        raise OptionError(f"attention='fp8' needs {missing}")
 
 
 def library_versions(kernels: str) -> tuple[int | None, ...]:

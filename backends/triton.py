@@ -25,6 +25,7 @@ from ..internals import (
     is_primal,
 )
 from ..ir import (
+    ATTENTION,
     DEQUANTIZE,
     RESHAPES,
     SCALED_MM,
@@ -42,6 +43,7 @@ from ..regions import is_aligned
 from .block_gemms import inline, is_scaled_mm, lower_to_scaled_mm
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
 from .cublaslt import SCALED_MM_CUBLASLT
+from .cudnn_attention import ATTENTION_CUDNN
 from .fused import emit_once, launches, partial_rows, tiles
 from .gemm_choice import block_config, few_rows_config, gemm_shape
 from .kernels.launch import Launch
@@ -58,7 +60,7 @@ from .tuning import CublasltAlgorithm, choose_gemm
 
 _ALIGNED = 4  # words: parts of a buffer that start at multiples of it can share a compiled kernel
 
-ops.update_scales.register_kernel("cuda", update_scales)  # one launch instead of a dozen
+torch.library.impl("fp8::update_scales", "cuda", update_scales)  # one launch instead of a dozen
 
 
 def lower_to_triton(gm: fx.GraphModule) -> dict[str, str]:
@@ -74,6 +76,8 @@ def lower_to_triton(gm: fx.GraphModule) -> dict[str, str]:
             lowering.scaled_mm_blocks(node)
         elif node.target is DEQUANTIZE:
             lowering.dequantize(node)
+        elif node.target is ATTENTION:
+            node.target = ATTENTION_CUDNN
     # Not eliminate_dead_code: to it a launch, whose result nothing uses, is dead.
     for node in reversed(gm.graph.nodes):
         if not node.users and _is_replaceable(node):

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from . import internals
 from .backends import (
     TRITON,
+    check_attention,
     device_constants,
     kernel_name,
     library_versions,
@@ -38,7 +39,7 @@ from .errors import OptionError, PassError, StrictError
 from .ir import SLOTS_PER_SITE, Site, args_of, format_graph
 from .modules import SiteNames, calling_module, calling_shards
 from .observer import FinalGraphs, Observer
-from .options import AUTO, FALLBACK, HIGH_PRECISION, Options, parse_options
+from .options import AUTO, FALLBACK, FP8, HIGH_PRECISION, Options, parse_options
 from .passes import (
     STATIC_SCALES,
     StateNodes,
@@ -50,6 +51,7 @@ from .passes import (
     tag_sites,
     with_own_passes,
 )
+from .passes.cast_attention import attention_calls
 from .passes.choose_precision import KEPT, SKIPPED, SLOWER
 from .passes.find_gemms import NO_FP8_FORM, unsited_matmuls
 from .passes.keep_logits import LOGITS
@@ -112,6 +114,8 @@ def compile_graph(
     _check_globs(options, sites, root)
     device = _device(sites, example_inputs)
     kernels = resolve_kernels(options.kernels, device)
+    if options.attention == FP8:
+        check_attention(kernels)
     predict_for = _predict_for(options, kernels, device, report=observer is not None)
     inference = not torch.is_grad_enabled() or not any(map(_requires_grad, example_inputs))
     compiler = GraphCompiler(
@@ -209,9 +213,10 @@ class GraphCompiler:
             device=self.predict_for,
             decline_slower=_declines(self.options, self.kernels),
             choose_scales=self.options.scaling == AUTO,
-            store_in_fp8=self.options.save_activations == "fp8",
+            store_in_fp8=self.options.save_activations == FP8,
             statistics_of=statistics_of,
             take_frozen=self.weights_once,
+            attention_in_fp8=self.options.attention == FP8,
         )
         passes = with_own_passes(passes, self.options.own_passes)
         self._show("joint", gm)
@@ -314,13 +319,17 @@ class GraphCompiler:
     def _report(self, gm: fx.GraphModule) -> None:
         rows = gemm_rows(gm, partial(kernel_name, kernels=self.kernels))
         self.rows = rows
-        others = other_rows(unsited_matmuls(gm))
+        attention = attention_calls(gm)
+        others = other_rows(unsited_matmuls(gm) + attention)
         internals.trace_artifact("fp8_gemms", lambda: text_of(rows + others))
         left_out = [row for row in rows + others if row.reason and not _by_choice(row)]
         left_out = [row for row in left_out if row.reason not in NO_FP8_FORM]
         if self.options.strict and left_out:
             lines = "\n  ".join(f"{r.fqn} {r.gemm}: {r.reason}" for r in left_out)
             raise StrictError(f"strict=True, but these stay in high precision:\n  {lines}")
+        kept = sorted({why for _, why in attention if why and not why.startswith(SLOWER)})
+        if kept:
+            warnings.warn(f"attention stays in high precision: {'; '.join(kept)}", stacklevel=2)
         if not any(row.is_fp8 for row in rows):
             _nothing_to_do(self.options, rows + others)
         self.observer.on_rows(rows + others)

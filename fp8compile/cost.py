@@ -132,6 +132,39 @@ def gemm_us(device: Device, itemsize: int, *, fp8: bool) -> sympy.Expr:
     return sympy.Max(*terms, evaluate=False) + 10**6 * _exact(device.launch_seconds)
 
 
+# FLOP/s of cuDNN's attention in bfloat16 and in FP8, by the elements of a head (H200; causal, 16384
+# tokens of 8192 each, 32 heads of 128 or 64 of 64).
+_ATTENTION_FLOPS = {64: (467e12, 539e12), 128: (637e12, 947e12)}
+
+
+@dataclass(frozen=True)
+class AttentionWork:
+    """The forward of attention: ``queries`` and ``keys`` are tokens of a sequence, ``head`` the
+    elements of a head, ``kv_heads`` the heads of keys and values.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head: int
+    is_causal: bool
+
+    def us(self, device: Device) -> tuple[float, float]:
+        """Its microseconds in 16 bits; and in FP8, with a search for the amax of query, key and
+        value and their casts.
+        """
+        products = self.batch * self.heads * self.queries * self.keys / (2 if self.is_causal else 1)
+        measured = _ATTENTION_FLOPS[64 if self.head <= 64 else 128]
+        speed = device.bf16_flops / H200.bf16_flops
+        high, fp8 = (1e6 * 4 * products * self.head / (speed * flops) for flops in measured)
+        tokens = self.heads * self.queries + 2 * self.kv_heads * self.keys
+        looked_at, cast = 2, 2 + 1  # bytes of an element
+        moved = self.batch * tokens * self.head * (looked_at + cast)
+        return high, fp8 + kernel_us(device, moved)
+
+
 def kernel_us(device: Device, moved: float) -> float:
     """The microseconds of a memory-bound kernel of ours that reads and writes ``moved`` bytes."""
     seconds = moved / (float(_CAST_EFFICIENCY) * device.copy_bandwidth) + device.launch_seconds

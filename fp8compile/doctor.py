@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends import device_constants, why_not_triton
+from .backends import device_constants, why_not_attention, why_not_triton
 from .internals import cache_folder
 from .progress import progress
 from .recipe import RECIPES
@@ -65,6 +65,11 @@ def _recipes() -> str:
     return f"recipes {', '.join(fast)} on tensor cores, not {', '.join(slow)}, {why}"
 
 
+def _attention() -> str:
+    missing = why_not_attention()
+    return f"no attention in FP8, which needs {missing}" if missing else "attention in FP8"
+
+
 def _what_runs_on(device: torch.device) -> str:
     reason = why_not_triton(device)
     if reason is not None:
@@ -74,7 +79,7 @@ def _what_runs_on(device: torch.device) -> str:
     return (
         f"{torch.cuda.get_device_name(device)}, Triton kernels; an FP8 GEMM reaches"
         f" {found.fp8_flops / 1e12:.0f} TFLOP/s, {gain:.2f}x bf16; memory"
-        f" {found.copy_bandwidth / 1e12:.2f} TB/s; {_recipes()}"
+        f" {found.copy_bandwidth / 1e12:.2f} TB/s; {_recipes()}; {_attention()}"
     )
 
 

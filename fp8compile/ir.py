@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from . import ops  # noqa: F401  (registers the fp8:: operators)
+from . import attention, ops  # noqa: F401  (register the fp8:: operators)
 from .errors import PassError
 from .formats import Format
 from .recipe import Gemm, Granularity, Operand, Recipe, Scaling
@@ -35,6 +35,7 @@ QUANTIZE_GROUPS = torch.ops.fp8.quantize_groups.default
 DEQUANTIZE_GROUPS = torch.ops.fp8.dequantize_groups.default
 DEQUANTIZE = torch.ops.fp8.dequantize.default
 CAT_ROWS = torch.ops.fp8.cat_rows.default
+ATTENTION = torch.ops.fp8.attention.default
 
 SITE_TAG = "fp8_site"  # key in meta["custom"], which AOTAutograd carries to the backward nodes
 # One more than there are operands: four float32 keep the slots of every site equally aligned, so
@@ -213,6 +214,7 @@ def base_of(node: fx.Node) -> tuple[fx.Node, bool]:
 
 
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+VIEWS = (*RESHAPES, aten.permute.default, aten.t.default, aten.transpose.int)
 
 
 def value_key(node: fx.Node) -> tuple[fx.Node, str]:

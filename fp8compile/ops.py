@@ -437,10 +437,6 @@ def _lie_apart(history: Tensor, limit: float) -> Tensor:
     return history.amax(0) > limit * smallest
 
 
-@torch.library.custom_op(
-    "fp8::update_scales",
-    mutates_args=("scale", "amax_fwd", "amax_bwd", "history", "events"),
-)
 def update_scales(
     scale: Tensor,
     amax_fwd: Tensor,
@@ -490,16 +486,9 @@ def update_scales(
     amax_bwd.zero_()
 
 
-@update_scales.register_fake
-def _(
-    scale: Tensor,
-    amax_fwd: Tensor,
-    amax_bwd: Tensor,
-    history: Tensor,
-    events: Tensor,
-    fp8_max: Tensor,
-    position: int,
-    jump_limit: float,
-    saturation_limit: float,
-) -> None:
-    return None
+# Not a custom_op, which looks for results that are arguments: 0.1 ms at the end of every step.
+_WRITTEN = ("scale", "amax_fwd", "amax_bwd", "history", "events")
+_SCHEMA = torch.library.infer_schema(update_scales, mutates_args=_WRITTEN)
+torch.library.define("fp8::update_scales", _SCHEMA)
+torch.library.impl("fp8::update_scales", "default", update_scales)
+torch.library.register_fake("fp8::update_scales", lambda *args: None)

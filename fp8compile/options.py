@@ -19,8 +19,8 @@ from .recipe import RECIPES, Operand, Recipe, Scaling, get_recipe
 
 KERNELS = ("auto", "triton", "reference")
 RAISE, FALLBACK = ON_ERROR = ("raise", "fallback")
-SAVE_ACTIVATIONS = ("default", "fp8")
-HIGH_PRECISION = "high_precision"
+HIGH_PRECISION, FP8 = PRECISIONS = ("high_precision", "fp8")
+SAVE_ACTIVATIONS = ("default", FP8)
 RECIPE, AUTO = CHOICES = ("recipe", "auto")
 DUMP_VARIABLE = "FP8COMPILE_DUMP"
 # Inductor's settings that the backend works through.
@@ -46,13 +46,14 @@ class Options:
     a PassError, or "fallback", with a warning: the graph stays in its own precision, or runs the
     reference bodies of its FP8 operators if it is its kernels that could not be written.
     ``logits``: "high_precision" keeps the matmuls whose results a cross entropy in the same graph
-    is computed from in the model's dtype, "fp8" casts them like all others. ``profile``: what
-    ``fp8compile.profile`` measured, or the path it was saved to. ``formats``: "recipe", or "auto":
-    those that lose least by the profile. ``scaling``: "recipe", or "auto": for each operand of a
-    recipe of delayed scaling, current where that takes hardly longer. ``error_budget_db``: the SQNR
-    that outputs and gradients shall have by the profile; sites that cost too much stay in high
-    precision. ``own_passes``: functions of a joint graph, by the name of the pass that each runs
-    after.
+    is computed from in the model's dtype, "fp8" casts them like all others. ``attention``: "fp8"
+    has scaled dot product attention multiply FP8 in forward, "high_precision" leaves it as it is.
+    ``profile``: what ``fp8compile.profile`` measured, or the path it was saved to. ``formats``:
+    "recipe", or "auto": those that lose least by the profile. ``scaling``: "recipe", or "auto": for
+    each operand of a recipe of delayed scaling, current where that takes hardly longer.
+    ``error_budget_db``: the SQNR that outputs and gradients shall have by the profile; sites that
+    cost too much stay in high precision. ``own_passes``: functions of a joint graph, by the name of
+    the pass that each runs after.
     """
 
     recipe: Recipe = RECIPES["delayed"]
@@ -66,6 +67,7 @@ class Options:
     save_activations: str = "default"
     on_error: str = RAISE
     logits: str = HIGH_PRECISION
+    attention: str = HIGH_PRECISION
     profile: Profile | None = None
     formats: str = RECIPE
     scaling: str = RECIPE
@@ -119,7 +121,7 @@ class Options:
         the sites does.
         """
         inductor = sorted(self.inductor.items())
-        choices = (self.decline_slower, self.save_activations, self.scaling)
+        choices = (self.decline_slower, self.save_activations, self.scaling, self.attention)
         return repr((self.recipe, self.strict, self.kernels, inductor, choices))
 
 
@@ -168,7 +170,8 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
             "save_activations", given.get("save_activations", "default"), SAVE_ACTIVATIONS
         ),
         on_error=_one_of("on_error", given.get("on_error", RAISE), ON_ERROR),
-        logits=_one_of("logits", given.get("logits", HIGH_PRECISION), (HIGH_PRECISION, "fp8")),
+        logits=_one_of("logits", given.get("logits", HIGH_PRECISION), PRECISIONS),
+        attention=_one_of("attention", given.get("attention", HIGH_PRECISION), PRECISIONS),
         profile=_profile(given.get("profile"), decisions),
         formats=formats,
         scaling=scaling,

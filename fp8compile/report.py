@@ -56,6 +56,7 @@ class Row:
         return self.decision == "fp8"
 
 
+IN_FORWARD = "FP8 in forward"  # what an operator runs in that has no FP8 backward
 WEIGHTS = "weights"  # the direction of kernels that inference launches once, for all calls
 
 
@@ -211,10 +212,13 @@ def _number(size: Any) -> int | str:
 
 
 def other_rows(others: Sequence[tuple[fx.Node, str]]) -> list[Row]:
-    """A row for each kind of matmul that belongs to no site, with how many there are."""
+    """A row for each kind of matmul that belongs to no site, with how many there are, and why they
+    are not FP8; attention may be, for which there is no reason.
+    """
     counts = Counter((op_name(node.target), reason) for node, reason in others)
+    blank = ("",) * 8
     return [
-        Row(f"(other: {count} x {op})", "", "", "", "", "", "", "", "", "", reason)
+        Row(f"(other: {count} x {op})", *blank, kernel="" if reason else IN_FORWARD, reason=reason)
         for (op, reason), count in counts.items()
     ]
 

@@ -106,8 +106,11 @@ class ScalingState:
         """Take the scales for those of the weights as they are now: of all, or of those that an
         optimizer ``stepped``, by their ids.
         """
+        if stepped is None:
+            self._versions = [_version_of(weight) for weight in self.weights()]
+            return
         for index, weight in enumerate(self.weights()):
-            if stepped is None or id(weight) in stepped:
+            if id(weight) in stepped:
                 self._versions[index] = _version_of(weight)
 
     def observing(self) -> tuple[Tensor, Tensor, Tensor]:

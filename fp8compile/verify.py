@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import fx
 from .errors import PassError
 from .formats import FP8_DTYPES, Format
 from .ir import (
+    ATTENTION,
     CASTS,
     SCALED_MMS,
     TRACK_AMAX,
@@ -37,8 +39,8 @@ class Verifier:
 
     1. The graph lints: topologically sorted, no dangling names.
     2. Every fp8 tensor is an output of a cast and has exactly one scale_inv: the same node's.
-       Only a scaled_mm takes it, with that scale_inv or a constant times it, or the graph returns
-       it. Or it was given to the graph: what forward has cast, or frozen weights.
+       Only a scaled_mm or attention takes it, with that scale_inv or a constant times it, or the
+       graph returns it. Or it was given to the graph: what forward has cast, or frozen weights.
     3. Every ``meta["val"]`` of an ``fp8::`` node equals the re-evaluated fake (shape and dtype).
     4. A GEMM is what it is said to be: one that is cast has no reason to stay in high precision,
        and operands in the formats of its edges; one that will be can be multiplied.
@@ -69,6 +71,8 @@ class Verifier:
                 self._right[node] = node.args
             if node.target in SCALED_MMS:
                 _verify_scaled_mm(node, pass_name)
+            elif node.target is ATTENTION:
+                _verify_scales(args_of(node)[:3], args_of(node)[3:6], node, pass_name)
             elif node.target is TRACK_AMAX:
                 if is_backward(node) in tracked:
                     raise PassError(pass_name, "amax is tracked twice in one direction", node)
@@ -150,16 +154,23 @@ def _is_scale_of(scale_inv: Any, value: fx.Node) -> bool:
 
 def _verify_scaled_mm(node: fx.Node, pass_name: str) -> None:
     a, b, a_scale_inv, b_scale_inv = args_of(node)[:4]
-    for value, scale_inv in ((a, a_scale_inv), (b, b_scale_inv)):
+    _verify_scales((a, b), (a_scale_inv, b_scale_inv), node, pass_name)
+    formats = {value.meta["val"].dtype for value in (a, b)}
+    if formats == {Format.E5M2.dtype}:
+        raise PassError(pass_name, "e5m2 x e5m2: no tensor core multiplies these", node)
+
+
+def _verify_scales(
+    values: Sequence[Any], scales: Sequence[Any], node: fx.Node, pass_name: str
+) -> None:
+    """Every operand is an output of a cast, or given in FP8, and used with its own scale_inv."""
+    for value, scale_inv in zip(values, scales, strict=True):
         if not _is_quantized(value):
             if is_given_in_fp8(value):
                 continue
             raise PassError(pass_name, f"operand {value} is not an output of a cast", node)
         if not _is_scale_of(scale_inv, value):
             raise PassError(pass_name, f"{value} is used with {scale_inv}, not its own", node)
-    formats = {value.meta["val"].dtype for value in (a, b)}
-    if formats == {Format.E5M2.dtype}:
-        raise PassError(pass_name, "e5m2 x e5m2: no tensor core multiplies these", node)
 
 
 def _verify_takes_no_fp8(node: fx.Node, pass_name: str) -> None:

@@ -1,5 +1,6 @@
 """The graph passes. Each is one function in one file: ``pass(gm, *, settings) -> rewrites``."""
 
+from .cast_attention import cast_attention
 from .choose_formats import choose_formats
 from .choose_precision import choose_precision
 from .choose_scaling import choose_scaling
@@ -32,6 +33,7 @@ from .unbatch_gemms import unbatch_gemms
 __all__ = [
     "STATIC_SCALES",
     "StateNodes",
+    "cast_attention",
     "choose_formats",
     "choose_precision",
     "choose_scaling",

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir import RESHAPES, args_of, aten, constant_factor, fake_mode_of
+from ..ir import VIEWS, args_of, aten, constant_factor, fake_mode_of
 
-VIEWS = (*RESHAPES, aten.permute.default, aten.t.default, aten.transpose.int)
 _COPIES = (*VIEWS, aten.clone.default)
 _KINDS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
-_FORWARD, _BACKWARD = (
+FORWARD, _BACKWARD = (
     [getattr(aten, f"_scaled_dot_product_{kind}{end}").default for kind in _KINDS]
     for end in ("", "_backward")
 )
-QUERY = dict.fromkeys(_FORWARD, 0) | dict.fromkeys(_BACKWARD, 1)  # which argument; then the key
+QUERY = dict.fromkeys(FORWARD, 0) | dict.fromkeys(_BACKWARD, 1)  # which argument; then the key
 
 
 def into_attention(node: fx.Node) -> int:

@@ -12,6 +12,7 @@ from ..ir import (
     QUANTIZE_BLOCKS,
     RESHAPES,
     SCALED_MMS,
+    VIEWS,
     args_of,
     aten,
     base_of,
@@ -22,7 +23,7 @@ from ..ir import (
     value_key,
 )
 from ..regions import hint
-from .attention_scale import QUERY, VIEWS, into_attention, is_like
+from .attention_scale import QUERY, into_attention, is_like
 from .share_casts import cast_key
 
 _GEMMS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ..internals import module_of
-from ..ir import QUANTIZE, args_of, aten
+from ..ir import QUANTIZE, VIEWS, args_of, aten
 from ..regions import (
     COL,
     ROW,
@@ -316,7 +316,7 @@ class _Grower:
                 draft.written.append(node)
                 continue
             needed.update(node.all_input_nodes)
-            if not is_computable(node):
+            if not is_computable(node) or (node in stored and node.target in VIEWS):
                 stored.update(node.all_input_nodes)
         return {
             node

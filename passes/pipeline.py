@@ -16,6 +16,7 @@ from ..errors import Fp8CompileError, OptionError, PassError
 from ..ir import Site
 from ..recipe import Recipe
 from ..verify import Verifier
+from .cast_attention import cast_attention
 from .choose_formats import choose_formats
 from .choose_precision import choose_precision
 from .choose_scaling import choose_scaling
@@ -51,6 +52,7 @@ JOINT_PASSES = (
     insert_casts,
     take_frozen_weights,
     fold_scales,
+    cast_attention,
     share_casts,
     drop_unused_outputs,
     derive_scales,
@@ -86,6 +88,7 @@ def joint_passes(
     store_in_fp8: bool = False,
     statistics_of: Mapping[fx.Node, int] | None = None,
     take_frozen: bool = True,
+    attention_in_fp8: bool = False,
 ) -> list[Pass]:
     """The passes for a joint graph (``training``) or an inference graph, in order.
 
@@ -116,6 +119,10 @@ def joint_passes(
         partial(insert_casts, recipe=recipe, scale=state.scale if state else None),
         *([take_frozen_weights] if take_frozen else []),  # instead of the casts of them
         fold_scales,  # needs the casts; gives share_casts more of one value
+    ]
+    if attention_in_fp8:  # with the scale that factors are in now
+        passes.append(partial(cast_attention, device=device if decline_slower else None))
+    passes += [
         share_casts,  # needs all casts of a value in place
         drop_unused_outputs,  # knows what is used only now
     ]

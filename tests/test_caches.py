@@ -229,6 +229,7 @@ CHANGES: dict[str, Any] = {
     "save_activations": "fp8",
     "on_error": "fallback",
     "logits": "fp8",
+    "attention": "fp8",
     "profile": Profile(()),
     "formats": "auto",
     "scaling": "auto",

@@ -10,7 +10,9 @@ import sympy
 from fp8compile.cost import (
     H100,
     H200,
+    MARGIN,
     TOKENS,
+    AttentionWork,
     Cast,
     Device,
     GemmWork,
@@ -21,6 +23,7 @@ from fp8compile.cost import (
     crossover,
     gemm_terms,
     gemm_us,
+    kernel_us,
     predict,
 )
 
@@ -204,3 +207,40 @@ def test_less_bandwidth_makes_casts_dearer() -> None:
     h100, h200 = crossover(site, H100), crossover(site, H200)
     assert h100 is not None and h200 is not None
     assert predict(site, 16384, H100).fp8_us > predict(site, 16384, H200).fp8_us
+
+
+def attention(tokens: int, head: int = 128, is_causal: bool = True) -> AttentionWork:
+    """16384 tokens in sequences of so many, 4096 features, a quarter of these of keys."""
+    return AttentionWork(
+        16384 // tokens, 4096 // head, 1024 // head, tokens, tokens, head, is_causal
+    )
+
+
+@pytest.mark.parametrize(
+    ("head", "tokens", "high", "fp8"),
+    # As measured on an H200, microseconds; without casts.
+    [
+        (128, 8192, 1727, 1161),
+        (128, 2048, 505, 379),
+        (64, 8192, 2357, 2039),
+        (64, 4096, 1239, 1128),
+    ],
+)
+def test_attention_takes_about_what_was_measured(
+    head: int, tokens: int, high: float, fp8: float
+) -> None:
+    work = attention(tokens, head)
+    found, with_casts = work.us(H200)
+    assert found == pytest.approx(high, rel=0.2)
+    casts = kernel_us(H200, 5 * 16384 * (4096 + 2048))
+    assert with_casts - casts == pytest.approx(fp8, rel=0.25)
+
+
+def test_long_sequences_pay_for_attention_in_fp8() -> None:
+    def pays(work: AttentionWork) -> bool:
+        high, fp8 = work.us(H200)
+        return fp8 < MARGIN * high
+
+    assert [pays(attention(n)) for n in (1024, 2048, 4096, 8192)] == [False, False, True, True]
+    assert pays(attention(2048, is_causal=False))  # twice the products of as many values
+    assert not pays(attention(4096, head=64)) and pays(attention(8192, head=64))

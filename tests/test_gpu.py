@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fp8compile
+from fp8compile.backends import cudnn_attention
 from fp8compile.backends.device import _measure, constants_of
 from fp8compile.passes import pipeline, split_regions
 from tests.models import MLP, Llama, sqnr_db
@@ -64,6 +65,13 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 )
 def test_llama_gates(dtype: torch.dtype, options: dict[str, Any]) -> None:
     meets_gates(dtype, options)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "rowwise"])
+def test_llama_gates_with_attention_in_fp8(recipe: str) -> None:
+    if missing := cudnn_attention.why_not():
+        pytest.skip(f"needs {missing}")
+    meets_gates(torch.bfloat16, {"recipe": recipe, "attention": "fp8"})
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "current", "rowwise", "blockwise"])

@@ -16,7 +16,7 @@ PACKAGE = Path(fp8compile.__file__).parent
 LAYERS = (
     {"errors", "formats", "histogram", "progress"},
     {"arguments", "recipe", "cost"},
-    {"ops", "internals"},
+    {"ops", "attention", "internals"},
     {"observers", "profiles", "untouched", "read_only"},
     {"ir", "modules", "options", "pretrained"},
     {"scaling", "dump", "report", "regions", "moments", "rounding", "edge_records", "verify"},

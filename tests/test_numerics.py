@@ -56,6 +56,21 @@ def test_llama_gates_on_the_first_step_and_the_tenth() -> None:
     assert torch.equal(with_delayed_scales["output"], tenth["output"])
 
 
+def test_llama_gates_with_attention_in_fp8() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, ids = Llama(), torch.randint(0, 256, (4, 64))
+    options = {"attention": "fp8", "decline_slower": False}
+    expected, actual = (
+        step(model, model, ids),
+        step(compile_interpreted(model, options), model, ids),
+    )
+    output = assert_gates(expected, actual)
+    torch._dynamo.reset()
+    without = step(compile_interpreted(model), model, ids)["output"]
+    assert 0 < sqnr_db(expected["output"], without) - output < 0.5
+
+
 def test_small_llama_with_the_current_recipe() -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()

@@ -160,9 +160,8 @@ def test_all_passes_can_be_named() -> None:
     settings: dict[str, Any] = {"recipe": fp8compile.RECIPES["static"], "statistics_of": {}}
     state = fp8compile.passes.StateNodes(*[fx.Graph().placeholder("x")] * 3)
     device = fp8compile.cost.H200
-    passes = joint_passes(
-        **settings, state=state, store_in_fp8=True, choose_scales=True, device=device
-    )
+    chosen = dict.fromkeys(("store_in_fp8", "choose_scales", "attention_in_fp8"), True)
+    passes = joint_passes(**settings, **chosen, state=state, device=device)
     assert [pass_name(run) for run in passes] == names
 
 

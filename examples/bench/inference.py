@@ -66,14 +66,14 @@ def bf16(model: nn.Module, cuda_graphs: bool) -> Forward:
     return torch.compile(model, mode="reduce-overhead" if cuda_graphs else None)
 
 
-def fp8(model: nn.Module, cuda_graphs: bool, recipe: str) -> Forward:
+def fp8(model: nn.Module, cuda_graphs: bool, **options: object) -> Forward:
     inductor = torch._inductor.list_mode_options("reduce-overhead") if cuda_graphs else {}
-    return torch.compile(model, backend="fp8", options={"recipe": recipe, "inductor": inductor})
+    return torch.compile(model, backend="fp8", options={**options, "inductor": inductor})
 
 
-def frozen(model: nn.Module, cuda_graphs: bool) -> Forward:
+def frozen(model: nn.Module, cuda_graphs: bool, **options: object) -> Forward:
     fp8compile.freeze(model, "rowwise")
-    return fp8(model, cuda_graphs, "rowwise")
+    return fp8(model, cuda_graphs, recipe="rowwise", **options)
 
 
 def torchao(model: nn.Module, cuda_graphs: bool) -> Forward:
@@ -88,6 +88,7 @@ CONTENDERS: dict[str, Callable[[nn.Module, bool], Forward]] = {
     "fp8-rowwise": partial(fp8, recipe="rowwise"),
     "fp8-current": partial(fp8, recipe="current"),
     "fp8-frozen": frozen,
+    "fp8-frozen-attention": partial(frozen, attention="fp8"),  # needs nvidia-cudnn-frontend
     "torchao-rowwise": torchao,
 }
 
@@ -165,8 +166,11 @@ def measure_all(
     layers: int,
     steps: int,
     device: torch.device,
+    found: Callable[[Result], None],
 ) -> list[Result]:
-    """Each contender with each job alone; one that fails is reported and left out."""
+    """Each contender with each job alone; one that fails is reported and left out. ``found`` is
+    told of each result as soon as it is there.
+    """
     load_compiler(device)
     results: list[Result] = []
     settings = torch._inductor.config.save_config()  # torchao changes them for all that follow
@@ -175,6 +179,7 @@ def measure_all(
             try:
                 results.append(measure(name, job, shape, layers, steps, device))
                 print_result(results[-1], results)
+                found(results[-1])
             except ImportError as error:
                 print(f"{job}, {name} is left out: {error}")
             except Exception:
@@ -189,7 +194,7 @@ def measure_all(
 
 def print_result(r: Result, results: list[Result]) -> None:
     reference = next((o for o in results if o.job == r.job and o.name == "bf16"), None)
-    line = f"{r.job!s:<16} {r.name:<16} {r.ms:>8.3f} ms, host {r.host_ms:>6.3f}"
+    line = f"{r.job!s:<16} {r.name:<20} {r.ms:>8.3f} ms, host {r.host_ms:>6.3f}"
     line += f" {r.memory / 2**20:>7.0f} MiB"
     line += f", parameters {r.parameters / 2**20:.4g} MiB, {r.compile_s:>6.1f} s to compile"
     if reference is not None and reference is not r:
@@ -213,16 +218,17 @@ def main(argv: list[str] | None = None) -> None:
     layers, steps = (1, 2) if args.tiny else (args.layers, args.steps)
     jobs = [Job(1, 64), Job(2, 1, device.type == "cuda")] if args.tiny else [PREFILL, *DECODE]
     print(f"{device_name(device)}, {versions()}\n{layers} layers, {shape}")
-    results = measure_all(args.contenders, jobs, shape, layers, steps, device)
-    if device.type == "cpu":
-        print("These times mean nothing: on a CPU, FP8 is emulated. Memory is not counted.")
-    if args.csv:
-        for r in results:
-            what = f"{layers} layers, {shape}, {r.job}"
+
+    def save(r: Result) -> None:
+        if args.csv:
             rows = [(r.name, "call", r.ms, "ms"), (r.name, "host", r.host_ms, "ms")]
             rows.append((r.name, "memory", r.memory / 2**20, "MiB"))
             rows.append((r.name, "parameters", r.parameters / 2**20, "MiB"))
-            append_csv(args.csv, device, what, rows)
+            append_csv(args.csv, device, f"{layers} layers, {shape}, {r.job}", rows)
+
+    measure_all(args.contenders, jobs, shape, layers, steps, device, save)
+    if device.type == "cpu":
+        print("These times mean nothing: on a CPU, FP8 is emulated. Memory is not counted.")
 
 
 if __name__ == "__main__":

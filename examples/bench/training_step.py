@@ -15,6 +15,7 @@ drifts in a minute. The contenders:
     bf16     torch.compile
     fp8      torch.compile(backend="fp8"), this repository
     fp8-stored  the same, with save_activations="fp8"
+    fp8-attention  the same, with attention="fp8" (needs nvidia-cudnn-frontend)
     fp8-current, fp8-static, fp8-rowwise, fp8-blockwise  the same, with that recipe
     torchao  float8 tensorwise (dynamic scaling) and torch.compile, if installed
     torchao-rowwise  the same, with a scale per row
@@ -179,6 +180,7 @@ CONTENDERS: dict[str, Callable[[Job], Contender]] = {
     "bf16": bf16,
     "fp8": fp8,
     "fp8-stored": partial(fp8, save_activations="fp8"),
+    "fp8-attention": partial(fp8, attention="fp8"),
     "fp8-auto": partial(fp8, scaling="auto"),
     **{f"fp8-{name}": partial(fp8, recipe=name) for name in RECIPES},
     "torchao": torchao,
@@ -296,12 +298,12 @@ def time_in_turns(names: list[str], job: Job, rounds: int) -> dict[str, float]:
 def print_steps(results: list[Result], job: Job) -> None:
     bf16_ms = next((r.step_ms for r in results if r.name == "bf16"), float("nan"))
     print(
-        f"\n{'contender':<10} {'step ms':>9} {'vs bf16':>8} {'kept GiB':>9} {'peak GiB':>9} "
+        f"\n{'contender':<15} {'step ms':>9} {'vs bf16':>8} {'kept GiB':>9} {'peak GiB':>9} "
         f"{'compile s':>10}"
     )
     for r in results:
         print(
-            f"{r.name:<10} {r.step_ms:>9.2f} {bf16_ms / r.step_ms:>7.2f}x {r.kept / GIB:>9.2f} "
+            f"{r.name:<15} {r.step_ms:>9.2f} {bf16_ms / r.step_ms:>7.2f}x {r.kept / GIB:>9.2f} "
             f"{r.peak / GIB:>9.2f} {r.compile_s:>10.1f}"
         )
     if job.device.type == "cpu":
@@ -322,13 +324,13 @@ def print_sqnr(results: list[Result]) -> None:
     if not reference or not others:
         return
     print("\nSQNR against bf16, dB")
-    print(f"{'contender':<10} {'output':>8} {'worst gradient':>15} {'median gradient':>16}")
+    print(f"{'contender':<15} {'output':>8} {'worst gradient':>15} {'median gradient':>16}")
     for r in others:
         db = {name: sqnr_db(tensor, r.tensors[name]) for name, tensor in reference.items()}
         output = db.pop("output")
         worst = min(db, key=lambda name: db[name])
         print(
-            f"{r.name:<10} {output:>8.1f} {db[worst]:>15.1f} "
+            f"{r.name:<15} {output:>8.1f} {db[worst]:>15.1f} "
             f"{statistics.median(db.values()):>16.1f}   (worst: {worst})"
         )
 
@@ -367,7 +369,7 @@ def print_largest(result: Result, category: str, count: int = 6) -> None:
 
 
 # ---- records -------------------------------------------------------------------------------------
-def save_csv(path: Path, job: Job, results: list[Result], gemms: list[GemmResult]) -> None:
+def save_steps(path: Path, job: Job, results: list[Result]) -> None:
     rows: list[tuple[str, str, float, str]] = []
     for r in results:
         rows += [
@@ -378,8 +380,13 @@ def save_csv(path: Path, job: Job, results: list[Result], gemms: list[GemmResult
         ]
         sums = by_category(r.kernels) if r.kernels else {}
         rows += [(r.name, category, time.ms, "ms") for category, time in sums.items()]
-    for g in gemms:
-        rows += [(name, str(g.case), value, "TFLOP/s") for name, value in g.tflops.items()]
+    append_csv(path, job.device, str(job), rows)
+
+
+def save_gemms(path: Path, job: Job, gemms: list[GemmResult]) -> None:
+    rows = [
+        (name, str(g.case), value, "TFLOP/s") for g in gemms for name, value in g.tflops.items()
+    ]
     append_csv(path, job.device, str(job), rows)
 
 
@@ -416,12 +423,13 @@ def main(argv: list[str] | None = None) -> None:
     print_steps(results, job)
     print_sqnr(results)
     print_categories(results)
-    gemms = []
+    if args.csv:
+        save_steps(args.csv, job, results)
     if job.device.type == "cuda":
         gemms = measure_gemms(gemm_cases(job.shape, job.batch * job.tokens))
         print_gemms(gemms)
-    if args.csv:
-        save_csv(args.csv, job, results, gemms)
+        if args.csv:
+            save_gemms(args.csv, job, gemms)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def _gemm(row: Row, slower: str) -> tuple[str, ...]:
         row.formats or row.decision,
         " -> ".join(map(_us, times)),
         "" if row.fp8_us is None else "never" if row.pays_from is None else str(row.pays_from),
-        kernel if row.is_fp8 else reason,
+        reason or kernel,
     )
 
 

@@ -18,6 +18,7 @@ from fp8compile.backends.kernels.launch import run
 from fp8compile.ops import padded
 from fp8compile.regions import POINTWISE, POWERS
 from tests.backends.common import (
+    E4M3,
     E5M2,
     Case,
     assert_close,
@@ -59,6 +60,12 @@ def row_major_only(x: Tensor, scale: Tensor | None) -> Outputs:
 def residual_add(x: Tensor, y: Tensor, z: Tensor, scale: Tensor | None) -> Outputs:
     h = x + y
     return (*quantize(h, scale, 1), h * z, h)
+
+
+def attention_output(x: Tensor, w: Tensor, scale: Tensor | None) -> Outputs:
+    """What is in FP8 is read as it is; attention's backward reads it in another precision."""
+    rows = (x.to(E4M3).float() * w).to(x.dtype)
+    return (*quantize(rows, scale), rows.unflatten(0, (2, -1)).cumsum(0))
 
 
 def norm(x: Tensor, w: Tensor, scale: Tensor | None) -> Outputs:
@@ -212,6 +219,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Outputs], dict[str, tuple[int, ...]]]] 
     "gelu_backward": (gelu_backward, {"x": (50, 80), "g": (50, 80)}),
     "gelu_tanh_backward": (gelu_tanh_backward, {"x": (48, 80), "g": (48, 80)}),
     "mish": (mish, {"x": (50, 80)}),
+    "attention_output": (attention_output, {"x": (50, 96), "w": (1,)}),
     "merged_swiglu": (merged_swiglu, {"gate_up": (50, 192)}),
     "swiglu_backward": (swiglu_backward, {"gate": (64, 80), "up": (64, 80), "g": (64, 80)}),
     "bias_gradient": (bias_gradient, {"g": (2, 24, 80)}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -66,6 +67,21 @@ def fprop(n: int = 64, k: int = 32, dtype: torch.dtype = torch.bfloat16) -> fx.G
         return aten.mm(x, aten.permute(w, [1, 0]))
 
     return trace(fn, x=torch.randn(16, k).to(dtype), w=torch.randn(n, k).to(dtype))
+
+
+def attended(**kwargs: Any) -> fx.GraphModule:
+    """Attention alone, called ``sdpa``; the heads of a token lie beside each other."""
+    call = aten._scaled_dot_product_flash_attention_for_cpu.default
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return call(q, k, v, 0.0, True, **kwargs)[0]
+
+    tokens = (torch.randn(2, 64, 4, 16, dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = (value.transpose(1, 2) for value in tokens)
+    gm = trace(fn, q=q, k=k, v=v)
+    gm.graph.find_nodes(op="call_function", target=call)[0]._rename("sdpa")
+    gm.recompile()
+    return gm
 
 
 def frozen_fprop(

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from fp8compile import RECIPES
 from fp8compile.cost import H200
 from fp8compile.passes import (
+    cast_attention,
     choose_precision,
     choose_scaling,
     find_gemms,
@@ -25,6 +26,7 @@ from fp8compile.passes.pipeline import JOINT_PASSES, Pass
 from tests.helpers import Joint, trace_final, trace_joint
 from tests.passes.common import (
     Linear,
+    attended,
     before,
     fprop,
     frozen_fprop,
@@ -95,6 +97,8 @@ def example(name: str) -> tuple[fx.GraphModule, Pass]:
         return gm, partial(choose_scaling, recipe=RECIPES["delayed"], device=H200)
     if name == "take_frozen_weights":
         return frozen_fprop(), take_frozen_weights
+    if name == "cast_attention":
+        return attended(), cast_attention
     if name == "grow_regions":
         return negated_linear(), grow_regions
     if name == "split_regions":

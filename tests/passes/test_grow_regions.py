@@ -107,6 +107,12 @@ def weights(a: Tensor, b: Tensor, scale: Tensor) -> Outputs:
     return quantize(torch.cat([a, b]), scale)[:3]
 
 
+def viewed(x: Tensor, scale: Tensor) -> Outputs:
+    """An operator that no kernel computes reads a view of what is cast."""
+    value = x.neg()
+    return (*quantize(value, scale)[0::2], value.view(4, 4, 32).permute(1, 0, 2).cumsum(0))
+
+
 SIZES = {
     "norm": (norm, {"x": (2, 8, 32), "o": (2, 8, 32), "w": (32,)}),
     "swiglu": (swiglu, {"gate_up": (16, 64)}),
@@ -116,6 +122,7 @@ SIZES = {
     "weight_gradient": (weight_gradient, {"g": (16, 32), "x": (16, 32)}),
     "bias_gradient": (bias_gradient, {"g": (16, 32), "x": (16, 32)}),
     "recomputed": (recomputed, {"x": (16, 32)}),
+    "viewed": (viewed, {"x": (16, 32)}),
     "other_axis": (other_axis, {"x": (16, 32)}),
     "opaque_between": (opaque_between, {"x": (16, 32)}),
     "weights": (weights, {"a": (16, 32), "b": (48, 32)}),
@@ -302,6 +309,23 @@ getitem : e4m3[16, 32] = region_0[0]
 getitem_2 : f32[1] = region_0[1]
 exp : f32[16, 32] = aten.exp(neg)
 cumsum : f32[16, 32] = aten.cumsum(exp, 0)
+return (getitem, getitem_2, cumsum)""",
+    )
+
+
+def test_a_value_of_which_a_view_is_read_is_written() -> None:
+    assert_expected_inline(
+        lines_of(grown("viewed")),
+        """\
+x : f32[16, 32]
+scale : f32[3]
+region_0 : (e4m3[16, 32], f32[1], f32[16, 32]) = region_0(x, scale)
+getitem : e4m3[16, 32] = region_0[0]
+getitem_2 : f32[1] = region_0[1]
+neg_out : f32[16, 32] = region_0[2]
+view : f32[4, 4, 32] = aten.view(neg_out, [4, 4, 32])
+permute : f32[4, 4, 32] = aten.permute(view, [1, 0, 2])
+cumsum : f32[4, 4, 32] = aten.cumsum(permute, 0)
 return (getitem, getitem_2, cumsum)""",
     )
 

@@ -110,6 +110,7 @@ REGIONS = {
     "norm": {"x": (64, N), "w": (N,)},
     "norm_of_sum": {"x": (2, 32, N), "o": (2, 32, N), "w": (N,)},
     "norm_backward": {"x": (64, N), "w": (N,), "g": (64, N), "other": (64, N)},
+    "attention_output": {"x": (64, N), "w": (1,)},
     "layer_norm_rows": {"x": (2, 32, N), "w": (N,), "b": (N,)},
     "gelu_backward": {"x": (64, N), "g": (64, N)},
     "mish": {"x": (64, N)},

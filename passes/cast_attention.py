@@ -1,0 +1,204 @@
+"""Let attention's forward run in FP8."""
+
+from __future__ import annotations
+
+import operator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..cost import MARGIN, AttentionWork, Device
+from ..formats import Format
+from ..ir import ATTENTION, QUANTIZE, args_of, aten, emit
+from ..ops import ALIGNMENT
+from .attention_scale import FORWARD
+from .choose_precision import SLOWER
+from .insert_casts import quantize_getitem
+
+LARGEST_HEAD = 128  # that cuDNN multiplies in FP8 on Hopper
+_KEPT = "fp8_attention_kept"  # in a node's meta: why it stays in high precision
+_CONVERT = torch.ops.prims.convert_element_type.default
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_OUT, _SUMS = 0, 1  # of attention's results: the output, and the logarithms of the softmax's sums
+_PLANS = ("recompute", "ac_graph_id")  # of a region that is checkpointed
+
+
+def cast_attention(gm: fx.GraphModule, *, device: Device | None = None) -> int:
+    """Cast the query, key and value of attention to E4M3, and multiply these in forward.
+
+    Before:
+        sdpa    : (bf16[2, 4, 64, 16], f32[2, 4, 64]) = aten._...(q, k, v, 0.0, True)
+        getitem : bf16[2, 4, 64, 16] = sdpa[0]
+    After:
+        q_by_token     : bf16[2, 64, 4, 16] = aten.permute(q, [0, 2, 1, 3])
+        q_rows         : bf16[128, 64] = aten.reshape(q_by_token, [128, 64])
+        q_rows_q       : (e4m3[128, 64], ...) = fp8.quantize(q_rows, None, 0, e4m3, True, False)
+        attention      : (e4m3[128, 64], f32[2, 4, 64]) = fp8.attention(q_rows_fp8, ...)
+        attention_fp8  : e4m3[128, 64] = attention[0]
+        attention_wide : f32[128, 64] = prims.convert_element_type(attention_fp8, f32)
+        attention_mul  : f32[128, 64] = aten.mul.Tensor(attention_wide, v_rows_scale_inv)
+        attention_rows : bf16[128, 64] = prims.convert_element_type(attention_mul, bf16)
+        attention_view : bf16[2, 64, 4, 16] = aten.view(attention_rows, [2, 64, 4, 16])
+        attention_out  : bf16[2, 4, 64, 16] = aten.permute(attention_view, [0, 2, 1, 3])
+
+    Scales are current. Backward stays in high precision: it takes the query, key and value as they
+    were, and the output as it now is, of which FP8 is what is kept. With ``device``, calls that FP8
+    is predicted not to make faster there are declined: those of short sequences.
+
+    Requires: fold_scales, which makes factors of the query or key part of attention's scale.
+    Ensures: the meta of what is left in high precision says why.
+    Leaves alone: masks, dropout, heads that are no multiple of 16 or larger than 128; symbolic
+        sizes, for each of which cuDNN would make a plan; what reads other results.
+    Numerics: quantizes (forward only).
+    """
+    rewrites = 0
+    for node in list(gm.graph.nodes):
+        if node.target not in FORWARD:
+            continue
+        reason = why_not_fp8(node)
+        if reason is None and device is not None:
+            reason = _why_slower(node, device)
+        if reason is not None:
+            node.meta[_KEPT] = reason
+            continue
+        _replace(gm.graph, node)
+        rewrites += 1
+    return rewrites
+
+
+def attention_calls(gm: fx.GraphModule) -> list[tuple[fx.Node, str]]:
+    """The calls of attention that were to be in FP8, each with why it is not, or ""."""
+    return [
+        (node, node.meta.get(_KEPT, ""))
+        for node in gm.graph.nodes
+        if node.target is ATTENTION or _KEPT in node.meta
+    ]
+
+
+def why_not_fp8(node: fx.Node) -> str | None:
+    """Why a call of attention has to stay in high precision, or None."""
+    given = _arguments(node)
+    q, k, v = (given[name].meta["val"] for name in ("query", "key", "value"))
+    if not all(isinstance(size, int) for size in (*q.shape, *k.shape)):
+        return "its sizes are symbolic"
+    if q.dtype not in _DTYPES:
+        return f"it is {str(q.dtype).removeprefix('torch.')}"
+    if given["dropout_p"]:
+        return "it has dropout"
+    if given.get("attn_bias") is not None or given.get("attn_mask") is not None:
+        return "it has a mask"
+    head = q.shape[-1]
+    if head % ALIGNMENT or head > LARGEST_HEAD:
+        return f"its heads have {head} elements, not a multiple of 16 up to {LARGEST_HEAD}"
+    if v.shape != k.shape:
+        return f"its values have {v.shape[-1]} elements a head, and its keys {k.shape[-1]}"
+    if q.shape[2] == 1:
+        return f"{SLOWER} for one query"  # which takes what it takes to read keys and values
+    if given["is_causal"] and q.shape[2] != k.shape[2]:
+        return f"it is causal, with {q.shape[2]} queries and {k.shape[2]} keys"
+    return _why_not_results(_results(node), q)
+
+
+def _why_slower(node: fx.Node, device: Device) -> str | None:
+    high_us, fp8_us = _work(node).us(device)
+    if fp8_us < MARGIN * high_us:
+        return None
+    return f"{SLOWER}: {fp8_us:.3g} us against {high_us:.3g} us"
+
+
+def _work(node: fx.Node) -> AttentionWork:
+    given = _arguments(node)
+    (batch, heads, queries, head), keys = (given[n].meta["val"].shape for n in ("query", "key"))
+    return AttentionWork(
+        batch, heads, keys[1], queries, keys[2], head, is_causal=bool(given["is_causal"])
+    )
+
+
+def _why_not_results(results: dict[int, Any], q: torch.Tensor) -> str | None:
+    """Whether something else can stand for what is read of attention's results."""
+    out = results.pop(_OUT, None)
+    if out is not None and not (out.is_contiguous() or out.transpose(1, 2).is_contiguous()):
+        return f"its output has the strides {tuple(out.stride())}"
+    sums = results.pop(_SUMS, None)
+    if sums is not None and sums.numel() != q.numel() // q.shape[-1]:
+        return f"its backward takes {tuple(sums.shape)} sums"
+    # Seeds of dropout, which there is not.
+    if any(not isinstance(value, torch.Tensor) or value.numel() > 2 for value in results.values()):
+        return f"its results {sorted(results)} are read"
+    return None
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """An operator's arguments by name, those that are not given as well."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    defaults = {a.name: a.default_value for a in node.target._schema.arguments}
+    return defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _results(node: fx.Node) -> dict[int, Any]:
+    """The fake values of those results that anything reads, by their index."""
+    return {args_of(item)[1]: item.meta["val"] for item in node.users if item.users}
+
+
+def _replace(graph: fx.Graph, node: fx.Node) -> None:
+    given = _arguments(node)
+    values = [given[name] for name in ("query", "key", "value")]
+    work = _work(node)
+    scale = work.head**-0.5 if given["scale"] is None else float(given["scale"])
+    before = set(graph.nodes)
+    with graph.inserting_before(node):
+        casts = [_cast(graph, value, node) for value in values]
+        copies, inverses = (
+            [quantize_getitem(graph, cast, name) for cast in casts] for name in ("fp8", "scale_inv")
+        )
+        out_scale = quantize_getitem(graph, casts[-1], "scale_used")  # averages fit where v does
+        how = (work.batch, work.heads, work.kv_heads, work.is_causal, scale)
+        new = emit(graph, ATTENTION, (*copies, *inverses, out_scale, *how), "attention", like=node)
+        for item in list(node.users):
+            if item.users:
+                item.replace_all_uses_with(_result(graph, item, new, inverses[-1], given["query"]))
+            graph.erase_node(item)
+    graph.erase_node(node)  # which, as it could have dropout, nothing else takes for dead
+    plans = {key: node.meta[key] for key in _PLANS if key in node.meta}
+    for made in set(graph.nodes) - before:
+        made.meta.update(plans)
+
+
+def _cast(graph: fx.Graph, value: fx.Node, attention: fx.Node) -> fx.Node:
+    """The cast of a query, key or value, ``[batch * tokens, heads * D]``."""
+    make = partial(emit, graph, like=attention)
+    batch, heads, tokens, head = value.meta["val"].shape
+    by_token = make(aten.permute.default, (value, [0, 2, 1, 3]), f"{value.name}_by_token")
+    shape = [batch * tokens, heads * head]
+    rows = make(aten.reshape.default, (by_token, shape), f"{value.name}_rows")
+    how = (None, 0, Format.E4M3.dtype, True, False)
+    return make(QUANTIZE, (rows, *how), f"{rows.name}_q")
+
+
+def _result(
+    graph: fx.Graph, item: fx.Node, new: fx.Node, scale_inv: fx.Node, query: fx.Node
+) -> fx.Node:
+    """What stands for one of attention's results."""
+    make = partial(emit, graph, like=new)
+    index, wanted = args_of(item)[1], item.meta["val"]
+    if index == _SUMS:
+        sums = make(operator.getitem, (new, 1), "attention_sums")
+        return make(aten.view.default, (sums, list(wanted.shape)), "attention_lse")
+    if index != _OUT:  # a seed of no dropout
+        how = {"dtype": wanted.dtype, "device": query.meta["val"].device, "pin_memory": False}
+        seed = graph.call_function(aten.full.default, (list(wanted.shape), 0), how)
+        seed.meta.update(item.meta)
+        return seed
+    batch, heads, tokens, head = wanted.shape
+    copy = make(operator.getitem, (new, 0), "attention_fp8")
+    wide = make(_CONVERT, (copy, torch.float32), "attention_wide")
+    scaled = make(aten.mul.Tensor, (wide, scale_inv), "attention_mul")
+    rows = make(_CONVERT, (scaled, wanted.dtype), "attention_rows")
+    by_token = make(aten.view.default, (rows, [batch, tokens, heads, head]), "attention_view")
+    out = make(aten.permute.default, (by_token, [0, 2, 1, 3]), "attention_out")
+    if out.meta["val"].stride() != wanted.stride():
+        out = emit(graph, aten.clone.default, (out,), "attention_clone", like=new)
+    return out

@@ -1,0 +1,154 @@
+"""FP8 attention by cuDNN: the operator on a CPU, and on a GPU against its reference."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fp8compile
+from fp8compile.backends import TRITON, check_attention, cudnn_attention
+from fp8compile.errors import OptionError
+from tests.models import sqnr_db
+from tests.passes.test_cast_attention import Attention
+from tests.test_attention import CHECKS, SHAPES, in_float32, operands
+
+OP = cudnn_attention.ATTENTION_CUDNN
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_on_a_cpu_it_is_the_reference(shape: tuple[int, ...]) -> None:
+    _, args = operands(shape)
+    want = torch.ops.fp8.attention(*args)
+    for expected, got in zip(want, OP(*args), strict=True):
+        assert torch.equal(expected.view(torch.uint8), got.view(torch.uint8))
+    torch.library.opcheck(OP, args, test_utils=CHECKS)
+
+
+def test_without_the_frontend_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(cudnn_attention.importlib, "import_module", missing)
+    with pytest.raises(OptionError, match=r"attention='fp8' needs .*pip install nvidia-cudnn"):
+        check_attention(TRITON)
+    check_attention("reference")
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+ON_GPU = [
+    *SHAPES,
+    (1, 8, 2, 1000, 1000, 128, True),
+    (1, 4, 1, 200, 333, 128, False),
+    (3, 2, 2, 77, 77, 32, True),
+    (1, 2, 2, 100, 100, 96, False),
+    (1, 2, 1, 2, 64, 64, False),
+    (2, 2, 2, 3, 3, 80, True),
+]
+
+
+@pytest.fixture
+def frontend() -> None:
+    missing = cudnn_attention.why_not()
+    if missing:
+        pytest.skip(f"needs {missing}")
+
+
+def on_gpu(shape: tuple[int, ...]) -> tuple[list[Tensor], tuple[Any, ...]]:
+    values, args = operands(shape)
+    moved = tuple(arg.cuda() if isinstance(arg, Tensor) else arg for arg in args)
+    return [value.cuda() for value in values], moved
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("frontend")
+@pytest.mark.parametrize("shape", ON_GPU, ids=str)
+def test_it_computes_what_the_reference_does(shape: tuple[int, ...]) -> None:
+    """But for the largest product so far, which it takes for the largest of all, and for tensor
+    cores, which do not add up FP8 in all bits of float32.
+    """
+    values, args = on_gpu(shape)
+    (want, want_sums), (out, sums) = torch.ops.fp8.attention(*args), OP(*args)
+    assert (out.dtype, out.shape, out.is_contiguous()) == (want.dtype, want.shape, True)
+    torch.testing.assert_close(sums, want_sums, rtol=2**-10, atol=2**-6)
+    assert sqnr_db(want.float(), out.float()) > 30
+    exact = in_float32([value.cpu() for value in values], shape)[0]
+    found, expected = (sqnr_db(exact, (x.float() * args[5]).cpu()) for x in (out, want))
+    assert expected > 20 and abs(found - expected) < 0.3
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("frontend")
+def test_what_cudnn_cannot_do_is_said() -> None:
+    _, args = on_gpu((2, 2, 1, 1, 64, 64, False))
+    with pytest.raises(OptionError, match=r"no FP8 attention for Shape\(batch=2.*high_precision"):
+        OP(*args)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("frontend")
+def test_threads_and_streams_share_a_plan() -> None:
+    """A handle of cuDNN's has one stream at a time."""
+    cases = [on_gpu(ON_GPU[3])[1] for _ in range(8)]
+    want = [OP(*args)[0].view(torch.uint8) for args in cases]
+
+    def run(index: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = [OP(*cases[index])[0].view(torch.uint8) for _ in range(50)]
+            return all(torch.equal(out, want[index]) for out in found)
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(run, range(8)))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("frontend")
+@pytest.mark.parametrize("backend", [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION])
+@pytest.mark.parametrize("cuda_graphs", [False, True], ids=["", "CUDA graphs"])
+def test_a_step_is_that_of_the_reference(backend: SDPBackend, cuda_graphs: bool) -> None:
+    model = Attention(kv_heads=2).to("cuda", BF16)
+    x = torch.randn(4, 256, 64, device="cuda", dtype=BF16)
+    found = []
+    for kernels in ("reference", "triton"):
+        alike: nn.Module = copy.deepcopy(model)
+        options: dict[str, Any] = {"attention": "fp8", "decline_slower": False, "kernels": kernels}
+        if cuda_graphs and kernels == "triton":
+            options["inductor"] = {"triton.cudagraphs": True}
+        torch._dynamo.reset()
+        compiled = torch.compile(alike, backend="fp8", options=options)
+        for _ in range(4):
+            given = x.clone().requires_grad_()
+            alike.zero_grad()
+            torch.compiler.cudagraph_mark_step_begin()
+            with sdpa_kernel(backend):
+                out = compiled(given)
+                out.square().sum().backward()
+        tensors = [out, given.grad, *(p.grad for p in alike.parameters())]
+        found.append([tensor.detach().clone() for tensor in tensors])
+    for want, got in zip(*found, strict=True):
+        assert sqnr_db(want, got) > 25
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("frontend")
+def test_inference() -> None:
+    torch._dynamo.reset()
+    model = Attention().to("cuda", BF16)
+    x = torch.randn(2, 512, 64, device="cuda", dtype=BF16)
+    options = {"attention": "fp8", "decline_slower": False, "strict": True}
+    with torch.no_grad():
+        got = torch.compile(model, backend="fp8", options=options)(x)
+        assert 15 < sqnr_db(model(x), got) < 40
+        with pytest.raises(BackendCompilerFailed, match="symbolic"):
+            torch._dynamo.reset()
+            torch.compile(model, backend="fp8", options=options, dynamic=True)(x)
+    assert "FP8 in forward" in str(fp8compile.explain(model, x, options=options))

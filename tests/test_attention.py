@@ -1,0 +1,86 @@
+"""The reference of FP8 attention: PyTorch's attention, but for the rounding to E4M3."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp8compile.ops import quantize
+from tests.models import sqnr_db
+
+E4M3 = torch.float8_e4m3fn
+OP = torch.ops.fp8.attention.default
+CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+# batch, heads, kv_heads, queries, keys, head, is_causal
+SHAPES = [
+    (2, 4, 4, 48, 48, 32, True),
+    (1, 8, 2, 64, 64, 16, True),
+    (2, 4, 1, 24, 40, 64, False),
+]
+
+
+def operands(shape: tuple[int, ...]) -> tuple[list[Tensor], tuple[object, ...]]:
+    """What is cast, ``[batch * tokens, heads * D]``; and what the operator takes."""
+    batch, heads, kv_heads, queries, keys, head, is_causal = shape
+    sizes = (heads, queries), (kv_heads, keys), (kv_heads, keys)
+    values = [torch.randn(batch * n, count * head) for count, n in sizes]
+    casts = [quantize(value, None, 0, E4M3, True, False) for value in values]
+    args = [cast[0] for cast in casts] + [cast[2] for cast in casts] + [casts[-1][4]]
+    return values, (*args, batch, heads, kv_heads, bool(is_causal), 0.3)
+
+
+def in_float32(values: list[Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """PyTorch's attention, and the logarithms of the sums."""
+    batch, heads, kv_heads, queries, _, head, is_causal = shape
+    q, k, v = (
+        value.view(batch, -1, count, head).transpose(1, 2).repeat_interleave(heads // count, 1)
+        for value, count in zip(values, (heads, kv_heads, kv_heads), strict=True)
+    )
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=bool(is_causal), scale=0.3)
+    products = q @ k.transpose(-1, -2) * 0.3
+    if is_causal:
+        products.masked_fill_(torch.ones(queries, queries).triu(1).bool(), -torch.inf)
+    return out.transpose(1, 2).reshape(batch * queries, -1), products.logsumexp(-1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_is_attention_of_what_was_cast(shape: tuple[int, ...]) -> None:
+    _, args = operands(shape)
+    scales_inv = args[3:6]
+    exact = [x.float() * inv for x, inv in zip(args[:3], scales_inv, strict=True)]
+    want, want_sums = in_float32(exact, shape)
+    out, sums = OP(*args)
+    assert (out.dtype, out.shape, out.is_contiguous()) == (E4M3, args[0].shape, True)
+    torch.testing.assert_close(sums, want_sums)
+    # Numerators and the output are rounded to three bits: 2**-4 of each at most.
+    found = out.float() * scales_inv[-1]
+    assert 28 < sqnr_db(want, found) < 34
+    assert (found - want).abs().max() < 2**-3 * want.abs().max()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_is_close_to_attention(shape: tuple[int, ...]) -> None:
+    values, args = operands(shape)
+    out, _ = OP(*args)
+    assert sqnr_db(in_float32(values, shape)[0], out.float() * args[5]) > 22
+
+
+def test_an_output_that_is_larger_than_its_scale_is_for_saturates() -> None:
+    _, args = operands(SHAPES[0])
+    large = (*args[:6], args[6] * 1e4, *args[7:])
+    assert OP(*large)[0].float().abs().max() == 448
+
+
+def test_what_is_not_finite_stays_visible() -> None:
+    _, args = operands(SHAPES[0])
+    args[2][5, 3] = torch.nan  # a value of the first head, which tokens from 5 on take
+    out = OP(*args)[0].float().isnan()
+    assert out[5:48, 3].all() and out.sum() == out[:48, 3].sum()
+
+
+def test_it_is_an_operator() -> None:
+    _, args = operands(SHAPES[1])
+    # Its test of the schema multiplies FP8, which a CPU cannot.
+    torch.library.opcheck(OP, args, test_utils=CHECKS)
