@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from ..cost import MARGIN, AttentionWork, Device
 from ..formats import Format
@@ -23,6 +24,7 @@ _CONVERT = torch.ops.prims.convert_element_type.default
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _OUT, _SUMS = 0, 1  # of attention's results: the output, and the logarithms of the softmax's sums
 _PLANS = ("recompute", "ac_graph_id")  # of a region that is checkpointed
+_SAVES = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
 
 
 def cast_attention(gm: fx.GraphModule, *, device: Device | None = None) -> int:
@@ -162,9 +164,19 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
                 item.replace_all_uses_with(_result(graph, item, new, inverses[-1], given["query"]))
             graph.erase_node(item)
     graph.erase_node(node)  # which, as it could have dropout, nothing else takes for dead
-    plans = {key: node.meta[key] for key in _PLANS if key in node.meta}
-    for made in set(graph.nodes) - before:
-        made.meta.update(plans)
+    _plan_like(node, set(graph.nodes) - before)
+
+
+def _plan_like(node: fx.Node, made: set[fx.Node]) -> None:
+    """In a region that is checkpointed, compute again what stands for a call, if that would have
+    been; or keep what the new call has made, and compute again from that.
+    """
+    plan = {key: node.meta[key] for key in _PLANS if key in node.meta}
+    for new in made if plan else ():
+        results = new.target is ATTENTION or ATTENTION in (n.target for n in new.all_input_nodes)
+        kept = plan["recompute"] in _SAVES and not results
+        again = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE} if kept else {}
+        new.meta.update(plan | again)
 
 
 def _cast(graph: fx.Graph, value: fx.Node, attention: fx.Node) -> fx.Node:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,6 +67,20 @@ def test_it_is_close_to_attention(shape: tuple[int, ...]) -> None:
     values, args = operands(shape)
     out, _ = OP(*args)
     assert sqnr_db(in_float32(values, shape)[0], out.float() * args[5]) > 22
+
+
+def test_numerators_are_rounded_and_their_sum_is_not() -> None:
+    """1 and 0.96, of which E4M3 makes 0.9375: averages of ones are 1.9375 / 1.96 of what they are,
+    by which 0.975 comes to be nearer to 0.9375 than to 1.
+    """
+    one, q, k = torch.ones(1), torch.zeros(1, 16), torch.zeros(2, 16)
+    q[0, 0] = k[0, 0] = 1
+    k[1, 0] = 0.875
+    scale = -math.log(0.96) / 0.125
+    operands = (x.to(E4M3) for x in (q, k, torch.ones(2, 16)))
+    out, sums = OP(*operands, one, one, one, 0.975 * one, 1, 1, 1, False, scale)
+    assert (out.float() == 0.9375).all()
+    torch.testing.assert_close(sums.flatten(), scale + torch.tensor([1.96]).log())
 
 
 def test_an_output_that_is_larger_than_its_scale_is_for_saturates() -> None:

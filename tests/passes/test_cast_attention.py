@@ -12,7 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import fp8compile
 from fp8compile.cost import H200
@@ -134,6 +138,28 @@ def test_a_checkpointed_region_is_computed_again() -> None:
     got = ran(model, x, **options)
     (call,) = (n for n in found[0].graph.nodes if n.target is ATTENTION and not is_backward(n))
     assert call.meta["recompute"] is CheckpointPolicy.PREFER_RECOMPUTE
+    for name, value in ran(model, x).items():
+        assert sqnr_db(value, got[name]) > 15, name
+
+
+def test_a_region_that_keeps_attention_keeps_its_fp8_output() -> None:
+    """And the sums; what is made of these is computed again."""
+    contexts = partial(create_selective_checkpoint_contexts, [CPU])
+
+    class Selective(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            run = super().forward
+            return checkpoint(run, x, use_reentrant=False, context_fn=contexts) + x
+
+    found: list[fx.GraphModule] = []
+    options = {"own_passes": {"plan_saved": lambda gm: found.append(gm) or 0}}
+    model, x = Selective(), torch.randn(2, 32, 64)
+    got = ran(model, x, **options)
+    forward = [n for n in found[0].graph.nodes if not is_backward(n)]
+    (call,) = (n for n in forward if n.target is ATTENTION)
+    kept = {n for n in forward if n.meta.get("recompute") is CheckpointPolicy.MUST_SAVE}
+    assert {call, *call.users} <= kept and len(call.users) == 2
+    assert not any(n.meta["val"].dtype is torch.float32 for n in kept - {call, *call.users})
     for name, value in ran(model, x).items():
         assert sqnr_db(value, got[name]) > 15, name
 
