@@ -60,6 +60,13 @@ def fold_scales(gm: fx.GraphModule) -> int:
         power of two, are exact, unless numbers overflow or are denormal).
     """  # noqa: E501
     rewrites = 0
+    while found := _fold_once(gm):  # a cast of a multiple of a multiple goes up one at a time
+        rewrites += found
+    return rewrites
+
+
+def _fold_once(gm: fx.GraphModule) -> int:
+    rewrites = 0
     for fold in (_into_one, into_attention, _into_gemm, _into_cast):
         for node in list(gm.graph.nodes):
             rewrites += fold(node)

@@ -225,6 +225,58 @@ def test_scales_of_a_linear_layer() -> None:
     assert torch.equal(state["weight.amax_history"], torch.zeros(1, 3))
 
 
+class Weighted(Block):
+    """Attention alone, of values that are multiplied by a number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(64)
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v * self.factor, is_causal=True)
+        return self.out(attended.transpose(1, 2).flatten(-2))
+
+
+@pytest.mark.parametrize("attention", ["high_precision", "fp8"])
+def test_what_attention_averages_has_the_size_of_the_values(attention: str) -> None:
+    """In FP8 or not: the scale of what comes after is that of the values."""
+    x, found = torch.randn(2, 64, 64, requires_grad=True), []
+    for factor in (1.0, 1 / 64):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Weighted(factor)
+        options = {**STATIC, "attention": attention, "decline_slower": False}
+        compile_interpreted(model, options)(x).sum().backward()
+        found.append(fp8compile.state_dict(model)["out.weight.scale"][INPUT])
+    assert found[1] == pytest.approx(64 * float(found[0]), rel=1e-5)
+    expected = E4M3.max / (MARGIN[E4M3] * model.qkv(x)[..., 128:].abs().max() / 64)
+    assert found[1] == pytest.approx(float(expected), rel=0.3)
+
+
+class Multiplied(nn.Module):
+    """Keys and values of one matrix each, whose product with a number attention reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.out = nn.Linear(64, 64, bias=False), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = (self.v(x) / 64).unflatten(-1, (4, 16)).transpose(1, 2)
+        heads = x.unflatten(-1, (4, 16)).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(heads, heads, v, is_causal=True)
+        return self.out(attended.transpose(1, 2).flatten(-2))
+
+
+def test_a_factor_that_a_gemm_has_taken_counts() -> None:
+    """fold_scales has made it part of the scale that the GEMM multiplies by."""
+    model, x = Multiplied(), torch.randn(2, 64, 64, requires_grad=True)
+    compile_interpreted(model, STATIC)(x).sum().backward()
+    expected = E4M3.max / (MARGIN[E4M3] * model.v(x).abs().max() / 64)
+    found = fp8compile.state_dict(model)["out.weight.scale"][INPUT]
+    assert found == pytest.approx(float(expected), rel=0.3)
+
+
 def test_scales_stay_as_they_are_in_training() -> None:
     model, x = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32)), torch.randn(16, 32)
     compiled = compile_interpreted(model, STATIC)

@@ -9,18 +9,20 @@ from typing import Any
 import sympy
 from torch import fx
 
-from ..ir import SCALED_MM, args_of, aten, quantize_output
+from ..ir import ATTENTION, SCALED_MM, args_of, aten, constant_factor, quantize_output
 from .gaussian import Value
 from .pointwise import weighted_sum
-from .walk import ZERO, Analysis, Rule, elements, sizes
+from .walk import ONE, ZERO, Analysis, Rule, elements, exact, sizes
 
 # --- products of matrices -----------------------------------------------------------------------
 
 
-def _dot(moments: Analysis, name: str, a: Value, b: Value, terms: int) -> Value:
-    """Sums of so many products of independent factors."""
+def _dot(
+    moments: Analysis, name: str, a: Value, b: Value, terms: int, scale: float | sympy.Expr = ONE
+) -> Value:
+    """Sums of so many products of independent factors, times a number."""
     mean, variance = moments.of_product(a, b)
-    return moments.root(name, terms * mean, terms * variance)
+    return moments.root(name, scale * terms * mean, scale**2 * terms * variance)
 
 
 def matmul(moments: Analysis, node: fx.Node) -> Value:
@@ -36,8 +38,10 @@ def matmul(moments: Analysis, node: fx.Node) -> Value:
 
 
 def scaled_matmul(moments: Analysis, node: fx.Node) -> Value:
-    a, b, _, _, bias = args_of(node)[:5]
-    result = _dot(moments, node.name, moments.of(a), moments.of(b), _terms(a))
+    a, b, *scales_inv, bias = args_of(node)[:5]
+    factors = filter(None, map(constant_factor, scales_inv))  # which fold_scales has moved there
+    scale = exact(math.prod(factor for _, factor in factors))
+    result = _dot(moments, node.name, moments.of(a), moments.of(b), _terms(a), scale)
     return result if bias is None else weighted_sum(moments, node, result, moments.of(bias))
 
 
@@ -117,7 +121,7 @@ _ATTENTION_BACKWARD = (
     aten._scaled_dot_product_cudnn_attention_backward,
 )
 PRODUCTS: dict[Any, Rule] = {
-    **dict.fromkeys(_ATTENTION, attention),
+    **dict.fromkeys((*_ATTENTION, ATTENTION.overloadpacket), attention),
     **dict.fromkeys(_ATTENTION_BACKWARD, attention_backward),
     aten.mm: matmul,
     aten.bmm: matmul,

@@ -79,7 +79,9 @@ def item(moments: Analysis, node: fx.Node) -> Value:
     values = moments.all_of(source)
     if isinstance(values, tuple):
         return values[index]
-    return values if source.target is QUANTIZE else moments.part(node, values)
+    if source.target is QUANTIZE:  # a copy counts as what it is one of; then its scale is 1
+        return values if index < 2 else moments.constant(node.name, ONE)
+    return moments.part(node, values)
 
 
 def concatenated(moments: Analysis, node: fx.Node) -> Value:

@@ -360,6 +360,18 @@ return (mm_fp8, mm_1_fp8)""",  # noqa: E501
     )
 
 
+def test_what_a_cast_no_longer_reads_is_one_factor_of_a_chain() -> None:
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Any:
+        y = x * 0.125
+        return linear(x, w), linear(y, w), linear(y * 0.125, v), linear(y / 2 * 0.3, v)
+
+    gm = folded(cast_graph(fn), 4)
+    (product,) = (
+        n for n in gm.graph.nodes if n.target is aten.mul.Tensor and n.args[0].name == "x"
+    )
+    assert product.args[1] == 0.125 / 2 * 0.3
+
+
 def test_a_cast_of_a_transposed_multiple() -> None:
     """By any order of the two: one cast writes both copies."""
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fp8compile.ir import (
@@ -36,6 +37,7 @@ from fp8compile.ir import (
     takes_slot,
     value_key,
 )
+from fp8compile.passes.cast_attention import attention_calls
 from fp8compile.recipe import Gemm, Granularity, Operand, Recipe, Scaling
 
 # Those of merged sites, which lie side by side, and the dimension that the GEMM sums over.
@@ -76,7 +78,8 @@ class Plan:
     its operands, by role. ``groups``: the sites that are computed together, by the first of them.
     ``batched``: the sites that AOTAutograd has traced as batched matmuls, as it does with an input
     that is not contiguous where no gradient is needed. ``observes``: whether the graph records
-    amax, as one with a backward does for delayed scales.
+    amax, as one with a backward does for delayed scales. ``attention``: for each call of scaled dot
+    product attention whether it is in FP8; empty if none is.
     """
 
     sites: Sequence[Site] = ()
@@ -85,6 +88,7 @@ class Plan:
     casts: dict[tuple[int, Gemm], dict[Operand, Cast]] = field(default_factory=dict)
     groups: dict[int, tuple[int, ...]] = field(default_factory=dict)
     batched: frozenset[int] = frozenset()
+    attention: tuple[bool, ...] = ()
 
     @staticmethod
     def of(
@@ -94,7 +98,8 @@ class Plan:
         batched = gm.graph.find_nodes(op="call_function", target=aten.bmm.default)
         tags = ((node.meta.get("custom") or {}).get(SITE_TAG) for node in batched)
         of_batched = frozenset(tag for tag in tags if tag is not None)
-        plan = Plan(sites, recipes, observes, batched=of_batched)
+        attention = tuple(not why for _, why in attention_calls(gm))
+        plan = Plan(sites, recipes, observes, batched=of_batched, attention=attention)
         allowed: dict[object, set[int]] = {}  # the slots that a value in a format may have
         used: list[tuple[object, int]] = []
         for node, info in gemms(gm):
@@ -146,6 +151,7 @@ class FakeQuantized(TorchFunctionMode):
         self._calls: list[_Call] = []
         self._foreseen: list[_Call] = []  # merged sites need weights of calls that are to come
         self._outputs: dict[int, Tensor] = {}
+        self._attended = 0
 
     def call(self, model: nn.Module, inputs: Sequence[Any]) -> Any:
         """What the model returns."""
@@ -155,11 +161,17 @@ class FakeQuantized(TorchFunctionMode):
         with self:
             out = model(*inputs)
         assert len(self._calls) == len(self.plan.sites), "not as many sites as the compiler found"
+        assert self._attended == len(self.plan.attention), "not as many calls of attention"
         return out
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func is F.scaled_dot_product_attention and self.plan.attention:
+            self._attended += 1
+            if self.plan.attention[self._attended - 1]:
+                self.counts["attention in FP8"] += 1
+                return _Attention.apply(*args, *(kwargs or {}).values())
         found = _site_of(func, args, kwargs or {})
         if found is None:
             return func(*args, **(kwargs or {}))
@@ -278,6 +290,34 @@ class _Multiply(torch.autograd.Function):
             results[2 + 2 * i] = grad.sum(0)
         wanted = zip(results, ctx.needs_input_grad[2:], strict=True)
         return None, None, *(result if needed else None for result, needed in wanted)
+
+
+class _Attention(torch.autograd.Function):
+    """Attention of FP8 operands, whose output is FP8; with the backward of what they were before,
+    and of that output.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None = None
+    ) -> Tensor:
+        (batch, heads, tokens, head), kv_heads = q.shape, k.shape[1]
+        ctx.how = (is_causal, head**-0.5 if scale is None else scale)
+        rows = [x.transpose(1, 2).reshape(-1, x.shape[1] * head) for x in (q, k, v)]
+        casts = [torch.ops.fp8.quantize(x, None, 0, torch.float8_e4m3fn) for x in rows]
+        operands = [cast[0] for cast in casts] + [cast[2] for cast in casts] + [casts[2][4]]
+        out, sums = torch.ops.fp8.attention(*operands, batch, heads, kv_heads, *ctx.how)
+        out = (out.float() * casts[2][2]).to(q.dtype).view(batch, tokens, heads, head)
+        out = out.transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        is_causal, scale = ctx.how
+        run = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads = run(grad, *ctx.saved_tensors, 0.0, is_causal, scale=scale)
+        return *grads, None, None
 
 
 class _Recording(TorchFunctionMode):

@@ -51,7 +51,7 @@ class Program:
     """A module and its inputs, as code.
 
     ``recipe``, ``overrides``: by glob, of sites; see ``recipe_of``. ``formats``: "recipe", or
-    "auto": by a profile of the module.
+    "auto": by a profile of the module. ``attention``: the option of that name.
     """
 
     inputs: tuple[Input, ...]
@@ -61,6 +61,7 @@ class Program:
     recipe: str = "delayed"
     overrides: tuple[tuple[str, str], ...] = ()
     formats: str = "recipe"
+    attention: str = "high_precision"
 
     def __str__(self) -> str:
         arguments = ", ".join(("self", *(x.name for x in self.inputs)))
@@ -73,8 +74,8 @@ class Program:
     def __repr__(self) -> str:
         inputs = "".join(f"\n# {x}" for x in self.inputs)
         lines = [f"# {glob} has the recipe {own}\n" for glob, own in self.overrides]
-        how = f"# recipe: {self.recipe}; formats: {self.formats}\n{''.join(lines)}"
-        return f"\n{self}\n{inputs}\n{how}"
+        how = f"# recipe: {self.recipe}; formats: {self.formats}; attention: {self.attention}\n"
+        return f"\n{self}\n{inputs}\n{how}{''.join(lines)}"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # hypothesis asks for it
         printer.text(repr(self))
@@ -93,9 +94,10 @@ class Program:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of the compiler that its recipes are."""
+        """Those of the compiler."""
         overrides = {glob: recipe_of(own) for glob, own in self.overrides}
-        return {"recipe": recipe_of(self.recipe), "overrides": overrides}
+        recipes = {"recipe": recipe_of(self.recipe), "overrides": overrides}
+        return {**recipes, "attention": self.attention}
 
 
 def recipe_of(text: str) -> Recipe:
@@ -592,4 +594,5 @@ def programs(draw: st.DrawFn, max_steps: int = 12) -> Program:
         recipe=recipe,
         overrides=overrides,
         formats="auto" if b.seldom() else "recipe",
+        attention=b.one_of("high_precision", "fp8"),
     )
