@@ -91,6 +91,8 @@ def why_not_fp8(node: fx.Node) -> str | None:
         return "it has dropout"
     if given.get("attn_bias") is not None or given.get("attn_mask") is not None:
         return "it has a mask"
+    if 0 in (*q.shape, *k.shape):
+        return "it is empty"
     head = q.shape[-1]
     if head % ALIGNMENT or head > LARGEST_HEAD:
         return f"its heads have {head} elements, not a multiple of 16 up to {LARGEST_HEAD}"
@@ -174,7 +176,7 @@ def _plan_like(node: fx.Node, made: set[fx.Node]) -> None:
     plan = {key: node.meta[key] for key in _PLANS if key in node.meta}
     for new in made if plan else ():
         results = new.target is ATTENTION or ATTENTION in (n.target for n in new.all_input_nodes)
-        kept = plan["recompute"] in _SAVES and not results
+        kept = plan.get("recompute") in _SAVES and not results
         again = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE} if kept else {}
         new.meta.update(plan | again)
 

@@ -37,7 +37,9 @@ GOOD = asdict(choices(UNALIGNED)[0])
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[GemmShape]]:
-    """Pretend that there is a GPU, on which the last choice is fastest; what it has timed."""
+    """Pretend that there is a GPU, on which the last choice is fastest; what it has timed. A
+    PyTorch that is built for one could ask cuBLASLt, and would find none.
+    """
     shapes: list[GemmShape] = []
 
     def time_choices(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
@@ -47,6 +49,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Gemm
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H20")
     monkeypatch.setattr(tuning, "cache_folder", lambda: tmp_path / "new")
     monkeypatch.setattr(tuning, "time_choices", time_choices)
+    monkeypatch.setattr(cublaslt, "listed", lambda gemm, device_index: 0)
     choose_gemm.cache_clear()
     yield shapes
     choose_gemm.cache_clear()

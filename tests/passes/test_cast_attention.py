@@ -227,6 +227,7 @@ def why_not(**sizes: Any) -> str | None:
         ({"head": 24}, "heads have 24 elements"),
         ({"keys": 48}, None),
         ({"keys": 48, "causal": True}, "causal, with 32 queries and 48 keys"),
+        ({"queries": 0}, "empty"),
         ({"queries": 1}, "FP8 would not be faster for one query"),
         ({"dtype": torch.float64}, "float64"),
         ({"dtype": torch.float16}, None),
