@@ -6,6 +6,8 @@ the tensor cores take is E4M3 (q, k, v, and the softmax's numerators), everythin
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,6 @@ from .formats import Format
 _MAX = Format.E4M3.max  # also the scale of numerators, which are at most 1
 
 
-@torch.library.custom_op("fp8::attention", mutates_args=())
 def attention(
     q: Tensor,
     k: Tensor,
@@ -64,25 +65,19 @@ def attention(
     )
 
 
-@attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_scale_inv: Tensor,
-    k_scale_inv: Tensor,
-    v_scale_inv: Tensor,
-    out_scale: Tensor,
-    batch: int,
-    heads: int,
-    kv_heads: int,
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _by_head(x: Tensor, scale_inv: Tensor, batch: int, heads: int) -> Tensor:
+    """``f32[batch, heads, rows, D]``."""
+    return (x.float() * scale_inv).view(batch, x.shape[0] // batch, heads, -1).transpose(1, 2)
+
+
+def fake(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """The types of the results."""
+    *_, batch, heads, _, _, _ = others
     sums = (batch, heads, q.shape[0] // batch)
     return q.new_empty(q.shape), q.new_empty(sums, dtype=torch.float32)
 
 
-def _by_head(x: Tensor, scale_inv: Tensor, batch: int, heads: int) -> Tensor:
-    """``f32[batch, heads, rows, D]``."""
-    return (x.float() * scale_inv).view(batch, x.shape[0] // batch, heads, -1).transpose(1, 2)
+SCHEMA = torch.library.infer_schema(attention, mutates_args=())
+torch.library.define("fp8::attention", SCHEMA, tags=torch.Tag.needs_exact_strides)
+torch.library.impl("fp8::attention", "default", attention)
+torch.library.register_fake("fp8::attention", fake)

@@ -106,12 +106,10 @@ class ScalingState:
         """Take the scales for those of the weights as they are now: of all, or of those that an
         optimizer ``stepped``, by their ids.
         """
-        if stepped is None:
-            self._versions = [_version_of(weight) for weight in self.weights()]
-            return
-        for index, weight in enumerate(self.weights()):
-            if id(weight) in stepped:
-                self._versions[index] = _version_of(weight)
+        self._versions = [
+            _version_of(weight) if stepped is None or id(weight) in stepped else known
+            for weight, known in zip(self.weights(), self._versions, strict=True)
+        ]
 
     def observing(self) -> tuple[Tensor, Tensor, Tensor]:
         """The graph inputs of a training call: scale, amax_fwd, amax_bwd."""

@@ -163,7 +163,7 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
         new = emit(graph, ATTENTION, (*copies, *inverses, out_scale, *how), "attention", like=node)
         for item in list(node.users):
             if item.users:
-                item.replace_all_uses_with(_result(graph, item, new, inverses[-1], given["query"]))
+                item.replace_all_uses_with(_result(graph, item, new, inverses[-1]))
             graph.erase_node(item)
     graph.erase_node(node)  # which, as it could have dropout, nothing else takes for dead
     _plan_like(node, set(graph.nodes) - before)
@@ -192,9 +192,7 @@ def _cast(graph: fx.Graph, value: fx.Node, attention: fx.Node) -> fx.Node:
     return make(QUANTIZE, (rows, *how), f"{rows.name}_q")
 
 
-def _result(
-    graph: fx.Graph, item: fx.Node, new: fx.Node, scale_inv: fx.Node, query: fx.Node
-) -> fx.Node:
+def _result(graph: fx.Graph, item: fx.Node, new: fx.Node, scale_inv: fx.Node) -> fx.Node:
     """What stands for one of attention's results."""
     make = partial(emit, graph, like=new)
     index, wanted = args_of(item)[1], item.meta["val"]
@@ -202,7 +200,7 @@ def _result(
         sums = make(operator.getitem, (new, 1), "attention_sums")
         return make(aten.view.default, (sums, list(wanted.shape)), "attention_lse")
     if index != _OUT:  # a seed of no dropout
-        how = {"dtype": wanted.dtype, "device": query.meta["val"].device, "pin_memory": False}
+        how = {"dtype": wanted.dtype, "device": new.meta["val"][0].device, "pin_memory": False}
         seed = graph.call_function(aten.full.default, (list(wanted.shape), 0), how)
         seed.meta.update(item.meta)
         return seed
@@ -214,5 +212,5 @@ def _result(
     by_token = make(aten.view.default, (rows, [batch, tokens, heads, head]), "attention_view")
     out = make(aten.permute.default, (by_token, [0, 2, 1, 3]), "attention_out")
     if out.meta["val"].stride() != wanted.stride():
-        out = emit(graph, aten.clone.default, (out,), "attention_clone", like=new)
+        out = make(aten.clone.default, (out,), "attention_clone")
     return out

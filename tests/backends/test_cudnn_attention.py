@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +43,119 @@ def test_without_the_frontend_it_says_what_to_install(monkeypatch: pytest.Monkey
     with pytest.raises(OptionError, match=r"attention='fp8' needs .*pip install nvidia-cudnn"):
         check_attention(TRITON)
     check_attention("reference")
+
+
+class Node:
+    """A tensor of a graph of cuDNN's: what is said of it."""
+
+    def __init__(self, **said: Any) -> None:
+        self.said = said
+
+    def __getattr__(self, name: str) -> Any:
+        assert name.startswith("set_")
+
+        def put(value: Any) -> Node:
+            self.said[name.removeprefix("set_")] = value
+            return self
+
+        return put
+
+
+class Frontend:
+    """Answers like NVIDIA's, and notes what it is asked. It is module and graph in one."""
+
+    data_type = SimpleNamespace(FP8_E4M3="e4m3", FLOAT="f32")
+    heur_mode = SimpleNamespace(A="a", FALLBACK="fallback")
+    cudnnGraphNotSupportedError = LookupError
+
+    def __init__(self) -> None:
+        self.tensor, self.supported, self.stream = Node, True, None
+
+    def pygraph(self, **given: Any) -> Frontend:
+        return self
+
+    def sdpa_fp8(self, **given: Any) -> list[Node]:
+        self.asked, self.results = given, [Node() for _ in range(4)]
+        return self.results
+
+    def build(self, modes: list[str]) -> None:
+        if not self.supported:
+            raise LookupError("No valid engine configs")
+
+    def get_workspace_size(self) -> int:
+        return 24
+
+    def backend_version(self) -> int:
+        return 91900
+
+    def create_handle(self) -> str:
+        return "handle"
+
+    def set_stream(self, handle: str, stream: int) -> None:
+        self.stream = stream
+
+    def execute(self, given: dict[Node, Tensor], workspace: Tensor, handle: str) -> None:
+        self.given, self.workspace = given, workspace
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Frontend]:
+    frontend = Frontend()
+    monkeypatch.setattr(cudnn_attention.importlib, "import_module", lambda name: frontend)
+    monkeypatch.setattr(cudnn_attention, "current_stream", lambda index: 77)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
+    for cached in (cudnn_attention._handle, cudnn_attention._plan):
+        cached.cache_clear()
+    yield frontend
+    for cached in (cudnn_attention._handle, cudnn_attention._plan):
+        cached.cache_clear()
+
+
+def test_what_cudnn_is_told(stub: Frontend) -> None:
+    """Each tensor lies in memory as it says, and is the one that it says."""
+    _, args = operands((2, 8, 4, 48, 40, 16, False))
+    out, sums = cudnn_attention._run(*args)
+    assert (out.shape, out.dtype, sums.shape) == (args[0].shape, torch.float8_e4m3fn, (2, 8, 48))
+    told = dict(stub.asked)
+    assert [told.pop(name) for name in ("generate_stats", "use_causal_mask")] == [True, False]
+    assert told.pop("attn_scale") == args[-1]
+    asked = dict(zip(("o", "stats", "amax_s", "amax_o"), stub.results, strict=True)) | told
+    q, k, v, q_scale_inv, k_scale_inv, v_scale_inv, out_scale = args[:7]
+    brought = {"q": q, "k": k, "v": v, "o": out, "stats": sums, "scale_o": out_scale}
+    brought |= {"descale_q": q_scale_inv, "descale_k": k_scale_inv, "descale_v": v_scale_inv}
+    for name, tensor in brought.items():
+        assert stub.given[asked[name]] is tensor, name
+    assert stub.given[asked["descale_s"]] * stub.given[asked["scale_s"]] == 1
+    assert stub.given[asked["scale_s"]] == 448
+    assert stub.given.keys() == set(asked.values())
+    shapes = {"q": (2, 8, 48, 16), "k": (2, 4, 40, 16), "v": (2, 4, 40, 16), "o": (2, 8, 48, 16)}
+    for name, (batch, heads, rows, head) in shapes.items():
+        by_head = brought[name].view(batch, rows, heads, head).transpose(1, 2)
+        said = asked[name].said
+        assert (said["dim"], said["stride"]) == (list(by_head.shape), list(by_head.stride())), name
+        assert said["data_type"] == "e4m3"
+    by_row = sums.unsqueeze(-1)
+    assert asked["stats"].said["dim"] == list(by_row.shape)
+    assert asked["stats"].said["stride"][:3] == list(by_row.stride())[:3]
+    for name in asked.keys() - shapes.keys():
+        assert asked[name].said["data_type"] == "f32"
+    assert all(result.said["output"] for result in stub.results)
+    assert (stub.stream, stub.workspace.nbytes) == (77, 24)
+
+
+def test_a_plan_is_made_once_for_all_that_is_alike(stub: Frontend) -> None:
+    plans = []
+    for args in (operands(SHAPES[0])[1], operands(SHAPES[0])[1], operands(SHAPES[1])[1]):
+        cudnn_attention._run(*args)
+        plans.append(stub.asked)
+    assert plans[0] is plans[1] is not plans[2]
+
+
+def test_what_cudnn_cannot_do_is_said(stub: Frontend) -> None:
+    stub.supported = False
+    with pytest.raises(OptionError, match=r"cuDNN 91900 has no FP8 for .*batch=2.*high_precision"):
+        cudnn_attention._run(*operands(SHAPES[0])[1])
 
 
 # --- on a GPU -----------------------------------------------------------------------------------
@@ -87,9 +203,9 @@ def test_it_computes_what_the_reference_does(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("frontend")
-def test_what_cudnn_cannot_do_is_said() -> None:
+def test_a_single_query_is_refused() -> None:
     _, args = on_gpu((2, 2, 1, 1, 64, 64, False))
-    with pytest.raises(OptionError, match=r"no FP8 attention for Shape\(batch=2.*high_precision"):
+    with pytest.raises(OptionError, match=r"has no FP8 for .*queries=1,"):
         OP(*args)
 
 
