@@ -38,9 +38,11 @@ CAT_ROWS = torch.ops.fp8.cat_rows.default
 ATTENTION = torch.ops.fp8.attention.default
 
 SITE_TAG = "fp8_site"  # key in meta["custom"], which AOTAutograd carries to the backward nodes
-# One more than there are operands: four float32 keep the slots of every site equally aligned, so
-# that one compiled kernel serves all layers.
-SLOTS_PER_SITE = len(Operand) + 1
+# One for each operand, and one for what attention makes of the site's output: four float32 keep the
+# slots of every site equally aligned, so that one compiled kernel serves all layers.
+SLOT_NAMES = (*map(str, Operand), "attention")
+SLOTS_PER_SITE = len(SLOT_NAMES)
+ATTENTION_SLOT = SLOT_NAMES.index("attention")
 QUANTIZE_OUTPUTS = ("fp8", "fp8_t", "scale_inv", "amax", "scale_used")
 # The casts, with the names of their outputs. Their first argument is the value, the last two say
 # which copies are written, and those between are how.
@@ -84,6 +86,11 @@ class Site:
     def slot(self, operand: Operand) -> int:
         """Where this site's scaling state for an operand lies in the graph's flat tensors."""
         return SLOTS_PER_SITE * self.leader_of(operand) + operand.value
+
+    @property
+    def attention_slot(self) -> int:
+        """Where the scaling state of its output lies that attention takes in FP8."""
+        return SLOTS_PER_SITE * self.index + ATTENTION_SLOT
 
     def leader_of(self, operand: Operand) -> int:
         """The index of the site whose scaling state for an operand is used."""

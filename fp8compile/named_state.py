@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from .arguments import checked_model
 from .errors import ScalingStateError
+from .ir import SLOT_NAMES
 from .recipe import Operand, Scaling
 from .scaling import HISTORY, SCALE, ScalingState, slots_of
 from .states import latest_entry, parked_entries, states_by_weight, states_of
+
+_LENGTHS = ((len(Operand),), (len(SLOT_NAMES),))  # of what ScalingState.site_entry returns
 
 
 class Events(NamedTuple):
@@ -52,7 +55,7 @@ def events(model: nn.Module) -> dict[str, Events]:
     return {
         f"{key}.{operand}": Events(*found)
         for key, kinds in counts.items()
-        for operand, found in zip(Operand, kinds.t().tolist(), strict=True)
+        for operand, found in zip(SLOT_NAMES, kinds.t().tolist(), strict=True)
         if any(found)
     }
 
@@ -65,8 +68,9 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     For a site with weight ``layers.0.wq.weight`` there are ``layers.0.wq.weight.scale``,
     ``f32[3]`` (input, weight, grad_output), and ``layers.0.wq.weight.amax_history``, ``f32[H, 3]``
-    from oldest to newest. A weight's second use in a graph is ``layers.0.wq.weight#1``. Entries
-    loaded but not used yet are included. Raises OptionError for what is no model.
+    from oldest to newest; ``f32[4]`` and ``f32[H, 4]`` where attention takes its output in FP8. A
+    weight's second use in a graph is ``layers.0.wq.weight#1``. Entries loaded but not used yet are
+    included. Raises OptionError for what is no model.
     """
     return _entries(checked_model(model, "state_dict"))
 
@@ -148,7 +152,7 @@ def _parse(
             problems.append(f"foreign: {key}")
         elif not isinstance(tensor, Tensor):
             problems.append(f"not a tensor but {type(tensor).__name__}: {key}")
-        elif tensor.shape[-1:] != (len(Operand),) or tensor.dim() != 1 + (suffix == HISTORY):
+        elif tensor.shape[-1:] not in _LENGTHS or tensor.dim() != 1 + (suffix == HISTORY):
             problems.append(f"shape {tuple(tensor.shape)}: {key}")
         elif not (tensor.isfinite() & (tensor >= 0)).all():
             problems.append(f"negative or not finite: {key}")
@@ -159,6 +163,8 @@ def _parse(
             absent = {SCALE, HISTORY} - entry.keys()
             problems += [f"missing: {_key(fqn, use)}{suffix}" for suffix in sorted(absent)]
             problems += _history_problems(_key(fqn, use), parameters[fqn], entry)
+            if len({tensor.shape[-1] for tensor in entry.values()}) > 1:
+                problems.append(f"shape: {_key(fqn, use)} has a scale or history more")
     return loaded, problems
 
 

@@ -35,7 +35,7 @@ from .ir import (
     takes_slot,
 )
 from .observer import Observer
-from .options import RECIPE, Options, parse_options
+from .options import HIGH_PRECISION, RECIPE, Options, parse_options
 from .profiles import Group, Profile
 from .progress import progress
 from .recipe import Gemm, Granularity, Operand, Recipe, Scaling
@@ -347,6 +347,7 @@ def _all_in_fp8(options: Options) -> Options:
         inductor={},
         decline_slower=False,
         scaling=RECIPE,
+        attention=HIGH_PRECISION,
         own_passes=(),
     )
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .ir import SLOTS_PER_SITE
+from .formats import Format
+from .ir import ATTENTION_SLOT, SLOT_NAMES, SLOTS_PER_SITE
 from .recipe import Operand, Recipe, Scaling
 
 SCALE, HISTORY = ".scale", ".amax_history"
@@ -25,7 +26,7 @@ SCALE, HISTORY = ".scale", ".amax_history"
 
 class ScalingState:
     """The state of one graph's sites, delayed or static: flat tensors with ``SLOTS_PER_SITE`` slots
-    a site, of which one is used per operand, unless the site's own recipe finds current scales.
+    a site (see ``SLOT_NAMES``), which are used unless the site's own recipe finds current scales.
 
     ``scale``, ``amax_fwd``, ``amax_bwd``: ``f32[slots]``. ``history``: ``f32[history_len, slots]``,
     a ring that ``position`` points into. ``events``: ``i32[3, slots]``, how often an amax was not
@@ -60,9 +61,9 @@ class ScalingState:
         )
         self.history = torch.zeros(self.rule.history_len, slots, dtype=torch.float32, device=device)
         self.events = torch.zeros(3, slots, dtype=torch.int32, device=device)
-        unused = [1.0] * (SLOTS_PER_SITE - len(Operand))
         fp8_max = [
-            [recipe.format_of(operand).max for operand in Operand] + unused for recipe in recipes
+            [*(recipe.format_of(operand).max for operand in Operand), Format.E4M3.max]
+            for recipe in recipes
         ]
         self.fp8_max = torch.tensor(fp8_max, dtype=torch.float32, device=device).flatten()
         _generations[self.scale] = 0
@@ -180,16 +181,19 @@ class ScalingState:
         return self.history.roll(-self.position, 0)
 
     def site_entry(self, index: int) -> dict[str, Tensor]:
-        """What is saved for a site: ``scale`` ``f32[3]`` and ``amax_history`` ``f32[H, 3]``."""
+        """What is saved for a site: ``scale`` ``f32[3]`` and ``amax_history`` ``f32[H, 3]``, of its
+        operands; ``f32[4]`` and ``f32[H, 4]`` where attention takes its output in FP8.
+        """
         slots = slots_of(index)
-        return {
-            SCALE: self.scale[slots].clone(),
-            HISTORY: self.ordered_history()[:, slots].clone(),
-        }
+        scale, history = self.scale[slots], self.ordered_history()[:, slots]
+        taken = bool(scale[ATTENTION_SLOT] > 0 or history[:, ATTENTION_SLOT].any())
+        count = len(SLOT_NAMES) if taken else len(Operand)
+        return {SCALE: scale[:count].clone(), HISTORY: history[:, :count].clone()}
 
     def set_site_entry(self, index: int, entry: Mapping[str, Tensor]) -> None:
         """Take over what ``site_entry`` saved."""
-        slots = slots_of(index)
+        first = slots_of(index).start
+        slots = slice(first, first + len(entry[SCALE]))
         with torch.autograd._unsafe_preserve_version_counter(self.scale):
             self.scale[slots] = entry[SCALE].to(self.device)
         self._moved()
@@ -254,9 +258,9 @@ def _version_of(weight: Tensor | None) -> int | None:
 
 
 def slots_of(index: int) -> slice:
-    """The slots of a site that are used."""
+    """The slots of a site, in the order of ``SLOT_NAMES``."""
     first = SLOTS_PER_SITE * index
-    return slice(first, first + len(Operand))
+    return slice(first, first + SLOTS_PER_SITE)
 
 
 _generations: WeakIdKeyDictionary = WeakIdKeyDictionary()  # scale -> how often it has moved

@@ -40,7 +40,8 @@ class Verifier:
     1. The graph lints: topologically sorted, no dangling names.
     2. Every fp8 tensor is an output of a cast and has exactly one scale_inv: the same node's.
        Only a scaled_mm or attention takes it, with that scale_inv or a constant times it, or the
-       graph returns it. Or it was given to the graph: what forward has cast, or frozen weights.
+       graph returns it. Or it is attention's output, which has the scale_inv of its values. Or it
+       was given to the graph: what forward has cast, or frozen weights.
     3. Every ``meta["val"]`` of an ``fp8::`` node equals the re-evaluated fake (shape and dtype).
     4. A GEMM is what it is said to be: one that is cast has no reason to stay in high precision,
        and operands in the formats of its edges; one that will be can be multiplied.
@@ -144,12 +145,26 @@ def _is_quantized(node: Any) -> bool:
 
 def _is_scale_of(scale_inv: Any, value: fx.Node) -> bool:
     """Whether it is the scale_inv of a cast's copy ``value``, or a constant times it."""
-    scaled = constant_factor(scale_inv) if isinstance(scale_inv, fx.Node) else None
-    scale_inv = scaled[0] if scaled else scale_inv
+    scale_inv = _unscaled(scale_inv)
     if not _is_quantized(scale_inv) or value.args[0] is not scale_inv.args[0]:
         return False
     cast, copy = args_of(value)
     return quantize_output(cast, scale_of(CASTS[cast.target][copy], cast)) is scale_inv
+
+
+def _is_output_of_attention(value: Any) -> bool:
+    return (
+        isinstance(value, fx.Node)
+        and value.target is operator.getitem
+        and args_of(value)[0].target is ATTENTION
+        and args_of(value)[1] == 0
+    )
+
+
+def _unscaled(scale_inv: Any) -> Any:
+    """What a constant is multiplied with, if that is what it is."""
+    scaled = constant_factor(scale_inv) if isinstance(scale_inv, fx.Node) else None
+    return scaled[0] if scaled else scale_inv
 
 
 def _verify_scaled_mm(node: fx.Node, pass_name: str) -> None:
@@ -163,13 +178,18 @@ def _verify_scaled_mm(node: fx.Node, pass_name: str) -> None:
 def _verify_scales(
     values: Sequence[Any], scales: Sequence[Any], node: fx.Node, pass_name: str
 ) -> None:
-    """Every operand is an output of a cast, or given in FP8, and used with its own scale_inv."""
+    """Every operand is an output of a cast or of attention, or given in FP8, and used with its own
+    scale_inv.
+    """
     for value, scale_inv in zip(values, scales, strict=True):
-        if not _is_quantized(value):
+        if _is_output_of_attention(value):
+            if _unscaled(scale_inv) is not args_of(args_of(value)[0])[5]:
+                raise PassError(pass_name, f"{value} is used with {scale_inv}, not v's", node)
+        elif not _is_quantized(value):
             if is_given_in_fp8(value):
                 continue
             raise PassError(pass_name, f"operand {value} is not an output of a cast", node)
-        if not _is_scale_of(scale_inv, value):
+        elif not _is_scale_of(scale_inv, value):
             raise PassError(pass_name, f"{value} is used with {scale_inv}, not its own", node)
 
 

@@ -26,6 +26,7 @@ from .share_casts import share_casts
 from .split_regions import split_regions
 from .store_activations import store_activations
 from .tag_sites import tag_sites
+from .take_attention_output import take_attention_output
 from .take_frozen_weights import take_frozen_weights
 from .track_amax import track_amax
 from .unbatch_gemms import unbatch_gemms
@@ -55,6 +56,7 @@ __all__ = [
     "split_regions",
     "store_activations",
     "tag_sites",
+    "take_attention_output",
     "take_frozen_weights",
     "track_amax",
     "unbatch_gemms",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ..cost import MARGIN, AttentionWork, Device
 from ..formats import Format
-from ..ir import ATTENTION, QUANTIZE, args_of, aten, emit
+from ..ir import ATTENTION, QUANTIZE, SITE_TAG, Site, args_of, aten, emit
 from ..ops import ALIGNMENT
 from .attention_scale import FORWARD
 from .choose_precision import SLOWER
@@ -27,7 +29,13 @@ _PLANS = ("recompute", "ac_graph_id")  # of a region that is checkpointed
 _SAVES = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
 
 
-def cast_attention(gm: fx.GraphModule, *, device: Device | None = None) -> int:
+def cast_attention(
+    gm: fx.GraphModule,
+    *,
+    device: Device | None = None,
+    scale: fx.Node | None = None,
+    sites: Iterable[Site] = (),
+) -> int:
     """Cast the query, key and value of attention to E4M3, and multiply these in forward.
 
     Before:
@@ -45,9 +53,12 @@ def cast_attention(gm: fx.GraphModule, *, device: Device | None = None) -> int:
         attention_view : bf16[2, 64, 4, 16] = aten.view(attention_rows, [2, 64, 4, 16])
         attention_out  : bf16[2, 4, 64, 16] = aten.permute(attention_view, [0, 2, 1, 3])
 
-    Scales are current. Backward stays in high precision: it takes the query, key and value as they
-    were, and the output as it now is, of which FP8 is what is kept. With ``device``, calls that FP8
-    is predicted not to make faster there are declined: those of short sequences.
+    ``scale`` is the graph input that holds known scales, if there is one. A query, key or value
+    that is computed from the output of one of ``sites`` has its scale there, in that site's slot,
+    unless another is, too; others have current scales. The output has the scale of the values,
+    whose average it is. Backward stays in high precision: it takes the query, key and value as
+    they were, and the output as it now is, of which FP8 is what is kept. With ``device``, calls
+    that FP8 is predicted not to make faster there are declined: those of short sequences.
 
     Requires: fold_scales, which makes factors of the query or key part of attention's scale.
     Ensures: the meta of what is left in high precision says why.
@@ -55,8 +66,8 @@ def cast_attention(gm: fx.GraphModule, *, device: Device | None = None) -> int:
         sizes, for each of which cuDNN would make a plan; what reads other results.
     Numerics: quantizes (forward only).
     """
-    rewrites = 0
-    for node in list(gm.graph.nodes):
+    calls = []
+    for node in gm.graph.nodes:
         if node.target not in FORWARD:
             continue
         reason = why_not_fp8(node)
@@ -64,10 +75,12 @@ def cast_attention(gm: fx.GraphModule, *, device: Device | None = None) -> int:
             reason = _why_slower(node, device)
         if reason is not None:
             node.meta[_KEPT] = reason
-            continue
-        _replace(gm.graph, node)
-        rewrites += 1
-    return rewrites
+        else:
+            calls.append(node)
+    slots = {} if scale is None else _slots(calls, {site.index: site for site in sites})
+    for node in calls:
+        _replace(gm.graph, node, scale, slots)
+    return len(calls)
 
 
 def attention_calls(gm: fx.GraphModule) -> list[tuple[fx.Node, str]]:
@@ -82,7 +95,7 @@ def attention_calls(gm: fx.GraphModule) -> list[tuple[fx.Node, str]]:
 def why_not_fp8(node: fx.Node) -> str | None:
     """Why a call of attention has to stay in high precision, or None."""
     given = _arguments(node)
-    q, k, v = (given[name].meta["val"] for name in ("query", "key", "value"))
+    q, k, v = (value.meta["val"] for value in _operands(node))
     if not all(isinstance(size, int) for size in (*q.shape, *k.shape)):
         return "its sizes are symbolic"
     if q.dtype not in _DTYPES:
@@ -134,6 +147,38 @@ def _why_not_results(results: dict[int, Any], q: torch.Tensor) -> str | None:
     return None
 
 
+def _slots(calls: Sequence[fx.Node], sites: Mapping[int, Site]) -> dict[fx.Node, int]:
+    """Which queries, keys and values have a scaling state, and in which slot."""
+    found = {value: _site_above(value) for call in calls for value in _operands(call)}
+    times = Counter(found.values())
+    return {
+        value: sites[site].attention_slot
+        for value, site in found.items()
+        if site is not None and site in sites and times[site] == 1
+    }
+
+
+def _site_above(value: fx.Node) -> int | None:
+    """The index of the site whose output a value is computed from, if that is one alone."""
+    found: set[int] = set()
+    stack, seen = [value], {value}
+    while stack and len(found) < 2:
+        node = stack.pop()
+        site = (node.meta.get("custom") or {}).get(SITE_TAG)
+        if site is not None:
+            found.add(site)
+            continue
+        stack += [above for above in node.all_input_nodes if above not in seen]
+        seen.update(node.all_input_nodes)
+    return found.pop() if len(found) == 1 else None
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """The query, key and value of a call."""
+    given = _arguments(node)
+    return [given[name] for name in ("query", "key", "value")]
+
+
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """An operator's arguments by name, those that are not given as well."""
     assert isinstance(node.target, torch._ops.OpOverload)
@@ -147,14 +192,18 @@ def _results(node: fx.Node) -> dict[int, Any]:
     return {args_of(item)[1]: item.meta["val"] for item in node.users if item.users}
 
 
-def _replace(graph: fx.Graph, node: fx.Node) -> None:
-    given = _arguments(node)
-    values = [given[name] for name in ("query", "key", "value")]
-    work = _work(node)
+def _replace(
+    graph: fx.Graph, node: fx.Node, known: fx.Node | None, slots: Mapping[fx.Node, int]
+) -> None:
+    """``known``: the known scales; ``slots``: which of them values have."""
+    given, work = _arguments(node), _work(node)
     scale = work.head**-0.5 if given["scale"] is None else float(given["scale"])
     before = set(graph.nodes)
     with graph.inserting_before(node):
-        casts = [_cast(graph, value, node) for value in values]
+        casts = [
+            _cast(graph, value, node, (known, slots[value]) if value in slots else (None, 0))
+            for value in _operands(node)
+        ]
         copies, inverses = (
             [quantize_getitem(graph, cast, name) for cast in casts] for name in ("fp8", "scale_inv")
         )
@@ -181,14 +230,16 @@ def _plan_like(node: fx.Node, made: set[fx.Node]) -> None:
         new.meta.update(plan | again)
 
 
-def _cast(graph: fx.Graph, value: fx.Node, attention: fx.Node) -> fx.Node:
+def _cast(
+    graph: fx.Graph, value: fx.Node, attention: fx.Node, scale: tuple[fx.Node | None, int]
+) -> fx.Node:
     """The cast of a query, key or value, ``[batch * tokens, heads * D]``."""
     make = partial(emit, graph, like=attention)
     batch, heads, tokens, head = value.meta["val"].shape
     by_token = make(aten.permute.default, (value, [0, 2, 1, 3]), f"{value.name}_by_token")
     shape = [batch * tokens, heads * head]
     rows = make(aten.reshape.default, (by_token, shape), f"{value.name}_rows")
-    how = (None, 0, Format.E4M3.dtype, True, False)
+    how = (*scale, Format.E4M3.dtype, True, False)
     return make(QUANTIZE, (rows, *how), f"{rows.name}_q")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ..internals import module_of
-from ..ir import QUANTIZE, VIEWS, args_of, aten
+from ..ir import QUANTIZE, VIEWS, args_of, aten, emit
 from ..regions import (
     COL,
     ROW,
@@ -362,9 +362,25 @@ def _summed_position(node: fx.Node, value: fx.Node, space: Space) -> Position | 
 def _is_writable(node: fx.Node, draft: _Draft) -> bool:
     """Whether a region computes a value in the order in which memory holds it."""
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+    order = _memory_order(value) if isinstance(value, torch.Tensor) else None
+    if order is None:
         return False
-    return place_in(draft.space, shape_of(node)) in draft.computed[node]
+    place = place_in(draft.space, [shape_of(node)[dim] for dim in order])
+    return (
+        place is not None
+        and tuple(place[order.index(d)] for d in range(len(order))) in (draft.computed[node])
+    )
+
+
+def _memory_order(value: torch.Tensor) -> list[int] | None:
+    """The dimensions in the order of their strides, in which a value without gaps is contiguous."""
+    if value.is_contiguous():
+        return list(range(value.dim()))
+    strides = value.stride()
+    if not all(isinstance(size, int) for size in (*value.shape, *strides)):
+        return None
+    order = sorted(range(value.dim()), key=strides.__getitem__, reverse=True)
+    return order if value.permute(order).is_contiguous() else None
 
 
 def _numel(node: fx.Node) -> int:
@@ -387,9 +403,9 @@ def _build(gm: fx.GraphModule, drafts: list[_Draft], order: dict[fx.Node, int]) 
         outputs = [*_outputs_of_casts(draft), *reversed(draft.written), *draft.sums]
         built.append((draft, _call(gm, draft, outputs, order, index), outputs))
     for draft, call, outputs in built:
-        _take_outputs(gm.graph, call, outputs)
+        taken = _take_outputs(gm.graph, call, outputs)
         last = max(order[node] for node in draft.casts)
-        rank |= {node: (last, 1 + i) for i, node in enumerate([call, *call.users])}
+        rank |= {node: (last, 1 + i) for i, node in enumerate([call, *taken])}
     _sort(gm.graph, rank)
     gm.graph.eliminate_dead_code()
     gm.recompile()
@@ -412,19 +428,33 @@ def _call(
     gm.add_submodule(name, module)
     with gm.graph.inserting_before(gm.graph.output_node()):
         call = gm.graph.call_module(name, tuple(inputs))
-    call.meta["val"] = tuple(node.meta["val"] for node in outputs)
+    returned = args_of(module.graph.output_node())[0]
+    call.meta["val"] = tuple(node.meta["val"] for node in returned)
     return call
 
 
-def _take_outputs(graph: fx.Graph, call: fx.Node, outputs: list[fx.Node]) -> None:
-    """Let the users of what a region returns take it from the call."""
+def _take_outputs(graph: fx.Graph, call: fx.Node, outputs: list[fx.Node]) -> list[fx.Node]:
+    """Let the users of what a region returns take it from the call; returns the new nodes."""
+    taken = []
     with graph.inserting_before(graph.output_node()):
         for i, node in enumerate(outputs):
             item = graph.call_function(operator.getitem, (call, i), name=f"{node.name}_out")
-            item.meta = dict(node.meta)
-            node.replace_all_uses_with(item)
+            item.meta = dict(node.meta) | {"val": call.meta["val"][i]}
+            order = _memory_order(node.meta["val"]) or []
+            inverse = [order.index(dim) for dim in range(len(order))]
+            back = _permuted(graph, item, inverse)
+            node.replace_all_uses_with(back)
+            taken += [item] if back is item else [item, back]
             if node.target is operator.getitem:
                 item.name, node.name = node.name, item.name
+    return taken
+
+
+def _permuted(graph: fx.Graph, node: fx.Node, order: list[int]) -> fx.Node:
+    """A view with the dimensions in another order; the node itself if that is theirs."""
+    if order == sorted(order):
+        return node
+    return emit(graph, aten.permute.default, (node, order), f"{node.name}_permuted", like=node)
 
 
 def _outputs_of_casts(draft: _Draft) -> list[fx.Node]:
@@ -454,7 +484,9 @@ def _copy(inside: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) 
             cast, i = args_of(node)
             copies[node] = graph.call_function(operator.getitem, (copies[cast], i))
             copies[node].meta.update(_kept_meta(node))
-    graph.output(tuple(copies[node] for node in outputs))
+    orders = [_memory_order(node.meta["val"]) or [] for node in outputs]
+    written = zip(outputs, orders, strict=True)
+    graph.output(tuple(_permuted(graph, copies[node], order) for node, order in written))
     return graph
 
 

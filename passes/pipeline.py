@@ -14,7 +14,7 @@ from torch import fx
 from ..cost import Device
 from ..errors import Fp8CompileError, OptionError, PassError
 from ..ir import Site
-from ..recipe import Recipe
+from ..recipe import Recipe, Scaling
 from ..verify import Verifier
 from .cast_attention import cast_attention
 from .choose_formats import choose_formats
@@ -32,6 +32,7 @@ from .plan_saved import plan_saved
 from .share_casts import share_casts
 from .split_regions import split_regions
 from .store_activations import store_activations
+from .take_attention_output import take_attention_output
 from .take_frozen_weights import take_frozen_weights
 from .track_amax import track_amax
 from .unbatch_gemms import unbatch_gemms
@@ -53,6 +54,7 @@ JOINT_PASSES = (
     take_frozen_weights,
     fold_scales,
     cast_attention,
+    take_attention_output,
     share_casts,
     drop_unused_outputs,
     derive_scales,
@@ -121,7 +123,17 @@ def joint_passes(
         fold_scales,  # needs the casts; gives share_casts more of one value
     ]
     if attention_in_fp8:  # with the scale that factors are in now
-        passes.append(partial(cast_attention, device=device if decline_slower else None))
+        delayed = [s for s in sites or () if (s.recipe or recipe).scaling is Scaling.DELAYED]
+        passes.append(
+            partial(
+                cast_attention,
+                device=device if decline_slower else None,
+                scale=state.scale if state else None,
+                sites=delayed,
+            )
+        )
+        if statistics_of is None:  # derive_scales follows values from cast to cast
+            passes.append(take_attention_output)
     passes += [
         share_casts,  # needs all casts of a value in place
         drop_unused_outputs,  # knows what is used only now

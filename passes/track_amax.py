@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..ir import QUANTIZE, TRACK_AMAX, args_of, aten, emit, is_backward
+from ..ir import TRACK_AMAX, args_of, aten, emit, is_backward, is_cast, takes_slot
 from .insert_casts import quantize_getitem
 
 
@@ -22,13 +22,13 @@ def track_amax(gm: fx.GraphModule, *, amax_fwd: fx.Node, amax_bwd: fx.Node) -> i
 
     Requires: share_casts.
     Ensures: at most one fp8.track_amax per direction; every value is recorded once per step.
-    Leaves alone: casts that backward repeats of what forward has recorded; those that take no
-        scale, but find their own.
+    Leaves alone: casts that backward repeats of what forward has recorded; those that find their
+        own scale, or take that of another cast.
     Numerics: exact.
     """
     if any(node.target is TRACK_AMAX for node in gm.graph.nodes):
         return 0
-    casts = [node for node in gm.graph.nodes if node.target is QUANTIZE and _is_delayed(node)]
+    casts = [node for node in gm.graph.nodes if is_cast(node) and takes_slot(node)]
     recorded: set[tuple[int, fx.Node]] = set()
     tracked = 0
     output = gm.graph.output_node()
@@ -50,10 +50,6 @@ def track_amax(gm: fx.GraphModule, *, amax_fwd: fx.Node, amax_bwd: fx.Node) -> i
             node.meta["partitioner_tag"] = f"must_be_in_{direction}"
             node.meta["val"] = ()  # of no size: the partitioner asks, where it has a memory budget
     return tracked
-
-
-def _is_delayed(cast: fx.Node) -> bool:
-    return args_of(cast)[1] is not None
 
 
 def _held(cast: fx.Node) -> set[tuple[int, fx.Node]]:

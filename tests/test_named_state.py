@@ -152,7 +152,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "0.weight#1",
     ),
     "not_a_key": (lambda s: s.update({"nonsense": torch.ones(3)}), "nonsense"),
-    "scale_shape": (lambda s: s.update({"0.weight.scale": torch.ones(4)}), "(4,): 0.weight.scale"),
+    "scale_shape": (lambda s: s.update({"0.weight.scale": torch.ones(5)}), "(5,): 0.weight.scale"),
     "history_shape": (
         lambda s: s.update({"0.weight.amax_history": torch.ones(8, 3)}),
         "0.weight.amax_history",

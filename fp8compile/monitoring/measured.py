@@ -151,7 +151,7 @@ def _known_scales(model: nn.Module, options: Options) -> Mapping[EdgeName, float
         own.add(site)
         if recipe.scaling is Scaling.DELAYED:
             values = on_host[id(state)][slots_of(index)]
-            known |= {(site, str(o)): v for o, v in zip(Operand, values, strict=True)}
+            known |= {(site, str(operand)): values[operand.value] for operand in Operand}
     for site, recipe in others.items():
         chosen = _recipe_of(site, options)
         if site not in own and chosen.scaling is not Scaling.CURRENT:

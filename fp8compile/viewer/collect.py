@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -66,5 +65,8 @@ class Collector(Observer):
         """Take over what this graph says about sites, and a later one no longer does."""
         self.names.costs.update(gm.meta.get(COSTS, {}))
         for _, info in gemms(gm):
-            for site, edge in itertools.product(info.sites, (info.left, info.right)):
-                self.names.slots.setdefault(site.slot(edge.operand), f"{site.fqn}.{edge.operand}")
+            for site in info.sites:
+                self.names.slots.setdefault(site.attention_slot, f"{site.fqn}.attention")
+                for edge in (info.left, info.right):
+                    slot = site.slot(edge.operand)
+                    self.names.slots.setdefault(slot, f"{site.fqn}.{edge.operand}")

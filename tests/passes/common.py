@@ -84,6 +84,32 @@ def attended(**kwargs: Any) -> fx.GraphModule:
     return gm
 
 
+def projected(recipe: str = "delayed") -> fx.GraphModule:
+    """FP8 attention whose output, called ``y``, a GEMM with the weight ``w`` takes, in the graph
+    before ``take_attention_output``.
+    """
+    call = aten._scaled_dot_product_flash_attention_for_cpu.default
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, w: Tensor, scale: Tensor) -> Tensor:
+        out = call(q, k, v, 0.0, True)[0]
+        y = aten.view(aten.permute(out, [0, 2, 1, 3]), [128, 64])
+        return aten.mm(y, aten.permute(w, [1, 0]))
+
+    tokens = (torch.randn(2, 64, 4, 16, dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = (value.transpose(1, 2) for value in tokens)
+    w = torch.randn(32, 64, dtype=torch.bfloat16)
+    gm = trace(fn, q=q, k=k, v=v, w=w, scale=torch.ones(4))
+    gm.graph.find_nodes(op="call_function", target=aten.view.default)[0]._rename("y")
+    gm.recompile()
+    state = StateNodes(gm.graph.find_nodes(op="placeholder")[4])
+    given = {"recipe": RECIPES[recipe], "state": state, "decline_slower": False}
+    for run in joint_passes(**given, training=False, attention_in_fp8=True):
+        if pass_name(run) == "take_attention_output":
+            return gm
+        run(gm)
+    raise AssertionError("the pass is not there")
+
+
 def frozen_fprop(
     recipe: str = "rowwise", widths: tuple[int, ...] = (64,), k: int = 32
 ) -> fx.GraphModule:

@@ -20,6 +20,7 @@ from fp8compile.passes import (
     grow_regions,
     split_regions,
     store_activations,
+    take_attention_output,
     take_frozen_weights,
 )
 from fp8compile.passes.pipeline import JOINT_PASSES, Pass
@@ -34,6 +35,7 @@ from tests.passes.common import (
     lines_of,
     negated_linear,
     pair_joint,
+    projected,
 )
 
 PASSES = [*JOINT_PASSES, grow_regions, split_regions]
@@ -99,6 +101,8 @@ def example(name: str) -> tuple[fx.GraphModule, Pass]:
         return frozen_fprop(), take_frozen_weights
     if name == "cast_attention":
         return attended(), cast_attention
+    if name == "take_attention_output":
+        return projected(), take_attention_output
     if name == "grow_regions":
         return negated_linear(), grow_regions
     if name == "split_regions":

@@ -113,6 +113,13 @@ def viewed(x: Tensor, scale: Tensor) -> Outputs:
     return (*quantize(value, scale)[0::2], value.view(4, 4, 32).permute(1, 0, 2).cumsum(0))
 
 
+def by_head(x: Tensor, scale: Tensor) -> Outputs:
+    """Rotated queries: cast token by token, and kept, head by head, for attention's backward."""
+    heads = x.view(2, 8, 4, 8).transpose(1, 2)
+    rotated = heads * torch.cat([-heads[..., 4:], heads[..., :4]], -1)
+    return (*quantize(rotated.transpose(1, 2).reshape(16, 32), scale)[0::2], rotated)
+
+
 SIZES = {
     "norm": (norm, {"x": (2, 8, 32), "o": (2, 8, 32), "w": (32,)}),
     "swiglu": (swiglu, {"gate_up": (16, 64)}),
@@ -123,6 +130,7 @@ SIZES = {
     "bias_gradient": (bias_gradient, {"g": (16, 32), "x": (16, 32)}),
     "recomputed": (recomputed, {"x": (16, 32)}),
     "viewed": (viewed, {"x": (16, 32)}),
+    "by_head": (by_head, {"x": (16, 32)}),
     "other_axis": (other_axis, {"x": (16, 32)}),
     "opaque_between": (opaque_between, {"x": (16, 32)}),
     "weights": (weights, {"a": (16, 32), "b": (48, 32)}),
@@ -330,6 +338,21 @@ return (getitem, getitem_2, cumsum)""",
     )
 
 
+def test_a_value_is_written_in_the_order_in_which_memory_holds_it() -> None:
+    assert_expected_inline(
+        lines_of(grown("by_head")),
+        """\
+x : f32[16, 32]
+scale : f32[3]
+region_0 : (e4m3[16, 32], f32[1], f32[2, 8, 4, 8]) = region_0(x, scale)
+getitem : e4m3[16, 32] = region_0[0]
+getitem_2 : f32[1] = region_0[1]
+mul_out : f32[2, 8, 4, 8] = region_0[2]
+mul_out_permuted : f32[2, 4, 8, 8] = aten.permute(mul_out, [0, 2, 1, 3])
+return (getitem, getitem_2, mul_out_permuted)""",
+    )
+
+
 def test_a_reduction_over_another_axis_stays_outside() -> None:
     assert_expected_inline(
         lines_of(grown("other_axis")),
@@ -398,7 +421,7 @@ def assert_same_after_growing(gm: fx.GraphModule, inputs: list[Tensor]) -> None:
     assert count == len(gm.graph.find_nodes(op="call_module"))
     assert not gm.graph.find_nodes(op="call_function", target=QUANTIZE)
     for old, new in zip(want, fx.Interpreter(gm).run(*inputs), strict=True):
-        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+        assert (old.shape, old.dtype, old.stride()) == (new.shape, new.dtype, new.stride())
         assert torch.equal(*(x.contiguous().view(torch.uint8) for x in (old, new)))
     text = format_graph(gm)
     assert grow_regions(gm) == 0 and format_graph(gm) == text
