@@ -366,10 +366,7 @@ def _is_writable(node: fx.Node, draft: _Draft) -> bool:
     if order is None:
         return False
     place = place_in(draft.space, [shape_of(node)[dim] for dim in order])
-    return (
-        place is not None
-        and tuple(place[order.index(d)] for d in range(len(order))) in (draft.computed[node])
-    )
+    return place is not None and tuple(place[i] for i in _inverse(order)) in draft.computed[node]
 
 
 def _memory_order(value: torch.Tensor) -> list[int] | None:
@@ -381,6 +378,11 @@ def _memory_order(value: torch.Tensor) -> list[int] | None:
         return None
     order = sorted(range(value.dim()), key=strides.__getitem__, reverse=True)
     return order if value.permute(order).is_contiguous() else None
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    """The permutation that undoes another."""
+    return [order.index(dim) for dim in range(len(order))]
 
 
 def _numel(node: fx.Node) -> int:
@@ -440,9 +442,7 @@ def _take_outputs(graph: fx.Graph, call: fx.Node, outputs: list[fx.Node]) -> lis
         for i, node in enumerate(outputs):
             item = graph.call_function(operator.getitem, (call, i), name=f"{node.name}_out")
             item.meta = dict(node.meta) | {"val": call.meta["val"][i]}
-            order = _memory_order(node.meta["val"]) or []
-            inverse = [order.index(dim) for dim in range(len(order))]
-            back = _permuted(graph, item, inverse)
+            back = _permuted(graph, item, _inverse(_memory_order(node.meta["val"]) or []))
             node.replace_all_uses_with(back)
             taken += [item] if back is item else [item, back]
             if node.target is operator.getitem:

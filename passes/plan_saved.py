@@ -5,7 +5,19 @@ from __future__ import annotations
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ..ir import CASTS, args_of, aten, emit, evaluate, is_backward, is_cast, quantize_output
+from ..formats import FP8_DTYPES
+from ..ir import (
+    CASTS,
+    QUANTIZE,
+    args_of,
+    aten,
+    emit,
+    evaluate,
+    is_backward,
+    is_cast,
+    quantize_output,
+    takes_slot,
+)
 from ..regions import hint, is_computable
 from .insert_casts import quantize_getitem
 
@@ -45,7 +57,8 @@ def plan_saved(gm: fx.GraphModule) -> int:
             continue
         region = checkpointed_region(cast)
         kept = [item for item in cast.users if any(is_backward(user) for user in item.users)]
-        if region is None and kept and sources.of(args_of(cast)[0]) <= kept_anyway:
+        copies = any(item.meta["val"].dtype in FP8_DTYPES for item in kept)
+        if region is None and copies and sources.of(args_of(cast)[0]) <= kept_anyway:
             _compute_again(args_of(cast)[0], read)
             rewrites += _cast_again(gm.graph, cast)
             continue
@@ -140,6 +153,8 @@ def _cast_again(graph: fx.Graph, cast: fx.Node) -> int:
         wanted = (bool(users.get("fp8")), bool(users.get("fp8_t")))
         again = emit(graph, cast.target, (*cast.args[:4], *wanted), f"{cast.name}_again", like=cast)
         again.meta["partitioner_tag"] = _REPEATED
+        if cast.target is QUANTIZE and args_of(cast)[1] is not None and not takes_slot(cast):
+            args_of(cast)[1].meta["recompute"] = CheckpointPolicy.MUST_SAVE
         for name, group in users.items():
             if group:
                 item = quantize_getitem(graph, again, name)

@@ -8,8 +8,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fp8compile.errors import PassError
-from fp8compile.ir import ATTENTION, QUANTIZE, SCALED_MM, args_of
-from fp8compile.passes import take_attention_output
+from fp8compile.ir import ATTENTION, QUANTIZE, SCALED_MM, args_of, format_graph
+from fp8compile.passes import plan_saved, take_attention_output
 from fp8compile.verify import verify
 from tests.helpers import compile_interpreted
 from tests.models import sqnr_db
@@ -58,6 +58,20 @@ def test_forward_and_wgrad() -> None:
     torch._dynamo.reset()
     gemms, casts = casts_of_outputs(Attention(), recipe="current")
     assert (len(gemms), len(casts)) == (1, 1)
+
+
+def test_what_is_planned_with_it_stays() -> None:
+    """The scale that backward casts the output with is kept; v itself is not cast again for it."""
+    found: list[str] = []
+
+    def look(gm: fx.GraphModule) -> int:
+        before = format_graph(gm)
+        found.extend([before] if plan_saved(gm) == 0 and format_graph(gm) == before else [])
+        return 0
+
+    compiled = compile_interpreted(Attention(), {**OPTIONS, "own_passes": {"plan_saved": look}})
+    compiled(torch.randn(2, 32, 64, requires_grad=True)).sum().backward()
+    assert len(found) == 1
 
 
 def test_what_more_is_computed_is_cast() -> None:

@@ -46,18 +46,27 @@ Operands = tuple[Operand, Sequence[Tensor], int]
 
 @dataclass(frozen=True)
 class Cast:
-    """How an operand is cast: ``kept`` if its scale may be known, and its ``slot`` then."""
+    """How an operand is cast: ``kept`` if its scale may be known, and its ``slot`` then. Or it is
+    the output of a call of ``attention`` in FP8, by its number, and has the scale of that.
+    """
 
     format: torch.dtype
     block: tuple[int, int]
     power_of_two: bool = False
     kept: bool = False
     slot: int | None = None
+    attention: int | None = None
 
     @staticmethod
-    def of(cast: fx.Node) -> Cast:
-        """What a node of a graph does."""
+    def of(cast: fx.Node, attended: Sequence[fx.Node | None] = ()) -> Cast:
+        """What a node of a graph does; ``attended``: the calls of attention that are in FP8."""
+        tensorwise, e4m3 = Granularity.TENSOR.block, torch.float8_e4m3fn
+        if cast in attended:
+            return Cast(e4m3, tensorwise, attention=attended.index(cast))
         _, first, second, format, *_ = args_of(cast)
+        scales = [None if call is None else args_of(call)[6] for call in attended]
+        if isinstance(first, fx.Node) and first in scales:
+            return Cast(format, tensorwise, attention=scales.index(first))
         if cast.target is not QUANTIZE:
             return Cast(format, tuple(first), second)
         kept = takes_slot(cast)
@@ -79,7 +88,8 @@ class Plan:
     ``batched``: the sites that AOTAutograd has traced as batched matmuls, as it does with an input
     that is not contiguous where no gradient is needed. ``observes``: whether the graph records
     amax, as one with a backward does for delayed scales. ``attention``: for each call of scaled dot
-    product attention whether it is in FP8; empty if none is.
+    product attention the casts of its query, key and value, or None if it is not in FP8; empty if
+    none was to be.
     """
 
     sites: Sequence[Site] = ()
@@ -88,7 +98,7 @@ class Plan:
     casts: dict[tuple[int, Gemm], dict[Operand, Cast]] = field(default_factory=dict)
     groups: dict[int, tuple[int, ...]] = field(default_factory=dict)
     batched: frozenset[int] = frozenset()
-    attention: tuple[bool, ...] = ()
+    attention: tuple[tuple[Cast, ...] | None, ...] = ()
 
     @staticmethod
     def of(
@@ -98,7 +108,8 @@ class Plan:
         batched = gm.graph.find_nodes(op="call_function", target=aten.bmm.default)
         tags = ((node.meta.get("custom") or {}).get(SITE_TAG) for node in batched)
         of_batched = frozenset(tag for tag in tags if tag is not None)
-        attention = tuple(not why for _, why in attention_calls(gm))
+        attended = [None if why else call for call, why in attention_calls(gm)]
+        attention = tuple(call and _casts_of_attention(call, sites, recipes) for call in attended)
         plan = Plan(sites, recipes, observes, batched=of_batched, attention=attention)
         allowed: dict[object, set[int]] = {}  # the slots that a value in a format may have
         used: list[tuple[object, int]] = []
@@ -107,9 +118,11 @@ class Plan:
                 continue
             roles: dict[Operand, Cast] = {}
             for operand, edge in zip(args_of(node)[:2], (info.left, info.right), strict=True):
-                cast = roles[edge.operand] = Cast.of(args_of(operand)[0])
+                cast = roles[edge.operand] = Cast.of(args_of(operand)[0], attended)
                 for site in info.sites:
                     wanted = Cast.wanted(recipes[site.index], edge.operand)
+                    if cast.attention is not None:  # whose scale is not the recipe's
+                        wanted = replace(wanted, kept=False, attention=cast.attention)
                     assert replace(cast, slot=None) == wanted, (node, edge.operand)
                 if cast.slot is None:
                     continue
@@ -125,6 +138,18 @@ class Plan:
     def group_of(self, site: int) -> tuple[int, ...]:
         """The sites that are computed together with a site, in order; mostly only itself."""
         return next((group for group in self.groups.values() if site in group), (site,))
+
+
+def _casts_of_attention(
+    call: fx.Node, sites: Sequence[Site], recipes: Sequence[Recipe]
+) -> tuple[Cast, ...]:
+    """Those of the query, key and value, of which each slot is of a site with delayed scales."""
+    casts = tuple(Cast.of(args_of(copy)[0]) for copy in args_of(call)[:3])
+    slots = [cast.slot for cast in casts if cast.slot is not None]
+    delayed = [s for s in sites if recipes[s.index].scaling is Scaling.DELAYED]
+    assert {*slots} <= {site.attention_slot for site in delayed}, "a cast has another's slot"
+    assert len({*slots}) == len(slots) or len({*call.args[:3]}) < 3, "two values share a slot"
+    return casts
 
 
 @dataclass
@@ -152,6 +177,7 @@ class FakeQuantized(TorchFunctionMode):
         self._foreseen: list[_Call] = []  # merged sites need weights of calls that are to come
         self._outputs: dict[int, Tensor] = {}
         self._attended = 0
+        self._attention_scales: dict[int, Tensor] = {}  # of the outputs, by the number of the call
 
     def call(self, model: nn.Module, inputs: Sequence[Any]) -> Any:
         """What the model returns."""
@@ -168,10 +194,10 @@ class FakeQuantized(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is F.scaled_dot_product_attention and self.plan.attention:
-            self._attended += 1
-            if self.plan.attention[self._attended - 1]:
+            number, self._attended = self._attended, self._attended + 1
+            if self.plan.attention[number] is not None:
                 self.counts["attention in FP8"] += 1
-                return _Attention.apply(*args, *(kwargs or {}).values())
+                return _Attention.apply(self, number, *args, *(kwargs or {}).values())
         found = _site_of(func, args, kwargs or {})
         if found is None:
             return func(*args, **(kwargs or {}))
@@ -227,11 +253,26 @@ class FakeQuantized(TorchFunctionMode):
             how = (cast.block, cast.power_of_two, cast.format)
             q, _, scale_inv, _ = torch.ops.fp8.quantize_blocks(value, *how)
             return q, scale_inv
+        q, scale_inv, _ = self._cast_tensor(value, cast)
+        return q, scale_inv
+
+    def _cast_tensor(self, value: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Tensor]:
+        """A matrix in FP8 with one scale, its scale_inv, and the scale."""
         scale, slot = (self.scale, cast.slot or 0) if cast.kept else (None, 0)
-        q, _, scale_inv, amax, _ = torch.ops.fp8.quantize(value, scale, slot, cast.format)
+        if cast.attention is not None:
+            scale = self._attention_scales[cast.attention]
+        q, _, scale_inv, amax, used = torch.ops.fp8.quantize(value, scale, slot, cast.format)
         if self.plan.observes and cast.kept:
             self.amax[slot] = torch.maximum(self.amax[slot], amax[0])
-        return q, scale_inv
+        return q, scale_inv, used
+
+    def cast_for_attention(self, number: int, values: Sequence[Tensor]) -> list[Tensor]:
+        """The query, key and value of a call in FP8, their scale_inv, and the output's scale."""
+        casts = self.plan.attention[number]
+        assert casts is not None
+        found = [self._cast_tensor(*each) for each in zip(values, casts, strict=True)]
+        self._attention_scales[number] = found[2][2]
+        return [each[0] for each in found] + [each[1] for each in found] + [found[2][2]]
 
 
 def _k_major(values: Sequence[Tensor], k_dim: int) -> Tensor:
@@ -299,15 +340,21 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None = None
+        ctx: Any,
+        mode: FakeQuantized,
+        number: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        is_causal: bool,
+        scale: float | None = None,
     ) -> Tensor:
         (batch, heads, tokens, head), kv_heads = q.shape, k.shape[1]
         ctx.how = (is_causal, head**-0.5 if scale is None else scale)
         rows = [x.transpose(1, 2).reshape(-1, x.shape[1] * head) for x in (q, k, v)]
-        casts = [torch.ops.fp8.quantize(x, None, 0, torch.float8_e4m3fn) for x in rows]
-        operands = [cast[0] for cast in casts] + [cast[2] for cast in casts] + [casts[2][4]]
+        operands = mode.cast_for_attention(number, rows)
         out, sums = torch.ops.fp8.attention(*operands, batch, heads, kv_heads, *ctx.how)
-        out = (out.float() * casts[2][2]).to(q.dtype).view(batch, tokens, heads, head)
+        out = (out.float() * operands[5]).to(q.dtype).view(batch, tokens, heads, head)
         out = out.transpose(1, 2)
         ctx.save_for_backward(q, k, v, out, sums)
         return out
@@ -317,7 +364,7 @@ class _Attention(torch.autograd.Function):
         is_causal, scale = ctx.how
         run = aten._scaled_dot_product_flash_attention_for_cpu_backward
         grads = run(grad, *ctx.saved_tensors, 0.0, is_causal, scale=scale)
-        return *grads, None, None
+        return None, None, *grads, None, None
 
 
 class _Recording(TorchFunctionMode):
