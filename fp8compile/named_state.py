@@ -38,8 +38,9 @@ def events(model: nn.Module) -> dict[str, Events]:
     """What went wrong so far with the delayed scales of a model, by name; empty if nothing did.
 
     The key is the name of a site's weight, as in ``state_dict``, and an operand:
-    ``layers.0.wq.weight.grad_output``. Sites with the same input share their scales, and stand
-    under the name of the first; of gradients, those that come from the same outputs of the graph.
+    ``layers.0.wq.weight.grad_output``; ``.attention`` is what attention takes of the site's output
+    in FP8. Sites with the same input share their scales, and stand under the name of the first; of
+    gradients, those that come from the same outputs of the graph.
     ``not_finite`` counts the steps whose amax was inf or NaN: the scale did not move. ``saturated``
     counts those whose values had outgrown the scale so far that clipping changed them by more than
     rounding does; the next step's scale is right again. ``jumped`` counts how often the amax of the
