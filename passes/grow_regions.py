@@ -484,9 +484,11 @@ def _copy(inside: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) 
             cast, i = args_of(node)
             copies[node] = graph.call_function(operator.getitem, (copies[cast], i))
             copies[node].meta.update(_kept_meta(node))
-    orders = [_memory_order(node.meta["val"]) or [] for node in outputs]
-    written = zip(outputs, orders, strict=True)
-    graph.output(tuple(_permuted(graph, copies[node], order) for node, order in written))
+    returned = []
+    for node in outputs:
+        returned.append(_permuted(graph, copies[node], _memory_order(node.meta["val"]) or []))
+        returned[-1].meta["fp8_origin"] = node.name
+    graph.output(tuple(returned))
     return graph
 
 
