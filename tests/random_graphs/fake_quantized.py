@@ -40,6 +40,8 @@ from fp8compile.ir import (
 from fp8compile.passes.cast_attention import attention_calls
 from fp8compile.recipe import Gemm, Granularity, Operand, Recipe, Scaling
 
+_FACTOR = "fp8_factor"  # attribute of a product with a constant
+_MULTIPLIES = ("mul", "__mul__", "__rmul__")
 # Those of merged sites, which lie side by side, and the dimension that the GEMM sums over.
 Operands = tuple[Operand, Sequence[Tensor], int]
 
@@ -79,6 +81,16 @@ class Cast:
         return Cast(format, block, recipe.power_of_two, recipe.scaling is not Scaling.CURRENT)
 
 
+@dataclass(frozen=True)
+class Attended:
+    """A call of attention in FP8: the casts of query, key and value, and the scale of products,
+    into which a constant times the query or key may have gone.
+    """
+
+    casts: tuple[Cast, ...]
+    scale: float
+
+
 @dataclass
 class Plan:
     """What a joint graph does at its sites, after all passes.
@@ -88,8 +100,7 @@ class Plan:
     ``batched``: the sites that AOTAutograd has traced as batched matmuls, as it does with an input
     that is not contiguous where no gradient is needed. ``observes``: whether the graph records
     amax, as one with a backward does for delayed scales. ``attention``: for each call of scaled dot
-    product attention the casts of its query, key and value, or None if it is not in FP8; empty if
-    none was to be.
+    product attention how it is in FP8, or None if it is not; empty if none was to be.
     """
 
     sites: Sequence[Site] = ()
@@ -98,7 +109,7 @@ class Plan:
     casts: dict[tuple[int, Gemm], dict[Operand, Cast]] = field(default_factory=dict)
     groups: dict[int, tuple[int, ...]] = field(default_factory=dict)
     batched: frozenset[int] = frozenset()
-    attention: tuple[tuple[Cast, ...] | None, ...] = ()
+    attention: tuple[Attended | None, ...] = ()
 
     @staticmethod
     def of(
@@ -109,7 +120,10 @@ class Plan:
         tags = ((node.meta.get("custom") or {}).get(SITE_TAG) for node in batched)
         of_batched = frozenset(tag for tag in tags if tag is not None)
         attended = [None if why else call for call, why in attention_calls(gm)]
-        attention = tuple(call and _casts_of_attention(call, sites, recipes) for call in attended)
+        attention = tuple(
+            call and Attended(_casts_of_attention(call, sites, recipes), args_of(call)[-1])
+            for call in attended
+        )
         plan = Plan(sites, recipes, observes, batched=of_batched, attention=attention)
         allowed: dict[object, set[int]] = {}  # the slots that a value in a format may have
         used: list[tuple[object, int]] = []
@@ -200,10 +214,27 @@ class FakeQuantized(TorchFunctionMode):
                 return _Attention.apply(self, number, *args, *(kwargs or {}).values())
         found = _site_of(func, args, kwargs or {})
         if found is None:
-            return func(*args, **(kwargs or {}))
+            out = func(*args, **(kwargs or {}))
+            if getattr(func, "__name__", "") in _MULTIPLIES and not isinstance(args[1], Tensor):
+                setattr(out, _FACTOR, float(args[1]))
+            return out
         call, finish = found
         self._calls.append(call)
         return finish(self._output(len(self._calls) - 1, call))
+
+    def without_factors(
+        self, number: int, values: Sequence[Tensor], scale: float
+    ) -> tuple[list[float], float]:
+        """The constants that the query, key and value of a call were multiplied by and that the
+        compiler has put into the scale of products; and that scale.
+        """
+        attended = self.plan.attention[number]
+        assert attended is not None
+        q, k = (getattr(value, _FACTOR, 1.0) for value in values[:2])
+        for factors in ([1.0, 1.0], [q, k], [q, 1.0], [1.0, k]):
+            if math.isclose(attended.scale, scale * math.prod(factors)):
+                return [*factors, 1.0], attended.scale
+        raise AssertionError(f"products are scaled by {attended.scale}, and should be by {scale}")
 
     def _output(self, site: int, call: _Call) -> Tensor:
         group = self.plan.group_of(site)
@@ -268,9 +299,9 @@ class FakeQuantized(TorchFunctionMode):
 
     def cast_for_attention(self, number: int, values: Sequence[Tensor]) -> list[Tensor]:
         """The query, key and value of a call in FP8, their scale_inv, and the output's scale."""
-        casts = self.plan.attention[number]
-        assert casts is not None
-        found = [self._cast_tensor(*each) for each in zip(values, casts, strict=True)]
+        attended = self.plan.attention[number]
+        assert attended is not None
+        found = [self._cast_tensor(*each) for each in zip(values, attended.casts, strict=True)]
         self._attention_scales[number] = found[2][2]
         return [each[0] for each in found] + [each[1] for each in found] + [found[2][2]]
 
@@ -350,7 +381,10 @@ class _Attention(torch.autograd.Function):
         scale: float | None = None,
     ) -> Tensor:
         (batch, heads, tokens, head), kv_heads = q.shape, k.shape[1]
-        ctx.how = (is_causal, head**-0.5 if scale is None else scale)
+        given = head**-0.5 if scale is None else scale
+        ctx.factors, products = mode.without_factors(number, (q, k, v), given)
+        ctx.how = (is_causal, products)
+        q, k, v = (x / factor for x, factor in zip((q, k, v), ctx.factors, strict=True))
         rows = [x.transpose(1, 2).reshape(-1, x.shape[1] * head) for x in (q, k, v)]
         operands = mode.cast_for_attention(number, rows)
         out, sums = torch.ops.fp8.attention(*operands, batch, heads, kv_heads, *ctx.how)
@@ -364,6 +398,7 @@ class _Attention(torch.autograd.Function):
         is_causal, scale = ctx.how
         run = aten._scaled_dot_product_flash_attention_for_cpu_backward
         grads = run(grad, *ctx.saved_tensors, 0.0, is_causal, scale=scale)
+        grads = (grad / factor for grad, factor in zip(grads, ctx.factors, strict=True))
         return None, None, *grads, None, None
 
 
@@ -425,7 +460,12 @@ class WithRoundingErrors(FakeQuantized):
             return out
         memory = [x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)]
         is_new = memory and out.untyped_storage().data_ptr() not in memory
-        return _Rounded.apply(out) if is_new else out
+        if not is_new:
+            return out
+        rounded = _Rounded.apply(out)
+        if hasattr(out, _FACTOR):
+            setattr(rounded, _FACTOR, getattr(out, _FACTOR))
+        return rounded
 
 
 class _Rounded(torch.autograd.Function):
