@@ -7,6 +7,7 @@ eager bodies run, on any device. The *triton* backend replaces them by kernel la
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -94,6 +95,15 @@ def kernel_name(node: fx.Node, kernels: str) -> str:
     from .gemm_choice import gemm_kernel_name
 
     return gemm_kernel_name(node)
+
+
+def sums_in_gemms(kernels: str) -> Callable[[fx.Node], bool] | None:
+    """Which ``fp8::scaled_mm`` nodes had better add a matrix to their output; None: none at all."""
+    if kernels == REFERENCE:
+        return None
+    from .gemm_choice import had_better_add
+
+    return had_better_add
 
 
 def kernel_rows(gm: fx.GraphModule, direction: str, device: Device | None) -> list[KernelRow]:

@@ -245,6 +245,7 @@ class _Plan:
         a_scale_inv: Tensor,
         b_scale_inv: Tensor,
         bias: Tensor | None,
+        addend: Tensor | None,
         out: Tensor,
     ) -> None:
         """Launch it on the current stream."""
@@ -256,7 +257,8 @@ class _Plan:
             status = self._launch(
                 *(self._addresses[algorithm], a.data_ptr(), b.data_ptr(), out.data_ptr()),
                 *(a_scale_inv.data_ptr(), b_scale_inv.data_ptr()),
-                *(0 if bias is None else bias.data_ptr(), workspace),
+                *(0 if tensor is None else tensor.data_ptr() for tensor in (bias, addend)),
+                workspace,
                 current_stream(self._device_index),
             )
         _check("cublasLtMatmul", status)
@@ -287,28 +289,30 @@ def launch(
     b: Tensor,
     a_scale_inv: Tensor,
     b_scale_inv: Tensor,
-    bias: Tensor | None = None,
-    *,
+    *added: Tensor,
     fast_accum: bool,
     algorithm: int,
     out: Tensor,
 ) -> None:
     """Write a GEMM into ``out``, on the current stream; a profile shows it with its sizes.
 
-    ``a, b, a_scale_inv, b_scale_inv, bias, fast_accum``: as for ``fp8::scaled_mm``, which a CPU
-    runs. All are contiguous and on the current device, N is a multiple of 16, and a bias is of
-    ``out``'s dtype. ``algorithm``: the index into those that cuBLASLt lists; ``aten._scaled_mm``
-    takes the first. Raises IndexError if fewer are listed, CublasltError if cuBLASLt refuses.
+    ``a, b, a_scale_inv, b_scale_inv, fast_accum``: as for ``fp8::scaled_mm``, which a CPU runs.
+    ``added``: the bias, a vector, and the addend, a matrix, if there are any. All are contiguous
+    and on the current device, N is a multiple of 16, and what is added is of ``out``'s dtype.
+    ``algorithm``: the index into those that cuBLASLt lists; ``aten._scaled_mm`` takes the first.
+    Raises IndexError if fewer are listed, CublasltError if cuBLASLt refuses.
     """
+    bias = next((tensor for tensor in added if tensor.dim() == 1), None)
+    addend = next((tensor for tensor in added if tensor.dim() == 2), None)
     if not a.is_cuda:
-        out.copy_(scaled_mm(a, b, a_scale_inv, b_scale_inv, bias, out.dtype, fast_accum))
+        out.copy_(scaled_mm(a, b, a_scale_inv, b_scale_inv, bias, out.dtype, fast_accum, addend))
         return
     (m, k), n = a.shape, b.shape[0]
     gemm = Gemm(m, n, k, a.dtype, b.dtype, out.dtype, bias is not None, fast_accum)
     plan = _plan(gemm, a.get_device())
     profiled = record_function(plan.label) if is_profiled() else _NOT_PROFILED
     with profiled:
-        plan.run(algorithm, a, b, a_scale_inv, b_scale_inv, bias, out)
+        plan.run(algorithm, a, b, a_scale_inv, b_scale_inv, bias, addend, out)
 
 
 def sizes_of(label: str) -> tuple[int, int, int] | None:
@@ -326,20 +330,21 @@ def _multiplied(
     a_scale_inv: Tensor,
     b_scale_inv: Tensor,
     bias: Tensor | None,
+    addend: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
     algorithm: int,
 ) -> Tensor:
     out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
     operands = (a.contiguous(), b.contiguous(), a_scale_inv, b_scale_inv)
-    added = None if bias is None else bias.contiguous()
+    added = (tensor.contiguous() for tensor in (bias, addend) if tensor is not None)
     with torch.cuda.device_of(a):
-        launch(*operands, added, fast_accum=fast_accum, algorithm=algorithm, out=out)
+        launch(*operands, *added, fast_accum=fast_accum, algorithm=algorithm, out=out)
     return out
 
 
 def _fake(a: Tensor, b: Tensor, *others: Any) -> Tensor:
-    _, _, _, out_dtype, *_ = others
+    _, _, _, _, out_dtype, *_ = others
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
@@ -348,7 +353,7 @@ _NAME = "fp8::scaled_mm_cublaslt"
 torch.library.define(
     _NAME,
     "(Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, Tensor? bias,"
-    " ScalarType out_dtype, bool fast_accum, int algorithm) -> Tensor",
+    " Tensor? addend, ScalarType out_dtype, bool fast_accum, int algorithm) -> Tensor",
     tags=torch.Tag.needs_exact_strides,
 )
 torch.library.impl(_NAME, ("cuda", "cpu"), _multiplied)

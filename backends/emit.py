@@ -13,13 +13,15 @@ kernel adds up these.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import sympy
+from torch import fx
 
 from ..ir import args_of, format_graph
 from ..ops import GROUP
-from ..regions import shape_of
+from ..regions import COL, ROW, Position, Space, in_first_row, shape_of
 from .region import Region
 from .values import Values
 from .writer import Writer
@@ -31,7 +33,7 @@ _SMALL = 2**25  # elements
 class Source:
     """An emitted file: the names of its kernels, its text, and what a launch has to know.
 
-    ``totals``: reductions over rows; ``loads_little``: see ``Values``.
+    ``totals``: reductions over rows; ``loads_little``, ``loads``: see ``Values``.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Source:
     symbols: list[sympy.Symbol]
     totals: int
     loads_little: bool
+    loads: int
 
     @property
     def sums_name(self) -> str:
@@ -71,6 +74,7 @@ def emit(region: Region) -> Source:
         symbols=sorted(values.symbols, key=str),
         totals=len(values.totals),
         loads_little=values.loads_little,
+        loads=values.loads,
     )
 
 
@@ -123,17 +127,36 @@ def kernel_name(region: Region) -> str:
 
 def bytes_read(region: Region) -> sympy.Expr:
     """Bytes of the inputs, each element that is needed counted once."""
-    space, found = region.space, {}
+    found: dict[fx.Node, set[Position]] = {}
     values = Values(region)
     for function in (*values.sums, *values.last):
         for node, place, _ in function.known:
             if node in region.inputs:
-                found[node, place] = space.extent(place) * node.meta["val"].dtype.itemsize
-    per_input: dict[str, sympy.Expr] = {}
-    for (node, _), size in found.items():
-        whole = sympy.prod(shape_of(node)) * node.meta["val"].dtype.itemsize
-        per_input[node.name] = sympy.Min(per_input.get(node.name, 0) + size, whole)
-    return sympy.Add(*per_input.values())
+                found.setdefault(node, set()).add(place)
+    return sympy.Add(
+        *(
+            _elements(region, node, places) * node.meta["val"].dtype.itemsize
+            for node, places in found.items()
+        )
+    )
+
+
+def _elements(region: Region, node: fx.Node, places: Collection[Position]) -> sympy.Expr:
+    """How many elements of an input are read at some places."""
+    extents = [region.space.extent(place) for place in places]
+    whole = sympy.prod(shape_of(node))
+    return sympy.Min(whole, sympy.Add(*extents) * _share_of_different(region.space, places))
+
+
+def _share_of_different(space: Space, places: Collection[Position]) -> sympy.Expr:
+    """Of what is read at several places, the share that is not the same elements again, as the
+    halves that rotary embeddings exchange; all of it where sizes are symbolic.
+    """
+    symbols = set().union(*(expr.free_symbols for place in places for expr in place))
+    if len(places) == 1 or symbols - {ROW, COL} or not space.n.is_number:
+        return sympy.S.One
+    read = [in_first_row(place, int(space.n)) for place in places]
+    return sympy.Rational(len(set().union(*read)), sum(map(len, read)))
 
 
 def bytes_written(region: Region) -> sympy.Expr:

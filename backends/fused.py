@@ -88,6 +88,8 @@ def _tiles(region: Region) -> list[Tile]:
     if region.branches and region.branches[0].axis == 1:  # a tile lies in one part
         return [Tile(64, 128, 4), Tile(128, 128, 4), Tile(32, 128, 4), Tile(256, 64, 4)]
     found = [Tile(32, 256, 8), Tile(64, 256, 4), Tile(16, 512, 4)]
+    if emit_once(region).loads > 1:  # 32 x 256 take too many registers for another program beside
+        found.insert(0, Tile(16, 256, 8))
     # Parts below each other start at multiples of 128 rows.
     return found if region.branches else [*found, Tile(256, 64, 4)]
 

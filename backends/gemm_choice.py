@@ -5,6 +5,8 @@ Tensorwise GEMMs are timed (tuning.py); for those with a scale per row or block 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from ..internals import stays_below
@@ -36,6 +38,15 @@ def gemm_kernel_name(node: fx.Node) -> str:
     return f"triton {choice}"
 
 
+def had_better_add(node: fx.Node) -> bool:
+    """Whether a scaled_mm that adds a matrix to its output is faster than one without, and a kernel
+    that reads the two and writes their sum, instead of the sum alone.
+    """
+    device = args_of(node)[0].meta["val"].device
+    shape = replace(gemm_shape(node), adds=True)
+    return device.type == "cuda" and choose_gemm(shape, device.index or 0) is not None
+
+
 def few_rows_config(node: fx.Node) -> FewRowsConfig | None:
     """What multiplies few rows with scales per row or block; None for other GEMMs with blocks."""
     m, n, _ = _gemm_sizes(node)
@@ -59,7 +70,7 @@ def _gemm_sizes(node: fx.Node) -> tuple[int, int, int]:
 
 def gemm_shape(node: fx.Node) -> GemmShape:
     """What the choice for a tensorwise GEMM depends on."""
-    a, b, _, _, bias, out_dtype, fast_accum = args_of(node)
+    a, b, _, _, bias, out_dtype, fast_accum, *addend = args_of(node)
     m, n, k = _gemm_sizes(node)
     return GemmShape(
         m=m,
@@ -73,4 +84,5 @@ def gemm_shape(node: fx.Node) -> GemmShape:
         aligned=is_aligned(size_expr(b.meta["val"].shape[0])),
         grows=m <= FEW_ROWS and not stays_below(a.meta["val"].shape[0], FEW_ROWS),
         fixed=all(isinstance(size, int) for size in (*a.meta["val"].shape, b.meta["val"].shape[0])),
+        adds=bool(addend),
     )

@@ -22,9 +22,10 @@ typedef struct {
 } Launch;
 
 enum { BIAS_POINTER = 8, A_SCALE_POINTER = 17, B_SCALE_POINTER = 18 }; /* of a descriptor */
-enum { LAUNCH, A, B, OUT, A_SCALE_INV, B_SCALE_INV, BIAS, WORKSPACE, STREAM, COUNT };
+enum { LAUNCH, A, B, OUT, A_SCALE_INV, B_SCALE_INV, BIAS, ADDEND, WORKSPACE, STREAM, COUNT };
 
-/* launch(*addresses) -> status; bias and workspace may be 0. The caller holds the Launch's lock.
+/* launch(*addresses) -> status; bias, addend and workspace may be 0. The caller holds the
+   Launch's lock. The addend lies in memory as the output does.
    cuBLAS is column-major: it sees the transposed output, b @ a.T, so b is its A. */
 static PyObject *launch(PyObject *module, PyObject *const *args, Py_ssize_t count) {
     uint64_t at[COUNT];
@@ -37,7 +38,8 @@ static PyObject *launch(PyObject *module, PyObject *const *args, Py_ssize_t coun
         if (at[i] == (uint64_t)-1 && PyErr_Occurred()) return NULL;
     }
     const Launch *l = (const Launch *)at[LAUNCH];
-    const float one = 1, zero = 0;
+    const float one = 1, beta = at[ADDEND] ? 1 : 0;
+    void *addend = (void *)(at[ADDEND] ? at[ADDEND] : at[OUT]);
     int status;
     Py_BEGIN_ALLOW_THREADS /* it waits where the queue of launches is full */
     status = l->set_attribute(l->desc, A_SCALE_POINTER, &at[B_SCALE_INV], sizeof(uint64_t));
@@ -47,7 +49,7 @@ static PyObject *launch(PyObject *module, PyObject *const *args, Py_ssize_t coun
         status = l->set_attribute(l->desc, BIAS_POINTER, &at[BIAS], sizeof(uint64_t));
     if (!status)
         status = l->matmul(l->handle, l->desc, &one, (void *)at[B], l->b_layout, (void *)at[A],
-                           l->a_layout, &zero, (void *)at[OUT], l->out_layout, (void *)at[OUT],
+                           l->a_layout, &beta, addend, l->out_layout, (void *)at[OUT],
                            l->out_layout, l->algorithm, (void *)at[WORKSPACE],
                            l->workspace_bytes, (void *)at[STREAM]);
     Py_END_ALLOW_THREADS

@@ -281,10 +281,15 @@ class _Lowering:
         """``fp8::scaled_mm`` -> cuBLASLt or our kernel, whichever is fastest here."""
         shape, device = gemm_shape(node), args_of(node)[0].meta["val"].device.index or 0
         choice = choose_gemm(shape, device)
+        if choice is None and shape.adds:
+            self.scaled_mm(self._without_addend(node))
+            return
         if choice is None:
             out = self._scaled_mm(node)
         elif isinstance(choice, CublasltAlgorithm):
-            args = (*args_of(node), choice.index)
+            *operands, out_dtype, fast_accum = args_of(node)[:7]
+            addend = next(iter(args_of(node)[7:]), None)
+            args = (*operands, addend, out_dtype, fast_accum, choice.index)
             with self.graph.inserting_before(node):
                 out = emit(self.graph, SCALED_MM_CUBLASLT, args, f"{node.name}_lt", like=node)
         elif isinstance(choice, FewRowsConfig):
@@ -329,6 +334,15 @@ class _Lowering:
         (out,) = inline(node, fn, q, scale_inv)
         node.replace_all_uses_with(out)
         self.graph.erase_node(node)
+
+    def _without_addend(self, node: fx.Node) -> fx.Node:
+        """Add apart from a scaled_mm, which is returned."""
+        *args, addend = args_of(node)
+        with self.graph.inserting_before(node):
+            product = emit(self.graph, SCALED_MM, tuple(args), f"{node.name}_product", like=node)
+            total = emit(self.graph, aten.add.Tensor, (product, addend), f"{node.name}_sum")
+        node.replace_all_uses_with(total)
+        return product
 
     def _few_rows(
         self, node: fx.Node, config: FewRowsConfig, blocks: Sequence[Sequence[int]]

@@ -9,7 +9,7 @@ import functools
 import logging
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,14 +53,15 @@ class CublasltAlgorithm:
         return f"{CUBLASLT} #{self.index}" if self.index else CUBLASLT
 
 
-Choice = TileConfig | FewRowsConfig | CublasltAlgorithm | None  # None: aten._scaled_mm
+# None: aten._scaled_mm; for a sum, what is chosen for the product, and a kernel that adds.
+Choice = TileConfig | FewRowsConfig | CublasltAlgorithm | None
 
 
 @dataclass(frozen=True)
 class GemmShape:
     """What a choice depends on. ``m``, ``n``, ``k``: hints where they are symbolic, and then not
     ``fixed``; ``aligned``: whether n is known to be a multiple of 16; ``grows``: whether few rows
-    may become many.
+    may become many; ``adds``: whether it adds a matrix to its output.
     """
 
     m: int
@@ -74,6 +75,7 @@ class GemmShape:
     aligned: bool = True
     grows: bool = False
     fixed: bool = True
+    adds: bool = False
 
     @property
     def has_few_rows(self) -> bool:
@@ -86,7 +88,12 @@ class GemmShape:
         formats = f"{Format.of(self.left)}x{Format.of(self.right)}"
         accum = "fast" if self.fast_accum else "precise"
         types = f"{formats} {short(self.out)} bias={short(self.bias)}"
-        marks = {" unaligned": not self.aligned, " grows": self.grows, " symbolic": not self.fixed}
+        marks = {
+            " unaligned": not self.aligned,
+            " grows": self.grows,
+            " symbolic": not self.fixed,
+            " plus matrix": self.adds,
+        }
         marked = "".join(mark for mark, applies in marks.items() if applies)
         return f"{self.m}x{self.n}x{self.k} {types} {accum}{marked}"
 
@@ -108,9 +115,12 @@ def cublaslt_supports(shape: GemmShape) -> bool:
 @functools.cache
 def choose_gemm(shape: GemmShape, device_index: int) -> Choice:
     """What is fastest for a shape; the best guess, if the GPU has no memory left to find out."""
+    offered = _offered(shape, device_index)
+    if offered == [None]:
+        return None
     file = _cache_file(device_index)
     remembered = read_entries(file).get(str(shape), "never timed")
-    for choice in _offered(shape, device_index):  # from a file, no other is taken
+    for choice in offered:  # from a file, no other is taken
         if _entry(choice) == remembered:
             return choice
     try:
@@ -136,6 +146,8 @@ def choices(shape: GemmShape) -> list[Choice]:
 
     Algorithms of cuBLASLt are for known sizes: the same index is another one for others.
     """
+    if shape.adds:
+        return [None, *_sums(shape)]
     m, n, k, aligned = shape.m, shape.n, shape.k, shape.aligned
     found: list[Choice] = [None] if cublaslt_supports(shape) else []
     if found and shape.fixed:
@@ -147,6 +159,13 @@ def choices(shape: GemmShape) -> list[Choice]:
     return [*found, *configs[: _TIMED_CONFIGS if found else _TIMED_CONFIGS_ALONE]]
 
 
+def _sums(shape: GemmShape) -> list[Choice]:
+    """What can add a matrix to a shape's output: cuBLASLt, where the sizes are known."""
+    if shape.has_few_rows or not shape.fixed or not cublaslt_supports(shape):
+        return []
+    return [CublasltAlgorithm(index) for index in range(MOST_ALGORITHMS)]
+
+
 def _offered(shape: GemmShape, device_index: int) -> list[Choice]:
     """The choices there are on a device: cuBLASLt may list fewer algorithms. PyTorch's operator is
     not timed beside them: it is the first, and takes the host longer.
@@ -155,7 +174,7 @@ def _offered(shape: GemmShape, device_index: int) -> list[Choice]:
     if any(isinstance(choice, CublasltAlgorithm) for choice in offered):
         listed = cublaslt.listed(shape.gemm, device_index)
         offered = [c for c in offered if not isinstance(c, CublasltAlgorithm) or c.index < listed]
-        offered = offered[1:] if listed else offered
+        offered = offered[1:] if listed and not shape.adds else offered
     return offered
 
 
@@ -165,21 +184,33 @@ def _entry(choice: Choice) -> dict[str, int | bool] | None:
 
 
 def time_choices(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
-    """Microseconds of every choice on fresh random data."""
+    """Microseconds of every choice on fresh random data.
+
+    To add a matrix in a kernel of its own takes that kernel as long as to copy one, more or less:
+    it reads the matrix besides the product, and writes the sum.
+    """
     a = _operand(shape.m, shape.k, shape.left, device)
     one = torch.ones(1, dtype=torch.float32, device=device)
     bias = None if shape.bias is None else torch.randn(shape.n, device=device).to(shape.bias)
     rights = [
         _operand(shape.n, shape.k, shape.right, device) for _ in range(_copies(shape, device))
     ]
+    addends = _addends(shape, device)
+    sets = [(b, addend) for b in rights for addend in addends]
+    product = replace(shape, adds=False)
+    of_product = choose_gemm(product, device.index or 0) if shape.adds else None
 
     def run(choice: Choice) -> None:
-        for b in rights:
-            multiply(choice, shape, a, b, one, one, bias)
+        for b, addend in sets:
+            if addend is not None and choice is None:
+                multiply(of_product, product, a, b, one, one, bias)
+                addend.clone()
+            else:
+                multiply(choice, shape, a, b, one, one, bias, addend)
 
     runs = {choice: functools.partial(run, choice) for choice in _offered(shape, device.index or 0)}
     times = _fastest(runs, f"autotuning {shape}", as_graph=shape.has_few_rows)
-    return {choice: time / len(rights) for choice, time in times.items()}
+    return {choice: time / len(sets) for choice, time in times.items()}
 
 
 def multiply(
@@ -190,14 +221,17 @@ def multiply(
     a_scale_inv: Tensor,
     b_scale_inv: Tensor,
     bias: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    """``fp8::scaled_mm`` of operands of a shape, by what was chosen."""
+    """``fp8::scaled_mm`` of operands of a shape, by what was chosen; what cannot add has no
+    ``addend``.
+    """
     operands, out, fast = (a, b, a_scale_inv, b_scale_inv, bias), shape.out, shape.fast_accum
     if choice is None:
         scales = a_scale_inv, b_scale_inv
         return torch._scaled_mm(a, b.t(), *scales, bias, out_dtype=out, use_fast_accum=fast)
     if isinstance(choice, CublasltAlgorithm):
-        return SCALED_MM_CUBLASLT(*operands, out, fast, choice.index)
+        return SCALED_MM_CUBLASLT(*operands, addend, out, fast, choice.index)
     if isinstance(choice, FewRowsConfig):
         return scaled_mm_few_rows(*operands, out_dtype=out, config=choice, fast_accum=fast)
     aligned = shape.aligned
@@ -214,6 +248,15 @@ def _operand(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
     return repeated.view(dtype).view(rows, columns)
 
 
+def _addends(shape: GemmShape, device: torch.device) -> list[Tensor | None]:
+    """What to add in turns, so that it is not in L2 any more when it comes again."""
+    if not shape.adds:
+        return [None]
+    one = torch.randn(shape.m, shape.n, device=device, dtype=shape.out)
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return [one, *(one.clone() for _ in range(_beyond(cache, one.nbytes) - 1))]
+
+
 def _copies(shape: GemmShape, device: torch.device) -> int:
     """How many matrices to multiply few rows with in turns, so that none is in L2 any more when it
     comes again: like weights, when a model decodes. A head of one output would take a million.
@@ -221,7 +264,12 @@ def _copies(shape: GemmShape, device: torch.device) -> int:
     if not shape.has_few_rows:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(_MOST_COPIES, triton.cdiv(2 * cache, shape.n * shape.k))
+    return _beyond(cache, shape.n * shape.k)
+
+
+def _beyond(cache: int, size: int) -> int:
+    """How many matrices of so many bytes fill more than a cache."""
+    return min(_MOST_COPIES, triton.cdiv(2 * cache, size))
 
 
 def _fastest(

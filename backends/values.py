@@ -111,16 +111,25 @@ class Values:
         return max(map(self._bytes_loaded, self.last)) <= _FEW_BYTES
 
     @property
+    def loads(self) -> int:
+        """How many elements of matrices the results of one element are computed from at most."""
+        return max(len(self._loaded(function, {ROW, COL})) for function in self.last)
+
+    @property
     def bytes_loaded(self) -> int:
         """What is loaded for an element alone, and before that for the sums over its row."""
         return sum(self._bytes_loaded(f, {ROW, COL}) for f in (*self.sums, *self.last))
 
     def _bytes_loaded(self, function: Function, varying: Set[sympy.Symbol] = frozenset()) -> int:
-        return sum(
-            node.meta["val"].dtype.itemsize
+        return sum(node.meta["val"].dtype.itemsize for node in self._loaded(function, varying))
+
+    def _loaded(self, function: Function, varying: Set[sympy.Symbol]) -> list[fx.Node]:
+        """The input that each load of a function reads, if its place varies with these."""
+        return [
+            node
             for node, place, _ in function.known
             if node in self.region.inputs and self._varies_with(node, place) >= varying
-        )
+        ]
 
     def _results(self, function: Function) -> Function:
         for result in self.region.results:

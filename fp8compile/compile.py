@@ -31,6 +31,7 @@ from .backends import (
     library_versions,
     lower,
     resolve_kernels,
+    sums_in_gemms,
 )
 from .compiled_graph import CompiledGraph, is_parameter
 from .cost import DEVICES, Device
@@ -267,7 +268,8 @@ class GraphCompiler:
         sources: dict[str, str] = {}
         with self._undoing(gm, "runs the reference bodies of its FP8 operators"):
             fused = self.kernels == TRITON or self.observer.only_looks
-            run_final_passes(gm, direction, fused=fused)
+            adds = None if self.observer.only_looks else sums_in_gemms(self.kernels)
+            run_final_passes(gm, direction, fused=fused, adds=adds)
             self._show(direction, gm)
             if not self.observer.only_looks:
                 with naming_errors(f"lowering ({direction})"):

@@ -381,18 +381,21 @@ def scaled_mm(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    """``(a @ b.T) * a_scale_inv * b_scale_inv + bias``, with both operands K-major.
+    """``(a @ b.T) * a_scale_inv * b_scale_inv + bias + addend``, with both operands K-major.
 
     Args:
         a: ``[M, K]`` FP8, contiguous. b: ``[N, K]`` FP8, contiguous. K is a multiple of 16.
         a_scale_inv, b_scale_inv: ``f32[1]``. bias: ``[N]``, float, or None.
         out_dtype: bfloat16, float16 or float32. fast_accum: see Recipe; ignored here.
+        addend: ``[M, N]`` of ``out_dtype``, or None.
 
     Returns ``[M, N]`` of ``out_dtype``. Products and sums are in float32.
     """
     out = (a.float() @ b.float().t()) * (a_scale_inv * b_scale_inv)
-    return (out if bias is None else out + bias).to(out_dtype)
+    out = out if bias is None else out + bias
+    return (out if addend is None else out + addend).to(out_dtype)
 
 
 @scaled_mm.register_fake
@@ -404,6 +407,7 @@ def _(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
+    addend: Tensor | None = None,
 ) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 

@@ -185,6 +185,17 @@ def offset(position: Position, shape: Sequence[Any], strides: Sequence[Any]) -> 
     return sympy.Add(*(expr * stride for expr, _, stride in terms))
 
 
+def in_first_row(position: Position, columns: int) -> set[tuple[int, ...]]:
+    """The different positions of as many columns of the first row; all sizes are numbers."""
+    functions = {
+        "Quotient": operator.floordiv,
+        "Remainder": operator.mod,
+        "Chosen": lambda x, n, a, b: a if x < n else b,
+    }
+    at = sympy.lambdify(COL, [expr.subs(ROW, 0) for expr in position], modules=[functions])
+    return {tuple(at(column)) for column in range(columns)}
+
+
 def place_in(space: Space, shape: Sequence[sympy.Expr]) -> Position | None:
     """The position of a contiguous tensor's element that a kernel over ``space`` stores.
 

@@ -1,5 +1,6 @@
 """The graph passes. Each is one function in one file: ``pass(gm, *, settings) -> rewrites``."""
 
+from .add_in_gemms import add_in_gemms
 from .cast_attention import cast_attention
 from .choose_formats import choose_formats
 from .choose_precision import choose_precision
@@ -34,6 +35,7 @@ from .unbatch_gemms import unbatch_gemms
 __all__ = [
     "STATIC_SCALES",
     "StateNodes",
+    "add_in_gemms",
     "cast_attention",
     "choose_formats",
     "choose_precision",

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ..internals import module_of
-from ..ir import QUANTIZE, VIEWS, args_of, aten, emit
+from ..ir import QUANTIZE, RESHAPES, VIEWS, args_of, aten, emit
 from ..regions import (
     COL,
     ROW,
@@ -311,7 +311,7 @@ class _Grower:
             if node in inside or not (node in needed or node.op == "output" or node.is_impure()):
                 continue
             draft = writers.get(node)
-            wanted = draft is not None and _is_writable(node, draft)
+            wanted = draft is not None and _is_writable(node, draft) and not _is_there(node)
             if draft is not None and wanted and (node in stored or not self._is_derived(node)):
                 draft.written.append(node)
                 continue
@@ -357,6 +357,16 @@ def _summed_position(node: fx.Node, value: fx.Node, space: Space) -> Position | 
     if sympy.expand(rows - space.m) != 0 or sympy.expand(cols - space.n) != 0:
         return None
     return (*split(ROW, shape[:count]), *split(COL, shape[count:]))
+
+
+def _is_there(value: fx.Node) -> bool:
+    """Whether a value has another shape only than one that no kernel computes."""
+    source = value
+    while source.target in RESHAPES:
+        source = args_of(source)[0]
+    if source is value or is_computable(source):
+        return False
+    return bool(source.meta["val"].is_contiguous())
 
 
 def _is_writable(node: fx.Node, draft: _Draft) -> bool:

@@ -16,6 +16,7 @@ from ..errors import Fp8CompileError, OptionError, PassError
 from ..ir import Site
 from ..recipe import Recipe, Scaling
 from ..verify import Verifier
+from .add_in_gemms import add_in_gemms
 from .cast_attention import cast_attention
 from .choose_formats import choose_formats
 from .choose_precision import choose_precision
@@ -151,11 +152,23 @@ def joint_passes(
     return passes
 
 
-def run_final_passes(gm: fx.GraphModule, direction: str, *, fused: bool) -> None:
+def run_final_passes(
+    gm: fx.GraphModule,
+    direction: str,
+    *,
+    fused: bool,
+    adds: Callable[[fx.Node], bool] | None = None,
+) -> None:
     """Prepare a graph without the other direction's nodes (``direction``: forward, backward or
-    weights) for its kernels; ``fused``: for those of regions.
+    weights) for its kernels; ``fused``: for those of regions; ``adds``: which GEMMs may add to
+    their output, see ``add_in_gemms``.
     """
-    for run in (drop_unused_outputs, *([grow_regions, split_regions] if fused else [])):
+    passes: list[Pass] = [drop_unused_outputs]
+    if adds is not None:
+        passes.append(partial(add_in_gemms, pays=adds))
+    if fused:
+        passes += [grow_regions, split_regions]  # take whatever is left of a sum
+    for run in passes:
         with naming_errors(f"{pass_name(run)} ({direction})"):
             run(gm)
 

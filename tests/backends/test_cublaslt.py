@@ -6,6 +6,8 @@ import copy
 import ctypes
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,11 +15,11 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from fp8compile.backends import cublaslt, triton, tuning
+from fp8compile.backends import cublaslt, gemm_choice, triton, tuning
 from fp8compile.backends.cublaslt import CublasltError, Gemm
 from fp8compile.backends.tuning import CublasltAlgorithm, GemmShape, choices
 from fp8compile.ops import scaled_mm
-from tests.models import MLP, sqnr_db
+from tests.models import MLP, Residual, sqnr_db
 
 OP = torch.ops.fp8.scaled_mm_cublaslt.default
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -138,9 +140,13 @@ def operands(gemm: Gemm = GEMM) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor 
     return a, b, torch.tensor([0.5]), torch.tensor([0.25]), bias
 
 
-def run(gemm: Gemm, algorithm: int, *args: Tensor | None) -> Tensor:
+def addend_of(gemm: Gemm = GEMM) -> Tensor:
+    return torch.randn(gemm.m, gemm.n).to(gemm.out)
+
+
+def run(gemm: Gemm, algorithm: int, *args: Tensor | None, addend: Tensor | None = None) -> Tensor:
     out = torch.empty(gemm.m, gemm.n, dtype=gemm.out)
-    cublaslt._plan(gemm, 0).run(algorithm, *args, out)
+    cublaslt._plan(gemm, 0).run(algorithm, *args, addend, out)
     return out
 
 
@@ -163,6 +169,15 @@ def test_cublaslt_gets_the_transposed_gemm(library: Library) -> None:
     assert bias is not None
     pointers = {17: b_scale_inv.data_ptr(), 18: a_scale_inv.data_ptr(), 8: bias.data_ptr()}
     assert now == {3: 1, 25: 1, 7: 4, 26: 14} | pointers
+
+
+def test_cublaslt_adds_a_matrix_that_lies_as_the_output_does(library: Library) -> None:
+    addend = addend_of()
+    out = run(GEMM, 0, *operands(), addend=addend)
+    (call,) = library.matmuls
+    beta, c_ptr, c_layout, d_ptr, d_layout = call[7:12]
+    assert (beta, c_ptr, d_ptr) == (1, addend.data_ptr(), out.data_ptr())
+    assert c_layout == d_layout
 
 
 def test_each_call_brings_its_own_tensors(library: Library) -> None:
@@ -246,27 +261,36 @@ WITH_AND_WITHOUT_BIAS = pytest.mark.parametrize(
 )
 
 
+WITH_AND_WITHOUT_ADDEND = pytest.mark.parametrize("adds", [False, True], ids=["", "addend"])
+
+
 @WITH_AND_WITHOUT_BIAS
-def test_on_a_cpu_it_is_scaled_mm(gemm: Gemm) -> None:
-    args = (*operands(gemm), gemm.out, gemm.fast_accum)
-    assert torch.equal(OP(*args, 5), scaled_mm(*args))
+@WITH_AND_WITHOUT_ADDEND
+def test_on_a_cpu_it_is_scaled_mm(gemm: Gemm, adds: bool) -> None:
+    args, how = operands(gemm), (gemm.out, gemm.fast_accum)
+    addend = addend_of(gemm) if adds else None
+    product = scaled_mm(*args, *how)
+    out = OP(*args, addend, *how, 5)
+    assert torch.equal(out, scaled_mm(*args, *how, addend))
+    assert torch.equal(out, product) != adds
     # Its test of the schema multiplies FP8, which a CPU cannot.
-    torch.library.opcheck(OP, (*args, 5), test_utils=CHECKS)
+    torch.library.opcheck(OP, (*args, addend, *how, 5), test_utils=CHECKS)
 
 
 @WITH_AND_WITHOUT_BIAS
+@WITH_AND_WITHOUT_ADDEND
 @pytest.mark.parametrize("cpp_wrapper", [False, True], ids=["", "cpp_wrapper"])
-def test_inductors_wrapper_calls_it_directly(gemm: Gemm, cpp_wrapper: bool) -> None:
+def test_inductors_wrapper_calls_it_directly(gemm: Gemm, adds: bool, cpp_wrapper: bool) -> None:
     """Without PyTorch's dispatcher, where that wrapper is Python, and into Inductor's memory."""
 
     def fn(a: Tensor, b: Tensor, *others: Tensor | None) -> Tensor:
         return OP(a, b, *others, gemm.out, gemm.fast_accum, 5) * 2
 
-    args = operands(gemm)
+    args, addend = operands(gemm), addend_of(gemm) if adds else None
     compiled = torch.compile(fn, options={"cpp_wrapper": cpp_wrapper})
     with torch.no_grad():
-        out, (code, *_) = run_and_get_code(compiled, *args)
-    assert torch.equal(out, scaled_mm(*args, gemm.out, gemm.fast_accum) * 2)
+        out, (code, *_) = run_and_get_code(compiled, *args, addend)
+    assert torch.equal(out, scaled_mm(*args, gemm.out, gemm.fast_accum, addend) * 2)
     call = "extern_kernels.fp8_scaled_mm_cublaslt_default("
     (line,) = [line for line in code.splitlines() if call in line] or [""]
     assert bool(line) != cpp_wrapper
@@ -293,15 +317,18 @@ def on_gpu(gemm: Gemm) -> list[Tensor | None]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("gemm", GEMMS, ids=lambda gemm: "x".join(map(str, gemm[:3])))
 def test_every_algorithm_multiplies(gemm: Gemm) -> None:
-    args = on_gpu(gemm)
-    want = scaled_mm(*args, F32, gemm.fast_accum)
+    args, addend = on_gpu(gemm), addend_of(gemm).cuda()
+    product = scaled_mm(*args, F32, gemm.fast_accum)
     count = cublaslt.listed(gemm, torch.cuda.current_device())
     assert 1 <= count <= cublaslt.MOST_ALGORITHMS
     for algorithm in range(count):
-        out = OP(*args, gemm.out, gemm.fast_accum, algorithm)
+        how = (gemm.out, gemm.fast_accum, algorithm)
+        out = OP(*args, None, *how)
         assert (out.shape, out.dtype) == ((gemm.m, gemm.n), gemm.out)
-        assert sqnr_db(want, out) > (60 if gemm.out == F32 else 45)
-        assert torch.equal(out, OP(*args, gemm.out, gemm.fast_accum, algorithm))
+        assert sqnr_db(product, out) > (60 if gemm.out == F32 else 45)
+        assert torch.equal(out, OP(*args, None, *how))
+        total = OP(*args, addend, *how)
+        assert sqnr_db(product + addend, total) > (60 if gemm.out == F32 else 45)
 
 
 @pytest.mark.gpu
@@ -312,7 +339,7 @@ def test_it_is_what_pytorch_computes() -> None:
     count = cublaslt.listed(GEMMS[1], torch.cuda.current_device())
     assert count > 1
     for algorithm in range(count):
-        out = OP(a, b, a_scale_inv, b_scale_inv, None, BF16, True, algorithm)
+        out = OP(a, b, a_scale_inv, b_scale_inv, None, None, BF16, True, algorithm)
         assert torch.equal(out, want)
 
 
@@ -320,13 +347,15 @@ def test_it_is_what_pytorch_computes() -> None:
 def test_threads_share_the_descriptors_of_a_gemm() -> None:
     """Forward and backward run in two threads; each must get its own scales."""
     a, b, one, _, _ = on_gpu(GEMMS[0])
-    product = OP(a, b, one, one, None, BF16, True, 0)
+    product = OP(a, b, one, one, None, None, BF16, True, 0)
 
     def multiply(power: int) -> bool:
         scale_inv = one * 2.0**power
         with torch.cuda.stream(torch.cuda.Stream()):
             return all(
-                torch.equal(OP(a, b, scale_inv, one, None, BF16, True, 1), product * 2.0**power)
+                torch.equal(
+                    OP(a, b, scale_inv, one, None, None, BF16, True, 1), product * 2.0**power
+                )
                 for _ in range(200)
             )
 
@@ -343,7 +372,7 @@ def test_a_cuda_graph_replays_it() -> None:
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        args = (a, b, a_scale_inv, b_scale_inv, None, BF16, True)
+        args = (a, b, a_scale_inv, b_scale_inv, None, None, BF16, True)
         outs = [OP(*args, algorithm) for algorithm in range(count)]
     a_scale_inv.mul_(4)
     graph.replay()
@@ -353,7 +382,7 @@ def test_a_cuda_graph_replays_it() -> None:
 
 @pytest.mark.gpu
 def test_a_profile_shows_it() -> None:
-    args = (*on_gpu(GEMMS[0]), BF16, True, 1)
+    args = (*on_gpu(GEMMS[0]), None, BF16, True, 1)
     OP(*args)
     with torch.profiler.profile() as profiler:
         OP(*args)
@@ -370,7 +399,7 @@ def test_operands_may_be_on_another_gpu() -> None:
         pytest.skip("needs two GPUs")
     args = [None if tensor is None else tensor.to("cuda:1") for tensor in operands(GEMMS[0])]
     assert torch.cuda.current_device() == 0
-    assert sqnr_db(scaled_mm(*args, F32, True), OP(*args, BF16, True, 1)) > 45
+    assert sqnr_db(scaled_mm(*args, F32, True), OP(*args, None, BF16, True, 1)) > 45
 
 
 @pytest.mark.gpu
@@ -412,3 +441,46 @@ def test_what_is_timed_are_the_algorithms_that_are_listed() -> None:
     assert [choice.index for choice in algorithms] == list(range(listed))
     assert times.keys() == {*algorithms, choices(shape)[-1]}
     assert tuning.choose_gemm(shape, torch.cuda.current_device()) in times
+
+
+@pytest.mark.gpu
+def test_sums_are_timed_beside_the_product_and_a_kernel_that_adds() -> None:
+    device = torch.cuda.current_device()
+    shape = GemmShape(8192, 4096, 1024, E4M3, E4M3, BF16, None, fast_accum=True, adds=True)
+    times = tuning.time_choices(shape, torch.device("cuda", device))
+    listed = cublaslt.listed(shape.gemm, device)
+    assert times.keys() == {None, *map(CublasltAlgorithm, range(listed))}
+    product = tuning.time_choices(replace(shape, adds=False), torch.device("cuda", device))
+    assert times[None] > 1.02 * min(product.values())
+
+
+@pytest.mark.gpu
+def test_compiled_with_sums_in_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Residual().to("cuda", BF16)
+    x = torch.randn(1024, 64, device="cuda", dtype=BF16, requires_grad=True)
+    added: list[Tensor | None] = []
+    run = cublaslt._Plan.run
+
+    def recorded(plan: Any, *args: Any) -> None:
+        added.append(args[-2])
+        run(plan, *args)
+
+    monkeypatch.setattr(cublaslt._Plan, "run", recorded)
+    found = []
+    for sums in (None, CublasltAlgorithm(0)):
+        choose = partial(lambda sums, shape, device: sums if shape.adds else None, sums)
+        for module in (triton, gemm_choice):
+            monkeypatch.setattr(module, "choose_gemm", choose)
+        torch._dynamo.reset()
+        with torch._inductor.utils.fresh_cache():
+            compiled = torch.compile(model, backend="fp8", options={"decline_slower": False})
+            out = compiled(x)
+            out.square().sum().backward()
+        tensors = [out, x.grad, *(p.grad for p in model.parameters())]
+        found.append([tensor.detach().clone() for tensor in tensors])
+        x.grad = None
+        model.zero_grad()
+        torch.cuda.synchronize()
+        assert sum(tensor is not None for tensor in added) == (0 if sums is None else 2)
+    for want, value in zip(*found, strict=True):
+        assert sqnr_db(want, value) > 20  # codes of FP8 that follow are rounded otherwise

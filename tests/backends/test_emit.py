@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8compile.backends.emit import Source, emit, search_apart
+from fp8compile.backends.emit import Source, bytes_read, emit, search_apart
 from fp8compile.backends.fused import Tile, partial_rows, prepare, tiles
 from fp8compile.backends.kernels.launch import run
 from fp8compile.ops import padded
@@ -592,6 +592,20 @@ def test_the_header_says_what_is_computed_and_how_many_bytes_are_moved() -> None
     twice = "and before that what the scales are found in"
     assert text.startswith(f'"""fp8_cast: reads 2.0 MB, writes 1.0 MB, each byte once, {twice}.')
     assert "= fp8.quantize(input_1, None, slot, e4m3)" in text.split('"""')[1]
+
+
+def test_halves_that_change_places_are_counted_once() -> None:
+    def rotated(x: Tensor) -> Tensor:
+        heads = x[:, :64].view(16, 4, 16)
+        left, right = heads.split(8, -1)
+        return quantize((heads + torch.cat([-right, left], -1)).view(16, 64), None, 0)[0]
+
+    def shifted(x: Tensor) -> Tensor:
+        return quantize(x[:, :64] + x[:, 16:80], None, 0)[0]
+
+    x = torch.randn(16, 96)
+    assert bytes_read(only_region(rotated, x=x).region) == 16 * 64 * 4
+    assert bytes_read(only_region(shifted, x=x).region) == 16 * 80 * 4
 
 
 def test_parts_at_multiples_of_a_tile_are_told_apart_by_branches() -> None:

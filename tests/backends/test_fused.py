@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,17 @@ def test_processes_may_write_the_same_file_at_once(tmp_path: Path) -> None:
     assert found == [7] * 16
     files = [*(tmp_path / "cache" / "kernels").glob("*")]
     assert [file.suffix for file in files if file.is_file()] == [".py"]
+
+
+def test_what_is_computed_from_more_has_smaller_tiles() -> None:
+    def tile(fn: Callable[..., Tensor], **inputs: Tensor) -> fused.Tile:
+        case = only_region(lambda **x: quantize(fn(**x), None, 0)[0], **inputs)
+        return fused.tiles(case.region)[0]
+
+    x, y = torch.randn(2, 64, 512, device=DEVICE).unbind()
+    assert tile(lambda x: x.exp(), x=x).block_m == 32
+    assert tile(lambda x, y: x.exp() * y, x=x, y=y).block_m == 16
+    assert tile(lambda x, b: x.exp() + b, x=x, b=y[0]).block_m == 32
 
 
 def test_a_row_that_is_waited_for_has_more_threads() -> None:

@@ -19,10 +19,11 @@ from fp8compile.compile import compile_graph
 from fp8compile.internals import is_tangent
 from fp8compile.ir import aten
 from fp8compile.options import parse_options
-from fp8compile.passes import drop_unused_outputs, grow_regions, split_regions
+from fp8compile.passes import add_in_gemms, drop_unused_outputs, grow_regions, split_regions
 from fp8compile.quantized_weights import WEIGHTS_GRAPH
 from tests.helpers import interpret
 from tests.models import MLP, Residual
+from tests.passes.common import residual
 
 
 @pytest.fixture(autouse=True)
@@ -102,15 +103,39 @@ def test_an_algorithm_of_cublaslt_is_an_operator(monkeypatch: pytest.MonkeyPatch
         gm.graph.lint()
         assert not [n for n in gm.graph.nodes if "aten._scaled_mm" in str(n.target)]
         for node in gm.graph.find_nodes(op="call_function", target=SCALED_MM_CUBLASLT):
-            a, b, _, _, bias, out_dtype, fast_accum, algorithm = node.args
+            a, b, _, _, bias, addend, out_dtype, fast_accum, algorithm = node.args
             (m, k), (n, same_k) = a.meta["val"].shape, b.meta["val"].shape
             assert k == same_k and fast_accum
             assert node.meta["val"].shape == (m, n) and node.meta["val"].dtype == out_dtype
             shape = shapes[algorithm - 1]
             assert (shape.m, shape.n, shape.k, shape.fixed) == (m, n, k, True)
-            assert (shape.bias is None) == (bias is None)
+            assert (shape.bias is None) == (bias is None) and addend is None
             found.append(algorithm)
     assert sorted(found) == list(range(1, len(shapes) + 1)) and len(found) >= 4
+
+
+@pytest.mark.parametrize("choice", [CublasltAlgorithm(2), None], ids=str)
+def test_an_addend_goes_to_cublaslt_or_is_added_apart(
+    choice: CublasltAlgorithm | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering, "choose_gemm", lambda shape, _: choice if shape.adds else None)
+    gm = residual()
+    assert add_in_gemms(gm, lambda gemm: True) == 1
+    gm.recompile()
+    inputs = [torch.randn(shape).bfloat16() for shape in ((2, 8, 64), (16, 32), (64, 32))]
+    want = gm(*inputs)
+    lowering.lower_to_triton(gm)
+    gm.graph.lint()
+    if choice is None:
+        assert len(gm.graph.find_nodes(op="call_function", target=aten._scaled_mm.default)) == 1
+        (total,) = gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)
+        assert [node.name for node in total.all_input_nodes] == ["add_fp8_product_lt", "x_rows"]
+        return
+    gm.recompile()
+    (sums,) = gm.graph.find_nodes(op="call_function", target=SCALED_MM_CUBLASLT)
+    assert sums.args[4:] == (None, sums.args[5], torch.bfloat16, True, 2)
+    assert sums.args[5].name == "x_rows"
+    assert all(map(torch.equal, gm(*inputs), want))
 
 
 def test_of_unknown_sizes_no_algorithm_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

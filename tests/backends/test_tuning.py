@@ -84,6 +84,20 @@ def test_algorithms_of_cublaslt_are_for_known_sizes_that_it_supports() -> None:
     assert not set(algorithms) & set(choices(UNALIGNED))
 
 
+def test_a_matrix_is_added_by_cublaslt_or_not_by_the_gemm() -> None:
+    sums = replace(ALIGNED, adds=True)
+    assert choices(sums) == [None, *(CublasltAlgorithm(index) for index in range(8))]
+    assert str(sums) == f"{ALIGNED} plus matrix"
+    for shape in (UNALIGNED, FEW, replace(ALIGNED, fixed=False)):
+        assert choices(replace(shape, adds=True)) == [None]
+
+
+def test_what_has_no_other_choice_is_not_timed(timed: list[GemmShape]) -> None:
+    assert choose_gemm(replace(UNALIGNED, adds=True), 0) is None
+    assert choose_gemm(replace(ALIGNED, adds=True), 0) is None  # none is listed
+    assert not timed
+
+
 def test_only_what_cublaslt_lists_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -98,6 +112,8 @@ def test_only_what_cublaslt_lists_is_timed(monkeypatch: pytest.MonkeyPatch) -> N
     sizes, dtypes = (1024, 512, 256), (E4M3, E4M3, torch.bfloat16)
     assert asked == [(cublaslt.Gemm(*sizes, *dtypes, False, True), 1)]
     assert tuning._offered(FEW, 1) == [first, choices(FEW)[-1]]
+    sums = replace(ALIGNED, adds=True)
+    assert tuning._offered(sums, 1) == [None, first, second, third]
 
 
 def test_where_cublaslt_lists_nothing_pytorchs_operator_is_timed(

@@ -158,6 +158,28 @@ def negated_linear() -> fx.GraphModule:
     return gm
 
 
+def residual(
+    combine: Callable[[Tensor, Tensor], object] | None = None, bias: bool = False
+) -> fx.GraphModule:
+    """The final graph of a linear layer's output ``[2, 8, 64]`` that is added to ``x``, which is
+    called ``add`` and read twice; ``combine``: or what is done with x and the output.
+    """
+
+    def added(x: Tensor, output: Tensor) -> list[Tensor]:
+        total = x + output
+        return [total, total.exp()]
+
+    def fn(x: Tensor, y: Tensor, w: Tensor, *b: Tensor) -> object:
+        right = aten.permute(w, [1, 0])
+        output = aten.addmm(*b, y, right) if b else aten.mm(y, right)
+        return (combine or added)(x, aten.view(output, [2, 8, 64]))
+
+    shapes = {"x": (2, 8, 64), "y": (16, 32), "w": (64, 32), **({"b": (64,)} if bias else {})}
+    gm = trace(fn, **{name: torch.randn(shape).bfloat16() for name, shape in shapes.items()})
+    run_passes(gm, joint_passes(recipe=RECIPES["current"], training=False))
+    return gm
+
+
 def before(
     name: str, joint: Joint | None = None, recipe: str = "delayed"
 ) -> tuple[fx.GraphModule, Pass]:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from fp8compile import RECIPES
 from fp8compile.cost import H200
 from fp8compile.passes import (
+    add_in_gemms,
     cast_attention,
     choose_precision,
     choose_scaling,
@@ -36,9 +37,10 @@ from tests.passes.common import (
     negated_linear,
     pair_joint,
     projected,
+    residual,
 )
 
-PASSES = [*JOINT_PASSES, grow_regions, split_regions]
+PASSES = [*JOINT_PASSES, add_in_gemms, grow_regions, split_regions]
 SECTIONS = ("Before:", "After:", "Requires:", "Ensures:", "Leaves alone:", "Numerics:")
 
 
@@ -103,6 +105,8 @@ def example(name: str) -> tuple[fx.GraphModule, Pass]:
         return attended(), cast_attention
     if name == "take_attention_output":
         return projected(), take_attention_output
+    if name == "add_in_gemms":
+        return residual(), partial(add_in_gemms, pays=lambda gemm: True)
     if name == "grow_regions":
         return negated_linear(), grow_regions
     if name == "split_regions":

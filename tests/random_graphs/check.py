@@ -4,7 +4,8 @@ Two steps of training are run, the second with the scales that the first has lef
 inference. In each:
 
 - Every pass leaves a valid graph, and finds nothing to do the second time.
-- With regions grown, the forward and the backward graph compute the same, bit for bit.
+- With sums made by GEMMs and regions grown, the forward and the backward graph compute the same,
+  bit for bit.
 - What comes out is of the same kind as in eager: shapes, dtypes, strides, what shares memory.
 - Outputs, gradients, buffers and amax are those of ``FakeQuantized``, to ``CLOSE_DB`` or to what
   rounding errors make of them.
@@ -37,7 +38,7 @@ from fp8compile import compile as compiler
 from fp8compile.internals import is_tangent
 from fp8compile.ir import QUANTIZE, format_graph
 from fp8compile.options import AUTO, parse_options
-from fp8compile.passes import grow_regions, split_regions
+from fp8compile.passes import add_in_gemms, grow_regions, split_regions
 from fp8compile.passes.pipeline import Pass, pass_name
 from fp8compile.recipe import Scaling
 from fp8compile.scaling import rule_of
@@ -61,6 +62,7 @@ class Tally:
     gemms: Counter[str] = field(default_factory=Counter)
     results: Counter[str] = field(default_factory=Counter)
     eager_db: list[float] = field(default_factory=list)
+    sums: int = 0
     regions: int = 0
     split: int = 0
     kernels: int = 0
@@ -72,9 +74,15 @@ class Tally:
             f"GEMMs: {_listed(self.gemms)}\n"
             f"results, compared with fake quantization: {_listed(self.results)}\n"
             f"results that differ from eager without FP8: {len(self.eager_db)}, median {median}\n"
+            f"{self.sums} sums made by GEMMs\n"
             f"{self.regions} regions interpreted, {self.split} of them in parts, "
             f"{self.kernels} run as Triton kernels"
         )
+
+
+def _is_exact(gemm: fx.Node) -> bool:
+    """Whether a sum is the same if the GEMM makes it: its output is not rounded."""
+    return bool(gemm.meta["val"].dtype == torch.float32)
 
 
 def _listed(counts: Counter[str]) -> str:
@@ -255,6 +263,7 @@ class _Compiled:
         """In place of Inductor: the graph's code, checked against the graph with regions."""
         grown = fx.GraphModule(gm, fx.Graph())
         grown.graph.output(grown.graph.graph_copy(gm.graph, {}))
+        self._tally.sums += _twice(partial(add_in_gemms, pays=_is_exact))(grown)
         self._tally.regions += _twice(grow_regions)(grown)
         self._tally.split += _twice(partial(split_regions, least_bytes=-sys.maxsize))(grown)
         assert not grown.graph.find_nodes(op="call_function", target=QUANTIZE)
