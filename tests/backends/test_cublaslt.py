@@ -7,7 +7,6 @@ import ctypes
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -402,6 +401,19 @@ def test_operands_may_be_on_another_gpu() -> None:
     assert sqnr_db(scaled_mm(*args, F32, True), OP(*args, None, BF16, True, 1)) > 45
 
 
+def choose_always(
+    monkeypatch: pytest.MonkeyPatch,
+    choice: CublasltAlgorithm | None,
+    *,
+    sums: CublasltAlgorithm | None,
+) -> None:
+    """Have every GEMM multiplied by a choice, and every sum made by another."""
+    for module in (triton, gemm_choice):
+        monkeypatch.setattr(
+            module, "choose_gemm", lambda shape, device: sums if shape.adds else choice
+        )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_with_other_algorithms(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +425,7 @@ def test_compiled_with_other_algorithms(mode: str, monkeypatch: pytest.MonkeyPat
     found = []
     for algorithm in (0, 1, 2):
         choice = CublasltAlgorithm(algorithm) if algorithm else None
-        monkeypatch.setattr(triton, "choose_gemm", lambda shape, device, choice=choice: choice)
+        choose_always(monkeypatch, choice, sums=None)
         torch._dynamo.reset()
         with torch._inductor.utils.fresh_cache():
             alike = copy.deepcopy(model)
@@ -468,9 +480,7 @@ def test_compiled_with_sums_in_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cublaslt._Plan, "run", recorded)
     found = []
     for sums in (None, CublasltAlgorithm(0)):
-        choose = partial(lambda sums, shape, device: sums if shape.adds else None, sums)
-        for module in (triton, gemm_choice):
-            monkeypatch.setattr(module, "choose_gemm", choose)
+        choose_always(monkeypatch, None, sums=sums)
         torch._dynamo.reset()
         with torch._inductor.utils.fresh_cache():
             compiled = torch.compile(model, backend="fp8", options={"decline_slower": False})
