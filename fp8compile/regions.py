@@ -298,6 +298,8 @@ def is_computable(node: fx.Node) -> bool:
 def _is_usable(arg: fx.Node, node: fx.Node) -> bool:
     """Whether a kernel can take an operand: numbers that float32 holds, on its own device."""
     value = arg.meta.get("val")
+    if isinstance(value, torch.SymInt):
+        return node.target in RESHAPES and _has_one_unknown_size(node)
     if not isinstance(value, torch.Tensor):
         return arg.target in (aten.split.Tensor, aten.var_mean.correction)
     converts = node.target in (prims.convert_element_type.default, DEQUANTIZE_GROUPS)
@@ -305,6 +307,13 @@ def _is_usable(arg: fx.Node, node: fx.Node) -> bool:
         return False
     result = node.meta["val"]
     return not isinstance(result, torch.Tensor) or result.device == value.device
+
+
+def _has_one_unknown_size(reshape: fx.Node) -> bool:
+    """Whether one size follows from the others: a region's graph, which has no sizes as inputs,
+    then has -1 for it.
+    """
+    return sum(isinstance(size, fx.Node) for size in args_of(reshape)[1]) == 1
 
 
 def _alpha_is_one(node: fx.Node) -> bool:

@@ -485,8 +485,13 @@ def _copy(inside: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) 
         used[name] += 1
         copies[node] = graph.placeholder(f"{name}_{used[name]}")
         copies[node].meta["val"] = node.meta["val"]
+
+    def copied(arg: fx.Node) -> fx.Node | int:
+        """A size, of which there is one in a view, follows from the others."""
+        return -1 if isinstance(arg.meta["val"], torch.SymInt) else copies[arg]
+
     for node in inside:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: copies[n])
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), copied)
         copies[node] = graph.create_node("call_function", node.target, args, kwargs)
         copies[node].meta.update(_kept_meta(node))
     for node in outputs:

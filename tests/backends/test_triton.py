@@ -10,16 +10,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
+from fp8compile.backends import fused
 from fp8compile.backends import triton as lowering
 from fp8compile.backends.cublaslt import SCALED_MM_CUBLASLT
-from fp8compile.backends.triton import lower_to_triton, stored
+from fp8compile.backends.triton import lower_to_triton, regions_of, stored
 from fp8compile.backends.tuning import CublasltAlgorithm, GemmShape
 from fp8compile.compile import compile_graph
 from fp8compile.internals import is_tangent
 from fp8compile.ir import aten
 from fp8compile.options import parse_options
-from fp8compile.passes import add_in_gemms, drop_unused_outputs, grow_regions, split_regions
+from fp8compile.passes import (
+    add_in_gemms,
+    drop_unused_outputs,
+    grow_regions,
+    run_final_passes,
+    split_regions,
+)
 from fp8compile.quantized_weights import WEIGHTS_GRAPH
 from tests.helpers import interpret
 from tests.models import MLP, Residual
@@ -176,6 +184,71 @@ def test_the_launches_of_a_region_in_parts(dynamic: bool) -> None:
     stored = [name for name in new if not name.endswith("_column_sums")]
     assert sorted(stored) == ["fp8_cast", "fp8_value_colsum"]
     assert not [n for n in parts.graph.nodes if "fp8." in str(n.target)]
+
+
+class Block(nn.Module):
+    """Norms and SwiGLU over tokens of several sequences, without GEMMs that can be merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.up = nn.RMSNorm(32), nn.Linear(32, 48), nn.Linear(32, 48, False)
+        self.down, self.second, self.head = nn.Linear(48, 32), nn.LayerNorm(32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        x = x + self.down(F.silu(self.gate(h)) * self.up(h))
+        return self.head(self.second(x))
+
+
+def results(model: nn.Module, sizes: list[tuple[int, int]], unknown: set[int], lower: bool) -> Any:
+    """What training steps with inputs ``[*size, 32]`` give, whose dimensions are symbols that are
+    ``unknown``; and how large the regions are.
+    """
+    regions: list[int] = []
+
+    def inner(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Callable[..., Any]:
+        run_final_passes(gm, "forward", fused=lower)
+        regions.extend(len(region.gm.graph.nodes) for region in regions_of(gm).values())
+        if lower:
+            lower_to_triton(gm)
+            gm.recompile()
+        return interpret(gm, example_inputs)
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        options = parse_options({"recipe": "current", "decline_slower": False})
+        return compile_graph(gm, example_inputs, options, inner_compile=inner)
+
+    torch._dynamo.reset()
+    compiled, found = torch.compile(model, backend=backend), []
+    for index, size in enumerate(sizes):
+        x = torch.randn(*size, 32, generator=torch.Generator().manual_seed(index))
+        for dim in unknown:
+            torch._dynamo.maybe_mark_dynamic(x, dim)
+        x.requires_grad_()
+        model.zero_grad()
+        out = compiled(x)
+        out.square().sum().backward()
+        found.append([out.detach(), x.grad, *(p.grad.clone() for p in model.parameters())])
+    return found, regions
+
+
+@pytest.mark.filterwarnings("ignore:FP8 is emulated here")
+@pytest.mark.parametrize("unknown", [set(), {0}, {1}, {0, 1}], ids=str)
+def test_the_launches_compute_what_the_reference_does(
+    unknown: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes may be known at run time only: kernels are the same, and are not made again."""
+    monkeypatch.setattr(lowering, "choose_gemm", lambda shape, _: CublasltAlgorithm(0))
+    monkeypatch.setattr(fused, "_MULTIPROCESSORS", 2)  # a search has programs for each
+    model = Block()
+    sizes = [(3, 8), (3 + 2 * (0 in unknown), 8 + 2 * (1 in unknown))]
+    reference, _ = results(model, sizes, unknown, lower=False)
+    launched, regions = results(model, sizes, unknown, lower=True)
+    for want, got in zip(reference, launched, strict=True):
+        for first, second in zip(want, got, strict=True):
+            torch.testing.assert_close(first, second)
+    _, known = results(model, sizes[:1], set(), lower=True)
+    assert (regions == known) == (len(unknown) < 2)  # views with two are left to Inductor
 
 
 class Pooled(nn.Module):

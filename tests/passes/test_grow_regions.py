@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from fp8compile import regions
@@ -351,6 +353,30 @@ mul_out : f32[2, 8, 4, 8] = region_0[2]
 mul_out_permuted : f32[2, 4, 8, 8] = aten.permute(mul_out, [0, 2, 1, 3])
 return (getitem, getitem_2, mul_out_permuted)""",
     )
+
+
+def test_a_view_with_one_unknown_size_is_computed() -> None:
+    def fn(x: Tensor) -> Tensor:
+        rows = x.exp().view(-1, 32)
+        return torch.ops.fp8.quantize(rows, None, 0, torch.float8_e4m3fn, True, False)[0]
+
+    def again(x: Tensor) -> Tensor:
+        return fn(x.neg().view(-1, 32).cos().view(x.shape))  # the last view has two unknown sizes
+
+    def computed(fn: Callable[[Tensor], Tensor]) -> list[str]:
+        gm = make_fx(fn, tracing_mode="symbolic")(torch.randn(3, 5, 32))
+        assert grow_regions(gm) == 1
+        gm.graph.lint()
+        gm.recompile()
+        x = torch.randn(4, 7, 32)
+        assert torch.equal(gm(x).view(torch.uint8), fn(x).view(torch.uint8))
+        (region,) = (
+            gm.get_submodule(str(n.target)) for n in gm.graph.nodes if n.op == "call_module"
+        )
+        return re.findall(r"aten\.(\w+)", region.code)
+
+    assert computed(fn) == ["exp", "view"]
+    assert computed(again) == ["exp", "view"]
 
 
 def test_a_reduction_over_another_axis_stays_outside() -> None:
