@@ -271,7 +271,7 @@ def append_csv(
     )
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         if new:
             writer.writerow(WHERE + WHAT)
         writer.writerows(
