@@ -51,7 +51,8 @@ class Program:
     """A module and its inputs, as code.
 
     ``recipe``, ``overrides``: by glob, of sites; see ``recipe_of``. ``formats``: "recipe", or
-    "auto": by a profile of the module. ``attention``: the option of that name.
+    "auto": by a profile of the module. ``attention``: the option of that name. ``unknown_batch``:
+    whether the first size of every input is a symbol in graphs.
     """
 
     inputs: tuple[Input, ...]
@@ -62,6 +63,7 @@ class Program:
     overrides: tuple[tuple[str, str], ...] = ()
     formats: str = "recipe"
     attention: str = "high_precision"
+    unknown_batch: bool = False
 
     def __str__(self) -> str:
         arguments = ", ".join(("self", *(x.name for x in self.inputs)))
@@ -74,7 +76,8 @@ class Program:
     def __repr__(self) -> str:
         inputs = "".join(f"\n# {x}" for x in self.inputs)
         lines = [f"# {glob} has the recipe {own}\n" for glob, own in self.overrides]
-        how = f"# recipe: {self.recipe}; formats: {self.formats}; attention: {self.attention}\n"
+        how = f"# recipe: {self.recipe}; formats: {self.formats}; attention: {self.attention}"
+        how += "; the batch is unknown\n" if self.unknown_batch else "\n"
         return f"\n{self}\n{inputs}\n{how}{''.join(lines)}"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # hypothesis asks for it
@@ -595,4 +598,5 @@ def programs(draw: st.DrawFn, max_steps: int = 12) -> Program:
         overrides=overrides,
         formats="auto" if b.seldom() else "recipe",
         attention=b.one_of("high_precision", "fp8"),
+        unknown_batch=b.seldom(),
     )
