@@ -128,12 +128,17 @@ def choose_gemm(shape: GemmShape, device_index: int) -> Choice:
             times = time_choices(shape, torch.device("cuda", device_index))
     except torch.OutOfMemoryError:
         guess = choices(shape)[0]
-        log.warning("no memory left to time %s; taking %s", shape, guess or CUBLASLT)
+        log.warning("no memory left to time %s; taking %s", shape, _name(guess, shape))
         return guess
     best = min(times, key=lambda choice: _cost(choice, times[choice]))
-    log.debug("%s: %s", shape, {str(c or CUBLASLT): f"{t:.1f} us" for c, t in times.items()})
+    log.debug("%s: %s", shape, {_name(c, shape): f"{t:.1f} us" for c, t in times.items()})
     add_entry(file, str(shape), _entry(best))
     return best
+
+
+def _name(choice: Choice, shape: GemmShape) -> str:
+    """A choice as logs call it."""
+    return str(choice or ("apart" if shape.adds else CUBLASLT))
 
 
 def _cost(choice: Choice, us: float) -> float:

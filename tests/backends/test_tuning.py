@@ -92,6 +92,16 @@ def test_a_matrix_is_added_by_cublaslt_or_not_by_the_gemm() -> None:
         assert choices(replace(shape, adds=True)) == [None]
 
 
+def test_a_log_tells_the_sums_apart(
+    timed: list[GemmShape], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither of the two, of which one adds, is called like the other."""
+    monkeypatch.setattr(cublaslt, "listed", lambda gemm, device_index: 8)
+    with caplog.at_level("DEBUG", logger=tuning.log.name):
+        assert choose_gemm(replace(ALIGNED, adds=True), 0) == CublasltAlgorithm(7)
+    assert "plus matrix: {'apart': '10.0 us', 'cublaslt': '9.0 us', 'cublaslt #1'" in caplog.text
+
+
 def test_what_has_no_other_choice_is_not_timed(timed: list[GemmShape]) -> None:
     assert choose_gemm(replace(UNALIGNED, adds=True), 0) is None
     assert choose_gemm(replace(ALIGNED, adds=True), 0) is None  # none is listed
