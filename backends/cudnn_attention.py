@@ -79,17 +79,23 @@ class _Plan:
                 "'attention', or choose 'high_precision'"
             ) from error
         self._workspace_bytes = max(1, graph.get_workspace_size())
-        # The same at every call: the scale of numerators, and where it writes what nobody reads.
-        known = (scales["descale_s"], scales["scale_s"], *largest)
-        values = [1 / Format.E4M3.max, Format.E4M3.max, 0.0, 0.0]
-        same = torch.tensor(values, device=device)
-        self._same = dict(zip(known, same.split(1), strict=True))
         self._brought = (*operands, *list(scales.values())[:4], out, sums)
+        self._numerators = (scales["descale_s"], scales["scale_s"])
+        self._unread = largest
 
     def run(self, *brought: Tensor) -> None:
-        """Launch it on the current stream: q, k, v, their scale_inv, out_scale, out and sums."""
+        """Launch it on the current stream: q, k, v, their scale_inv, out_scale, out and sums.
+
+        Nothing is kept on the device from call to call: memory taken in the first, which may be
+        the one before a CUDA graph is recorded, would lie in that graph's pool.
+        """
         workspace = brought[0].new_empty(self._workspace_bytes, dtype=torch.uint8)
-        given = dict(zip(self._brought, brought, strict=True)) | self._same
+        scale = Format.E4M3.max
+        both = torch.linspace(1 / scale, scale, 2, device=workspace.device)  # in one launch
+        unread = torch.empty(len(self._unread), device=workspace.device)
+        given = dict(zip(self._brought, brought, strict=True))
+        given |= dict(zip(self._numerators, both.split(1), strict=True))
+        given |= dict(zip(self._unread, unread.split(1), strict=True))
         with _lock:
             self._cudnn.set_stream(self._handle, current_stream(brought[0].get_device()))
             self._graph.execute(given, workspace, handle=self._handle)
