@@ -62,7 +62,7 @@ def check_attention(kernels: str) -> None:
     """Raise OptionError if attention cannot run in FP8 with these kernels."""
     missing = None if kernels == REFERENCE else why_not_attention()
     if missing:
-        raise OptionError(f"attention='fp8' needs {missing}")
+        raise OptionError(f"attention in FP8 needs {missing}")
 
 
 def library_versions(kernels: str) -> tuple[int | None, ...]:

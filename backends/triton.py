@@ -17,6 +17,7 @@ import triton
 from torch import fx
 
 from .. import ops
+from ..attention import gradient_scales
 from ..errors import PassError
 from ..internals import (
     FloorDiv,
@@ -26,7 +27,9 @@ from ..internals import (
 )
 from ..ir import (
     ATTENTION,
+    ATTENTION_BACKWARD,
     DEQUANTIZE,
+    GRADIENT_SCALES,
     RESHAPES,
     SCALED_MM,
     SCALED_MM_BLOCKS,
@@ -43,7 +46,7 @@ from ..regions import is_aligned
 from .block_gemms import inline, is_scaled_mm, lower_to_scaled_mm
 from .bundle import NAME, bundle_launch, bundles, can_share, emit_bundle, prefix
 from .cublaslt import SCALED_MM_CUBLASLT
-from .cudnn_attention import ATTENTION_CUDNN
+from .cudnn_attention import ATTENTION_BACKWARD_CUDNN, ATTENTION_CUDNN
 from .fused import emit_once, launches, partial_rows, tiles
 from .gemm_choice import block_config, few_rows_config, gemm_shape
 from .kernels.launch import Launch
@@ -78,6 +81,10 @@ def lower_to_triton(gm: fx.GraphModule) -> dict[str, str]:
             lowering.dequantize(node)
         elif node.target is ATTENTION:
             node.target = ATTENTION_CUDNN
+        elif node.target is ATTENTION_BACKWARD:
+            lowering.attention_backward(node)
+        elif node.target is GRADIENT_SCALES:
+            lowering.gradient_scales(node)
     # Not eliminate_dead_code: to it a launch, whose result nothing uses, is dead.
     for node in reversed(gm.graph.nodes):
         if not node.users and _is_replaceable(node):
@@ -93,7 +100,7 @@ class _Lowering:
         self.gm = gm
         self.graph = gm.graph
         self.sources: dict[str, str] = {}
-        self._tracked = self._take_tracking()  # amax getitem -> the state's amax tensor
+        self._tracked = self._take_tracking()  # amax getitem -> the state's amax tensor, and slot
         self._taken = 0  # of the words below
         self._materialized: set[fx.Node] = set()
         self._regions = regions_of(gm)
@@ -104,12 +111,12 @@ class _Lowering:
                 words = sum(map(_padded_words, self._regions.values()))
                 self._zeros = self._empty((words,), torch.int32, like, 0)
 
-    def _take_tracking(self) -> dict[fx.Node, fx.Node]:
-        tracked: dict[fx.Node, fx.Node] = {}
+    def _take_tracking(self) -> dict[fx.Node, tuple[fx.Node, int]]:
+        tracked: dict[fx.Node, tuple[fx.Node, int]] = {}
         for node in list(self.graph.nodes):
             if node.target is TRACK_AMAX:
-                amax, values, _ = args_of(node)
-                tracked |= dict.fromkeys(values, amax)
+                amax, values, slots = args_of(node)
+                tracked |= {value: (amax, slot) for value, slot in zip(values, slots, strict=True)}
                 self.graph.erase_node(node)
         return tracked
 
@@ -210,10 +217,10 @@ class _Lowering:
             tensors[f"scale_{i}"] = self._element(outer[args_of(cast.node)[1]], cast.slot)
         for output, node in cast.outputs.items():
             if output == "amax":
-                amax = self._tracked.get(items[node]) if node in items else None
+                tracked = self._tracked.get(items[node]) if node in items else None
                 tensors[f"amax_{i}"] = (
-                    self._element(amax, cast.slot)
-                    if amax is not None
+                    self._element(*tracked)
+                    if tracked is not None
                     else self._empty((1,), torch.float32, like, 0.0)
                 )
             else:
@@ -333,6 +340,28 @@ class _Lowering:
         fn = functools.partial(ops.dequantized, block=block, dtype=dtype)
         (out,) = inline(node, fn, q, scale_inv)
         node.replace_all_uses_with(out)
+        self.graph.erase_node(node)
+
+    def gradient_scales(self, node: fx.Node) -> None:
+        """``fp8::gradient_scales`` -> PyTorch's operators, of which Inductor makes one kernel."""
+        known, slot, *inverses, head, scale = args_of(node)
+        how = {"slot": slot, "head": head, "scale": scale}
+        results = inline(node, functools.partial(_gradient_scales, **how), known, *inverses)
+        for item in list(node.users):
+            item.replace_all_uses_with(results[args_of(item)[1]])
+            self.graph.erase_node(item)
+        self.graph.erase_node(node)
+
+    def attention_backward(self, node: fx.Node) -> None:
+        """``fp8::attention_backward`` -> cuDNN's, which records the amax by itself."""
+        tracked = [item for item in node.users if item in self._tracked]
+        amax, slot = self._tracked[tracked[0]] if tracked else (None, 0)
+        with self.graph.inserting_before(node):
+            args = (*args_of(node), amax, slot)
+            new = emit(self.graph, ATTENTION_BACKWARD_CUDNN, args, f"{node.name}_cudnn", like=node)
+        for item in tracked:
+            self.graph.erase_node(item)
+        node.replace_all_uses_with(new)
         self.graph.erase_node(node)
 
     def _without_addend(self, node: fx.Node) -> fx.Node:
@@ -468,6 +497,20 @@ def weight_bundles(regions: Mapping[fx.Node, Region]) -> list[dict[fx.Node, Regi
         if can_share(region) and all(is_primal(node) for node in _read(call, region))
     }
     return [{calls[r]: r for r in bundle} for bundle in bundles(calls) if len(bundle) > 1]
+
+
+def _gradient_scales(
+    known: torch.Tensor,
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    slot: int,
+    head: int,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    return gradient_scales(known, slot, grad_out, q, k, v, head, scale)
 
 
 def _is_replaceable(node: fx.Node) -> bool:

@@ -40,7 +40,7 @@ from .errors import OptionError, PassError, StrictError
 from .ir import SLOTS_PER_SITE, Site, args_of, format_graph
 from .modules import SiteNames, calling_module, calling_shards
 from .observer import FinalGraphs, Observer
-from .options import AUTO, FALLBACK, FP8, HIGH_PRECISION, Options, parse_options
+from .options import AUTO, FALLBACK, FP8, FP8_BOTH, HIGH_PRECISION, Options, parse_options
 from .passes import (
     STATIC_SCALES,
     StateNodes,
@@ -53,6 +53,7 @@ from .passes import (
     with_own_passes,
 )
 from .passes.cast_attention import attention_calls
+from .passes.cast_attention_backward import attention_backwards
 from .passes.choose_precision import KEPT, SKIPPED, SLOWER
 from .passes.find_gemms import NO_FP8_FORM, unsited_matmuls
 from .passes.keep_logits import LOGITS
@@ -115,7 +116,7 @@ def compile_graph(
     _check_globs(options, sites, root)
     device = _device(sites, example_inputs)
     kernels = resolve_kernels(options.kernels, device)
-    if options.attention == FP8:
+    if options.attention != HIGH_PRECISION:
         check_attention(kernels)
     predict_for = _predict_for(options, kernels, device, report=observer is not None)
     inference = not torch.is_grad_enabled() or not any(map(_requires_grad, example_inputs))
@@ -217,7 +218,8 @@ class GraphCompiler:
             store_in_fp8=self.options.save_activations == FP8,
             statistics_of=statistics_of,
             take_frozen=self.weights_once,
-            attention_in_fp8=self.options.attention == FP8,
+            attention_in_fp8=self.options.attention != HIGH_PRECISION,
+            attention_backward_in_fp8=self.options.attention == FP8_BOTH,
         )
         passes = with_own_passes(passes, self.options.own_passes)
         self._show("joint", gm)
@@ -321,17 +323,18 @@ class GraphCompiler:
     def _report(self, gm: fx.GraphModule) -> None:
         rows = gemm_rows(gm, partial(kernel_name, kernels=self.kernels))
         self.rows = rows
-        attention = attention_calls(gm)
-        others = other_rows(unsited_matmuls(gm) + attention)
+        attention, backwards = attention_calls(gm), attention_backwards(gm)
+        others = other_rows(unsited_matmuls(gm) + attention + backwards)
         internals.trace_artifact("fp8_gemms", lambda: text_of(rows + others))
         left_out = [row for row in rows + others if row.reason and not _by_choice(row)]
         left_out = [row for row in left_out if row.reason not in NO_FP8_FORM]
         if self.options.strict and left_out:
             lines = "\n  ".join(f"{r.fqn} {r.gemm}: {r.reason}" for r in left_out)
             raise StrictError(f"strict=True, but these stay in high precision:\n  {lines}")
-        kept = sorted({why for _, why in attention if why and not why.startswith(SLOWER)})
-        if kept:
-            warnings.warn(f"attention stays in high precision: {'; '.join(kept)}", stacklevel=2)
+        for what, calls in (("attention", attention), ("attention's backward", backwards)):
+            kept = sorted({why for _, why in calls if why and not why.startswith(SLOWER)})
+            if kept:
+                warnings.warn(f"{what} stays in high precision: {'; '.join(kept)}", stacklevel=2)
         if not any(row.is_fp8 for row in rows):
             _nothing_to_do(self.options, rows + others)
         self.observer.on_rows(rows + others)

@@ -36,12 +36,22 @@ DEQUANTIZE_GROUPS = torch.ops.fp8.dequantize_groups.default
 DEQUANTIZE = torch.ops.fp8.dequantize.default
 CAT_ROWS = torch.ops.fp8.cat_rows.default
 ATTENTION = torch.ops.fp8.attention.default
+ATTENTION_BACKWARD = torch.ops.fp8.attention_backward.default
+GRADIENT_SCALES = torch.ops.fp8.gradient_scales.default
 
 SITE_TAG = "fp8_site"  # key in meta["custom"], which AOTAutograd carries to the backward nodes
-# One for each operand, and one for what attention makes of the site's output: four float32 keep the
-# slots of every site equally aligned, so that one compiled kernel serves all layers.
-SLOT_NAMES = (*map(str, Operand), "attention")
-SLOTS_PER_SITE = len(SLOT_NAMES)
+# One for each operand; one for the site's output as attention takes it in FP8; and those of the
+# gradients of an attention whose query is computed from that output: of its own output, and of what
+# it computes from that.
+SLOT_NAMES = (
+    *map(str, Operand),
+    "attention",
+    "attention_grad_output",
+    *(f"attention_grad_{name}" for name in attention.GRADIENTS),
+)
+# Four float32 at a time keep the slots of every site equally aligned, so that one compiled kernel
+# serves all layers.
+SLOTS_PER_SITE = -(-len(SLOT_NAMES) // 4) * 4
 ATTENTION_SLOT = SLOT_NAMES.index("attention")
 QUANTIZE_OUTPUTS = ("fp8", "fp8_t", "scale_inv", "amax", "scale_used")
 # The casts, with the names of their outputs. Their first argument is the value, the last two say
@@ -89,7 +99,9 @@ class Site:
 
     @property
     def attention_slot(self) -> int:
-        """Where the scaling state of its output lies that attention takes in FP8."""
+        """Where the scaling state of its output lies that attention takes in FP8; behind it those
+        of attention's gradients.
+        """
         return SLOTS_PER_SITE * self.index + ATTENTION_SLOT
 
     def leader_of(self, operand: Operand) -> int:

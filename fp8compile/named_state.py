@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from .arguments import checked_model
 from .errors import ScalingStateError
 from .ir import SLOT_NAMES
-from .recipe import Operand, Scaling
-from .scaling import HISTORY, SCALE, ScalingState, slots_of
+from .recipe import Scaling
+from .scaling import ENTRY_LENGTHS, HISTORY, SCALE, ScalingState, slots_of
 from .states import latest_entry, parked_entries, states_by_weight, states_of
 
-_LENGTHS = ((len(Operand),), (len(SLOT_NAMES),))  # of what ScalingState.site_entry returns
+_LENGTHS = [(length,) for length in ENTRY_LENGTHS]  # of what ScalingState.site_entry returns
 
 
 class Events(NamedTuple):
@@ -39,8 +39,10 @@ def events(model: nn.Module) -> dict[str, Events]:
 
     The key is the name of a site's weight, as in ``state_dict``, and an operand:
     ``layers.0.wq.weight.grad_output``; ``.attention`` is what attention takes of the site's output
-    in FP8. Sites with the same input share their scales, and stand under the name of the first; of
-    gradients, those that come from the same outputs of the graph.
+    in FP8, and ``.attention_grad_output``, ``_products``, ``_query``, ``_key`` and ``_value`` are
+    the gradients of an attention whose query that output is. Sites with the same input share their
+    scales, and stand under the name of the first; of gradients, those that come from the same
+    outputs of the graph.
     ``not_finite`` counts the steps whose amax was inf or NaN: the scale did not move. ``saturated``
     counts those whose values had outgrown the scale so far that clipping changed them by more than
     rounding does; the next step's scale is right again. ``jumped`` counts how often the amax of the
@@ -56,7 +58,7 @@ def events(model: nn.Module) -> dict[str, Events]:
     return {
         f"{key}.{operand}": Events(*found)
         for key, kinds in counts.items()
-        for operand, found in zip(SLOT_NAMES, kinds.t().tolist(), strict=True)
+        for operand, found in zip(SLOT_NAMES, kinds.t().tolist(), strict=False)
         if any(found)
     }
 
@@ -69,7 +71,8 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     For a site with weight ``layers.0.wq.weight`` there are ``layers.0.wq.weight.scale``,
     ``f32[3]`` (input, weight, grad_output), and ``layers.0.wq.weight.amax_history``, ``f32[H, 3]``
-    from oldest to newest; ``f32[4]`` and ``f32[H, 4]`` where attention takes its output in FP8. A
+    from oldest to newest; ``f32[4]`` and ``f32[H, 4]`` where attention takes its output in FP8, and
+    ``f32[9]`` and ``f32[H, 9]`` where that is the query of one whose backward is in FP8, too. A
     weight's second use in a graph is ``layers.0.wq.weight#1``. Entries loaded but not used yet are
     included. Raises OptionError for what is no model.
     """

@@ -414,12 +414,15 @@ def _(
 
 @torch.library.custom_op("fp8::track_amax", mutates_args=("amax",))
 def track_amax(amax: Tensor, values: Sequence[Tensor], slots: Sequence[int]) -> None:
-    """Max-accumulate ``values`` (each ``f32[1]``) into ``amax`` (``f32[S]``) at ``slots``.
+    """Max-accumulate ``values`` (each ``f32[n]``) into ``amax`` (``f32[S]``), each at the n slots
+    from its own of ``slots`` on.
 
     Max is idempotent, so recomputation, micro-batches and repeated calls cannot corrupt it.
     """
     if slots:
-        index = torch.tensor(slots, device=amax.device)
+        each = zip(values, slots, strict=True)
+        taken = [slot + i for value, slot in each for i in range(value.numel())]
+        index = torch.tensor(taken, device=amax.device)
         amax.scatter_reduce_(0, index, torch.cat(list(values)), "amax")
 
 

@@ -21,6 +21,8 @@ KERNELS = ("auto", "triton", "reference")
 RAISE, FALLBACK = ON_ERROR = ("raise", "fallback")
 HIGH_PRECISION, FP8 = PRECISIONS = ("high_precision", "fp8")
 SAVE_ACTIVATIONS = ("default", FP8)
+FP8_BOTH = "fp8_both"
+ATTENTION = (*PRECISIONS, FP8_BOTH)
 RECIPE, AUTO = CHOICES = ("recipe", "auto")
 DUMP_VARIABLE = "FP8COMPILE_DUMP"
 # Inductor's settings that the backend works through.
@@ -47,7 +49,8 @@ class Options:
     reference bodies of its FP8 operators if it is its kernels that could not be written.
     ``logits``: "high_precision" keeps the matmuls whose results a cross entropy in the same graph
     is computed from in the model's dtype, "fp8" casts them like all others. ``attention``: "fp8"
-    has scaled dot product attention multiply FP8 in forward, "high_precision" leaves it as it is.
+    has scaled dot product attention multiply FP8 in forward, "fp8_both" in forward and backward,
+    "high_precision" leaves it as it is.
     ``profile``: what ``fp8compile.profile`` measured, or the path it was saved to. ``formats``:
     "recipe", or "auto": those that lose least by the profile. ``scaling``: "recipe", or "auto": for
     each operand of a recipe of delayed scaling, current where that takes hardly longer.
@@ -171,7 +174,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
         ),
         on_error=_one_of("on_error", given.get("on_error", RAISE), ON_ERROR),
         logits=_one_of("logits", given.get("logits", HIGH_PRECISION), PRECISIONS),
-        attention=_one_of("attention", given.get("attention", HIGH_PRECISION), PRECISIONS),
+        attention=_one_of("attention", given.get("attention", HIGH_PRECISION), ATTENTION),
         profile=_profile(given.get("profile"), decisions),
         formats=formats,
         scaling=scaling,

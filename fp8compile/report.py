@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from .cost import COSTS, GemmCost
-from .ir import SCALED_MMS, Edge, GemmInfo, gemms, op_name
+from .ir import ATTENTION, ATTENTION_BACKWARD, SCALED_MMS, Edge, GemmInfo, gemms, op_name
 from .recipe import Gemm
 
 
@@ -56,7 +56,8 @@ class Row:
         return self.decision == "fp8"
 
 
-IN_FORWARD = "FP8 in forward"  # what an operator runs in that has no FP8 backward
+# What attention runs in, for which there is no reason not to.
+_ATTENTION: dict[Any, str] = {ATTENTION: "FP8 in forward", ATTENTION_BACKWARD: "FP8 in backward"}
 WEIGHTS = "weights"  # the direction of kernels that inference launches once, for all calls
 
 
@@ -215,11 +216,16 @@ def other_rows(others: Sequence[tuple[fx.Node, str]]) -> list[Row]:
     """A row for each kind of matmul that belongs to no site, with how many there are, and why they
     are not FP8; attention may be, for which there is no reason.
     """
-    counts = Counter((op_name(node.target), reason) for node, reason in others)
+    counts = Counter((node.target, reason) for node, reason in others)
     blank = ("",) * 8
     return [
-        Row(f"(other: {count} x {op})", *blank, kernel="" if reason else IN_FORWARD, reason=reason)
-        for (op, reason), count in counts.items()
+        Row(
+            f"(other: {count} x {op_name(target)})",
+            *blank,
+            kernel="" if reason else _ATTENTION[target],
+            reason=reason,
+        )
+        for (target, reason), count in counts.items()
     ]
 
 

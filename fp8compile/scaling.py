@@ -22,6 +22,8 @@ from .ir import ATTENTION_SLOT, SLOT_NAMES, SLOTS_PER_SITE
 from .recipe import Operand, Recipe, Scaling
 
 SCALE, HISTORY = ".scale", ".amax_history"
+# How many slots of a site are saved: its operands', that of attention too, or all.
+ENTRY_LENGTHS = (len(Operand), ATTENTION_SLOT + 1, len(SLOT_NAMES))
 
 
 class ScalingState:
@@ -61,8 +63,9 @@ class ScalingState:
         )
         self.history = torch.zeros(self.rule.history_len, slots, dtype=torch.float32, device=device)
         self.events = torch.zeros(3, slots, dtype=torch.int32, device=device)
+        of_attention = [Format.E4M3.max] * (SLOTS_PER_SITE - len(Operand))
         fp8_max = [
-            [*(recipe.format_of(operand).max for operand in Operand), Format.E4M3.max]
+            [*(recipe.format_of(operand).max for operand in Operand), *of_attention]
             for recipe in recipes
         ]
         self.fp8_max = torch.tensor(fp8_max, dtype=torch.float32, device=device).flatten()
@@ -182,12 +185,13 @@ class ScalingState:
 
     def site_entry(self, index: int) -> dict[str, Tensor]:
         """What is saved for a site: ``scale`` ``f32[3]`` and ``amax_history`` ``f32[H, 3]``, of its
-        operands; ``f32[4]`` and ``f32[H, 4]`` where attention takes its output in FP8.
+        operands; ``f32[4]`` and ``f32[H, 4]`` where attention takes its output in FP8, ``f32[9]``
+        and ``f32[H, 9]`` where an attention of which that is the query has a backward in FP8.
         """
         slots = slots_of(index)
         scale, history = self.scale[slots], self.ordered_history()[:, slots]
-        taken = bool(scale[ATTENTION_SLOT] > 0 or history[:, ATTENTION_SLOT].any())
-        count = len(SLOT_NAMES) if taken else len(Operand)
+        taken = (scale > 0) | history.any(0)
+        count = next(n for n in reversed(ENTRY_LENGTHS) if n == len(Operand) or taken[n - 1])
         return {SCALE: scale[:count].clone(), HISTORY: history[:, :count].clone()}
 
     def set_site_entry(self, index: int, entry: Mapping[str, Tensor]) -> None:

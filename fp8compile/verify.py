@@ -13,6 +13,7 @@ from .errors import PassError
 from .formats import FP8_DTYPES, Format
 from .ir import (
     ATTENTION,
+    ATTENTION_BACKWARD,
     CASTS,
     SCALED_MMS,
     TRACK_AMAX,
@@ -39,9 +40,10 @@ class Verifier:
 
     1. The graph lints: topologically sorted, no dangling names.
     2. Every fp8 tensor is an output of a cast and has exactly one scale_inv: the same node's.
-       Only a scaled_mm or attention takes it, with that scale_inv or a constant times it, or the
-       graph returns it. Or it is attention's output, which has the scale_inv of its values. Or it
-       was given to the graph: what forward has cast, or frozen weights.
+       Only a scaled_mm or attention, forward or backward, takes it, with that scale_inv or a
+       constant times it, or the graph returns it. Or it is attention's output, which has the
+       scale_inv of its values. Or it was given to the graph: what forward has cast, or frozen
+       weights.
     3. Every ``meta["val"]`` of an ``fp8::`` node equals the re-evaluated fake (shape and dtype).
     4. A GEMM is what it is said to be: one that is cast has no reason to stay in high precision,
        and operands in the formats of its edges; one that will be can be multiplied.
@@ -74,6 +76,9 @@ class Verifier:
                 _verify_scaled_mm(node, pass_name)
             elif node.target is ATTENTION:
                 _verify_scales(args_of(node)[:3], args_of(node)[3:6], node, pass_name)
+            elif node.target is ATTENTION_BACKWARD:
+                inverses = (*args_of(node)[6:10], args_of(node)[9])  # the output has its values'
+                _verify_scales(args_of(node)[:5], inverses, node, pass_name)
             elif node.target is TRACK_AMAX:
                 if is_backward(node) in tracked:
                     raise PassError(pass_name, "amax is tracked twice in one direction", node)

@@ -2,6 +2,7 @@
 
 from .add_in_gemms import add_in_gemms
 from .cast_attention import cast_attention
+from .cast_attention_backward import cast_attention_backward
 from .choose_formats import choose_formats
 from .choose_precision import choose_precision
 from .choose_scaling import choose_scaling
@@ -37,6 +38,7 @@ __all__ = [
     "StateNodes",
     "add_in_gemms",
     "cast_attention",
+    "cast_attention_backward",
     "choose_formats",
     "choose_precision",
     "choose_scaling",

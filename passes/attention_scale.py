@@ -13,11 +13,11 @@ from ..ir import VIEWS, args_of, aten, constant_factor, fake_mode_of
 
 _COPIES = (*VIEWS, aten.clone.default)
 _KINDS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
-FORWARD, _BACKWARD = (
+FORWARD, BACKWARD = (
     [getattr(aten, f"_scaled_dot_product_{kind}{end}").default for kind in _KINDS]
     for end in ("", "_backward")
 )
-QUERY = dict.fromkeys(FORWARD, 0) | dict.fromkeys(_BACKWARD, 1)  # which argument; then the key
+QUERY = dict.fromkeys(FORWARD, 0) | dict.fromkeys(BACKWARD, 1)  # which argument; then the key
 
 
 def into_attention(node: fx.Node) -> int:
@@ -74,7 +74,7 @@ def _operand_of(call: fx.Node, read: fx.Node) -> int | None:
 
 def _gradient_reads(call: fx.Node, read: fx.Node) -> Iterator[fx.Node]:
     """What reads the gradient that attention's backward has for an operand."""
-    if call.target in _BACKWARD:
+    if call.target in BACKWARD:
         for item in call.users:
             if args_of(item)[1] == _operand_of(call, read):
                 yield from (user for user, _ in _reads(item))

@@ -21,7 +21,7 @@ from .choose_precision import SLOWER
 from .insert_casts import quantize_getitem
 
 LARGEST_HEAD = 128  # that cuDNN multiplies in FP8 on Hopper
-_KEPT = "fp8_attention_kept"  # in a node's meta: why it stays in high precision
+WHY_NOT = "fp8_attention_kept"  # in a node's meta: why it stays in high precision
 _CONVERT = torch.ops.prims.convert_element_type.default
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _OUT, _SUMS = 0, 1  # of attention's results: the output, and the logarithms of the softmax's sums
@@ -72,9 +72,9 @@ def cast_attention(
             continue
         reason = why_not_fp8(node)
         if reason is None and device is not None:
-            reason = _why_slower(node, device)
+            reason = slower_in_fp8(*work_of(node).us(device))
         if reason is not None:
-            node.meta[_KEPT] = reason
+            node.meta[WHY_NOT] = reason
         else:
             calls.append(node)
     slots = {} if scale is None else _slots(calls, {site.index: site for site in sites})
@@ -86,15 +86,15 @@ def cast_attention(
 def attention_calls(gm: fx.GraphModule) -> list[tuple[fx.Node, str]]:
     """The calls of attention that were to be in FP8, each with why it is not, or ""."""
     return [
-        (node, node.meta.get(_KEPT, ""))
+        (node, node.meta.get(WHY_NOT, ""))
         for node in gm.graph.nodes
-        if node.target is ATTENTION or _KEPT in node.meta
+        if node.target is ATTENTION or (node.target in FORWARD and WHY_NOT in node.meta)
     ]
 
 
 def why_not_fp8(node: fx.Node) -> str | None:
     """Why a call of attention has to stay in high precision, or None."""
-    given = _arguments(node)
+    given = arguments_of(node)
     q, k, v = (value.meta["val"] for value in _operands(node))
     if not all(isinstance(size, int) for size in (*q.shape, *k.shape)):
         return "its sizes are symbolic"
@@ -118,15 +118,16 @@ def why_not_fp8(node: fx.Node) -> str | None:
     return _why_not_results(_results(node), q)
 
 
-def _why_slower(node: fx.Node, device: Device) -> str | None:
-    high_us, fp8_us = _work(node).us(device)
+def slower_in_fp8(high_us: float, fp8_us: float) -> str | None:
+    """Why attention that takes so long stays in high precision, or None if FP8 pays."""
     if fp8_us < MARGIN * high_us:
         return None
     return f"{SLOWER}: {fp8_us:.3g} us against {high_us:.3g} us"
 
 
-def _work(node: fx.Node) -> AttentionWork:
-    given = _arguments(node)
+def work_of(node: fx.Node) -> AttentionWork:
+    """The work of a call of attention, forward or backward."""
+    given = arguments_of(node)
     (batch, heads, queries, head), keys = (given[n].meta["val"].shape for n in ("query", "key"))
     return AttentionWork(
         batch, heads, keys[1], queries, keys[2], head, is_causal=bool(given["is_causal"])
@@ -136,7 +137,7 @@ def _work(node: fx.Node) -> AttentionWork:
 def _why_not_results(results: dict[int, Any], q: torch.Tensor) -> str | None:
     """Whether something else can stand for what is read of attention's results."""
     out = results.pop(_OUT, None)
-    if out is not None and not (out.is_contiguous() or out.transpose(1, 2).is_contiguous()):
+    if out is not None and not has_fitting_strides(out):
         return f"its output has the strides {tuple(out.stride())}"
     sums = results.pop(_SUMS, None)
     if sums is not None and sums.numel() != q.numel() // q.shape[-1]:
@@ -149,7 +150,7 @@ def _why_not_results(results: dict[int, Any], q: torch.Tensor) -> str | None:
 
 def _slots(calls: Sequence[fx.Node], sites: Mapping[int, Site]) -> dict[fx.Node, int]:
     """Which queries, keys and values have a scaling state, and in which slot."""
-    found = {value: _site_above(value) for call in calls for value in _operands(call)}
+    found = {value: site_above(value) for call in calls for value in _operands(call)}
     times = Counter(found.values())
     return {
         value: sites[site].attention_slot
@@ -158,7 +159,7 @@ def _slots(calls: Sequence[fx.Node], sites: Mapping[int, Site]) -> dict[fx.Node,
     }
 
 
-def _site_above(value: fx.Node) -> int | None:
+def site_above(value: fx.Node) -> int | None:
     """The index of the site whose output a value is computed from, if that is one alone."""
     found: set[int] = set()
     stack, seen = [value], {value}
@@ -175,11 +176,11 @@ def _site_above(value: fx.Node) -> int | None:
 
 def _operands(node: fx.Node) -> list[fx.Node]:
     """The query, key and value of a call."""
-    given = _arguments(node)
+    given = arguments_of(node)
     return [given[name] for name in ("query", "key", "value")]
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
+def arguments_of(node: fx.Node) -> dict[str, Any]:
     """An operator's arguments by name, those that are not given as well."""
     assert isinstance(node.target, torch._ops.OpOverload)
     names = [argument.name for argument in node.target._schema.arguments]
@@ -196,12 +197,12 @@ def _replace(
     graph: fx.Graph, node: fx.Node, known: fx.Node | None, slots: Mapping[fx.Node, int]
 ) -> None:
     """``known``: the known scales; ``slots``: which of them values have."""
-    given, work = _arguments(node), _work(node)
+    given, work = arguments_of(node), work_of(node)
     scale = work.head**-0.5 if given["scale"] is None else float(given["scale"])
     before = set(graph.nodes)
     with graph.inserting_before(node):
         casts = [
-            _cast(graph, value, node, (known, slots[value]) if value in slots else (None, 0))
+            cast_rows(graph, value, node, (known, slots[value]) if value in slots else (None, 0))
             for value in _operands(node)
         ]
         copies, inverses = (
@@ -230,10 +231,10 @@ def _plan_like(node: fx.Node, made: set[fx.Node]) -> None:
         new.meta.update(plan | again)
 
 
-def _cast(
+def cast_rows(
     graph: fx.Graph, value: fx.Node, attention: fx.Node, scale: tuple[fx.Node | None, int]
 ) -> fx.Node:
-    """The cast of a query, key or value, ``[batch * tokens, heads * D]``."""
+    """The cast to E4M3 of what attention takes, ``[batch * tokens, heads * D]``."""
     make = partial(emit, graph, like=attention)
     batch, heads, tokens, head = value.meta["val"].shape
     by_token = make(aten.permute.default, (value, [0, 2, 1, 3]), f"{value.name}_by_token")
@@ -255,13 +256,26 @@ def _result(graph: fx.Graph, item: fx.Node, new: fx.Node, scale_inv: fx.Node) ->
         seed = graph.call_function(aten.full.default, (list(wanted.shape), 0), how)
         seed.meta.update(item.meta)
         return seed
-    batch, heads, tokens, head = wanted.shape
     copy = make(operator.getitem, (new, 0), "attention_fp8")
-    wide = make(_CONVERT, (copy, torch.float32), "attention_wide")
-    scaled = make(aten.mul.Tensor, (wide, scale_inv), "attention_mul")
-    rows = make(_CONVERT, (scaled, wanted.dtype), "attention_rows")
-    by_token = make(aten.view.default, (rows, [batch, tokens, heads, head]), "attention_view")
-    out = make(aten.permute.default, (by_token, [0, 2, 1, 3]), "attention_out")
-    if out.meta["val"].stride() != wanted.stride():
-        out = make(aten.clone.default, (out,), "attention_clone")
-    return out
+    return value_of(graph, copy, scale_inv, wanted, "attention")
+
+
+def value_of(
+    graph: fx.Graph, copy: fx.Node, scale_inv: fx.Node, wanted: torch.Tensor, name: str
+) -> fx.Node:
+    """What an FP8 copy by token stands for, like ``wanted``, ``[batch, heads, tokens, D]``."""
+    make = partial(emit, graph, like=copy)
+    batch, heads, tokens, head = wanted.shape
+    wide = make(_CONVERT, (copy, torch.float32), f"{name}_wide")
+    scaled = make(aten.mul.Tensor, (wide, scale_inv), f"{name}_mul")
+    rows = make(_CONVERT, (scaled, wanted.dtype), f"{name}_rows")
+    by_token = make(aten.view.default, (rows, [batch, tokens, heads, head]), f"{name}_view")
+    value = make(aten.permute.default, (by_token, [0, 2, 1, 3]), f"{name}_out")
+    if value.meta["val"].stride() != wanted.stride():
+        value = make(aten.clone.default, (value,), f"{name}_clone")
+    return value
+
+
+def has_fitting_strides(value: torch.Tensor) -> bool:
+    """Whether ``value_of`` can stand for a result of attention."""
+    return value.is_contiguous() or value.transpose(1, 2).is_contiguous()

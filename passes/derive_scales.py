@@ -39,8 +39,8 @@ def derive_scales(gm: fx.GraphModule, *, inputs: Mapping[fx.Node, int]) -> int:
         tangents_1_abs : bf16[16, 64] = aten.abs(tangents_1)
         tangents_1_amax : bf16[] = aten.amax(tangents_1_abs)
         tangents_1_ratio : f32[] = aten.div.Tensor(tangents_1_amax_f32, 0.0625)
-        scale_ratio : f32[4] = aten.div.Tensor(scale, tangents_1_ratio)
-        scale_bwd : f32[4] = aten.minimum(scale_ratio, scale_most)
+        scale_ratio : f32[12] = aten.div.Tensor(scale, tangents_1_ratio)
+        scale_bwd : f32[12] = aten.minimum(scale_ratio, scale_most)
         tangents_1_q : (...) = fp8.quantize(tangents_1, scale_bwd, 2, e5m2...  # amax = 0.0625
 
     Gradients are proportional to those that enter the graph, of which nothing is known: the loss

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import fx
 
@@ -18,6 +19,7 @@ from ..recipe import Recipe, Scaling
 from ..verify import Verifier
 from .add_in_gemms import add_in_gemms
 from .cast_attention import cast_attention
+from .cast_attention_backward import cast_attention_backward
 from .choose_formats import choose_formats
 from .choose_precision import choose_precision
 from .choose_scaling import choose_scaling
@@ -56,6 +58,7 @@ JOINT_PASSES = (
     fold_scales,
     cast_attention,
     take_attention_output,
+    cast_attention_backward,
     share_casts,
     drop_unused_outputs,
     derive_scales,
@@ -92,12 +95,14 @@ def joint_passes(
     statistics_of: Mapping[fx.Node, int] | None = None,
     take_frozen: bool = True,
     attention_in_fp8: bool = False,
+    attention_backward_in_fp8: bool = False,
 ) -> list[Pass]:
     """The passes for a joint graph (``training``) or an inference graph, in order.
 
     ``choose_scales``: delayed or current scaling by its cost on ``device``, instead of what the
     recipe says. ``statistics_of``: for static scaling, the ``inputs`` of ``derive_scales``.
     ``take_frozen``: or dequantize frozen weights and cast them anew, as others.
+    ``attention_backward_in_fp8``: of what ``attention_in_fp8`` has in FP8 in forward.
     """
     passes: list[Pass] = [
         unbatch_gemms,  # so that find_gemms finds them
@@ -125,16 +130,14 @@ def joint_passes(
     ]
     if attention_in_fp8:  # with the scale that factors are in now
         delayed = [s for s in sites or () if (s.recipe or recipe).scaling is Scaling.DELAYED]
-        passes.append(
-            partial(
-                cast_attention,
-                device=device if decline_slower else None,
-                scale=state.scale if state else None,
-                sites=delayed,
-            )
-        )
+        known = state.scale if state else None
+        declined_on = device if decline_slower else None
+        how: Mapping[str, Any] = {"device": declined_on, "scale": known, "sites": delayed}
+        passes.append(partial(cast_attention, **how))
         if statistics_of is None:  # derive_scales follows values from cast to cast
             passes.append(take_attention_output)
+        if attention_backward_in_fp8 and training:
+            passes.append(partial(cast_attention_backward, **how))
     passes += [
         share_casts,  # needs all casts of a value in place
         drop_unused_outputs,  # knows what is used only now

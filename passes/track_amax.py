@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch import fx
 
-from ..ir import TRACK_AMAX, args_of, aten, emit, is_backward, is_cast, takes_slot
+from ..ir import (
+    ATTENTION_BACKWARD,
+    TRACK_AMAX,
+    args_of,
+    aten,
+    emit,
+    is_backward,
+    is_cast,
+    takes_slot,
+)
 from .insert_casts import quantize_getitem
 
 
 def track_amax(gm: fx.GraphModule, *, amax_fwd: fx.Node, amax_bwd: fx.Node) -> int:
-    """Max-accumulate the amax of every cast into the graph inputs that hold them.
+    """Max-accumulate the amax of every cast into the graph inputs that hold them, and so that of
+    what attention's backward rounds.
 
     Before:
         x_q    : (...) = fp8.quantize(x, scale, 0, e4m3)
@@ -29,6 +41,7 @@ def track_amax(gm: fx.GraphModule, *, amax_fwd: fx.Node, amax_bwd: fx.Node) -> i
     if any(node.target is TRACK_AMAX for node in gm.graph.nodes):
         return 0
     casts = [node for node in gm.graph.nodes if is_cast(node) and takes_slot(node)]
+    backwards = gm.graph.find_nodes(op="call_function", target=ATTENTION_BACKWARD)
     recorded: set[tuple[int, fx.Node]] = set()
     tracked = 0
     output = gm.graph.output_node()
@@ -41,6 +54,11 @@ def track_amax(gm: fx.GraphModule, *, amax_fwd: fx.Node, amax_bwd: fx.Node) -> i
                 with gm.graph.inserting_after(cast):
                     values.append(quantize_getitem(gm.graph, cast, "amax"))
                 slots.append(args_of(cast)[2])
+        for call in backwards if backward else ():
+            with gm.graph.inserting_after(call):
+                item = emit(gm.graph, operator.getitem, (call, 3), f"{call}_amax", like=call)
+            values.append(item)
+            slots.append(_slot_of(call))
         if values:
             tracked += len(values)
             direction = "backward" if backward else "forward"
@@ -50,6 +68,13 @@ def track_amax(gm: fx.GraphModule, *, amax_fwd: fx.Node, amax_bwd: fx.Node) -> i
             node.meta["partitioner_tag"] = f"must_be_in_{direction}"
             node.meta["val"] = ()  # of no size: the partitioner asks, where it has a memory budget
     return tracked
+
+
+def _slot_of(call: fx.Node) -> int:
+    """The first of the slots that a backward of attention has its scales from."""
+    scales = args_of(args_of(call)[10])[0]
+    slot: int = args_of(scales)[1]
+    return slot
 
 
 def _held(cast: fx.Node) -> set[tuple[int, fx.Node]]:

@@ -86,8 +86,8 @@ def of_attention(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("make", "options", "slots"),
     [
-        (Attention, {}, [3, 7, 11]),
-        (Attention, {"overrides": {"wk": "current"}}, [3, None, 11]),
+        (Attention, {}, [3, 15, 27]),
+        (Attention, {"overrides": {"wk": "current"}}, [3, None, 27]),
         (Attention, {"recipe": "current"}, [None] * 3),
         (Attention, {"recipe": "static"}, [None] * 3),
         (Attention, {"recipe": "rowwise"}, [None] * 3),

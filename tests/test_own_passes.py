@@ -161,7 +161,8 @@ def test_all_passes_can_be_named() -> None:
     delayed: dict[str, Any] = {"recipe": fp8compile.RECIPES["delayed"]}
     state = fp8compile.passes.StateNodes(*[fx.Graph().placeholder("x")] * 3)
     device = fp8compile.cost.H200
-    chosen = dict.fromkeys(("store_in_fp8", "choose_scales", "attention_in_fp8"), True)
+    asked = ("store_in_fp8", "choose_scales", "attention_in_fp8", "attention_backward_in_fp8")
+    chosen = dict.fromkeys(asked, True)
     for settings, left_out in ((static, "take_attention_output"), (delayed, "derive_scales")):
         passes = joint_passes(**settings, **chosen, state=state, device=device)
         assert [pass_name(run) for run in passes] == [n for n in names if n != left_out]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from ..cost import COSTS
-from ..ir import gemms
+from ..ir import ATTENTION_SLOT, SLOT_NAMES, gemms
 from ..observer import Observer
 from ..report import Row
 from .paths import Fold, folds
@@ -66,7 +66,8 @@ class Collector(Observer):
         self.names.costs.update(gm.meta.get(COSTS, {}))
         for _, info in gemms(gm):
             for site in info.sites:
-                self.names.slots.setdefault(site.attention_slot, f"{site.fqn}.attention")
+                for offset, name in enumerate(SLOT_NAMES[ATTENTION_SLOT:]):
+                    self.names.slots.setdefault(site.attention_slot + offset, f"{site.fqn}.{name}")
                 for edge in (info.left, info.right):
                     slot = site.slot(edge.operand)
                     self.names.slots.setdefault(slot, f"{site.fqn}.{edge.operand}")

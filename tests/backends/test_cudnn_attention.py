@@ -18,11 +18,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fp8compile
 from fp8compile.backends import TRITON, check_attention, cudnn_attention
 from fp8compile.errors import OptionError
+from fp8compile.passes.cast_attention_backward import HEAD, TOKENS
 from tests.models import sqnr_db
 from tests.passes.test_cast_attention import Attention
-from tests.test_attention import CHECKS, SHAPES, in_float32, operands
+from tests.test_attention import (
+    BACKWARD,
+    CHECKS,
+    SHAPES,
+    gradients_in_float32,
+    in_float32,
+    operands,
+    operands_of_backward,
+)
 
-OP = cudnn_attention.ATTENTION_CUDNN
+OP, OP_BACKWARD = cudnn_attention.ATTENTION_CUDNN, cudnn_attention.ATTENTION_BACKWARD_CUDNN
 BF16 = torch.bfloat16
 
 
@@ -35,12 +44,25 @@ def test_on_a_cpu_it_is_the_reference(shape: tuple[int, ...]) -> None:
     torch.library.opcheck(OP, args, test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_on_a_cpu_backward_is_the_reference(shape: tuple[int, ...]) -> None:
+    _, args = operands_of_backward(shape)
+    *want, amax = BACKWARD(*args)
+    state = torch.tensor([1e30, 1e-30, 1e-30, 1e-30, 1e30, 0.0])
+    for given in (state, None):
+        for expected, got in zip(want, OP_BACKWARD(*args, given, 1), strict=True):
+            assert torch.equal(expected.view(torch.uint8), got.view(torch.uint8))
+    assert state[:1] == 1e30 and state[5] == 0 and state[4] == 1e30  # max-accumulated
+    torch.testing.assert_close(state[1:4], amax[:3])
+    torch.library.opcheck(OP_BACKWARD, (*args, state, 1), test_utils=CHECKS)
+
+
 def test_without_the_frontend_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(cudnn_attention.importlib, "import_module", missing)
-    with pytest.raises(OptionError, match=r"attention='fp8' needs .*pip install nvidia-cudnn"):
+    with pytest.raises(OptionError, match=r"attention in FP8 needs .*pip install nvidia-cudnn"):
         check_attention(TRITON)
     check_attention("reference")
 
@@ -70,12 +92,17 @@ class Frontend:
 
     def __init__(self) -> None:
         self.tensor, self.supported, self.stream = Node, True, None
+        self.amax: list[float] = []  # what a backward finds, in cuDNN's order
 
     def pygraph(self, **given: Any) -> Frontend:
         return self
 
     def sdpa_fp8(self, **given: Any) -> list[Node]:
         self.asked, self.results = given, [Node() for _ in range(4)]
+        return self.results
+
+    def sdpa_fp8_backward(self, **given: Any) -> list[Node]:
+        self.asked, self.results = given, [Node() for _ in range(7)]
         return self.results
 
     def build(self, modes: list[str]) -> None:
@@ -96,6 +123,8 @@ class Frontend:
 
     def execute(self, given: dict[Node, Tensor], workspace: Tensor, handle: str) -> None:
         self.given, self.workspace = given, workspace
+        for node, amax in zip(self.results[3:], self.amax, strict=False):
+            given[node].fill_(amax)
 
 
 @pytest.fixture
@@ -144,6 +173,39 @@ def test_what_cudnn_is_told(stub: Frontend) -> None:
     assert (stub.stream, stub.workspace.nbytes) == (77, 24)
 
 
+def test_what_cudnn_is_told_of_backward(stub: Frontend) -> None:
+    _, args = operands_of_backward((2, 8, 4, 48, 40, 16, False))
+    state = torch.tensor([5.0, 0.0, 0.0, 0.0, 0.0])
+    stub.amax = [1.0, 2.0, 3.0, 4.0]
+    gradients = cudnn_attention._run_backward(*args, state, 1)
+    assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, x.dtype) for x in args[1:4]]
+    told = dict(stub.asked)
+    assert told.pop("use_causal_mask") is False and told.pop("attn_scale") == args[-1]
+    names = ("dq", "dk", "dv", "amax_dq", "amax_dk", "amax_dv", "amax_dp")
+    asked = dict(zip(names, stub.results, strict=True)) | told
+    grad_out, q, k, v, out, sums, *inverses = args[:10]
+    brought = {"dO": grad_out, "q": q, "k": k, "v": v, "o": out, "stats": sums}
+    brought |= dict(
+        zip(("descale_dO", "descale_q", "descale_k", "descale_v"), inverses, strict=True)
+    )
+    brought |= {"descale_o": inverses[3], "descale_dP": args[11]}
+    brought |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+    for name, tensor in brought.items():
+        assert stub.given[asked[name]] is tensor, name
+    for name, scale in zip(("dP", "dQ", "dK", "dV"), args[10], strict=True):
+        assert stub.given[asked[f"scale_{name}"]] == scale
+    assert stub.given[asked["scale_s"]] == 448
+    assert stub.given[asked["scale_s"]] * stub.given[asked["descale_s"]] == 1
+    assert stub.given.keys() == set(asked.values())
+    assert state.tolist() == [5.0, 4.0, 1.0, 2.0, 3.0]  # of products, query, key and value
+    for name, heads, rows in (("dq", 8, 48), ("dk", 4, 40), ("dv", 4, 40), ("dO", 8, 48)):
+        by_head = brought[name].view(2, rows, heads, 16).transpose(1, 2)
+        said = asked[name].said
+        assert (said["dim"], said["stride"]) == (list(by_head.shape), list(by_head.stride())), name
+        assert said["data_type"] == "e4m3"
+    assert all(result.said["output"] for result in stub.results)
+
+
 def test_a_plan_is_made_once_for_all_that_is_alike(stub: Frontend) -> None:
     plans = []
     for args in (operands(SHAPES[0])[1], operands(SHAPES[0])[1], operands(SHAPES[1])[1]):
@@ -168,6 +230,12 @@ ON_GPU = [
     (1, 2, 2, 100, 100, 96, False),
     (1, 2, 1, 2, 64, 64, False),
     (2, 2, 2, 3, 3, 80, True),
+]
+BACKWARD_ON_GPU = [
+    (2, 4, 4, TOKENS, TOKENS, HEAD, True),
+    (2, 2, 1, 512, 512, HEAD, False),
+    (1, 8, 2, 9 * TOKENS, 9 * TOKENS, HEAD, True),
+    (1, 4, 1, 3 * TOKENS, 5 * TOKENS, HEAD, False),
 ]
 
 
@@ -204,6 +272,25 @@ def test_it_computes_what_the_reference_does(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("frontend")
+@pytest.mark.parametrize("shape", BACKWARD_ON_GPU, ids=str)
+def test_backward_computes_what_the_reference_does(shape: tuple[int, ...]) -> None:
+    values, args = operands_of_backward(shape)
+    *want, amax = BACKWARD(*args)
+    given = [arg.cuda() if isinstance(arg, Tensor) else arg for arg in args]
+    state = torch.zeros(6, device="cuda")
+    found = [x.cpu() for x in OP_BACKWARD(*given, state, 1)]
+    torch.testing.assert_close(state.cpu()[1:5], amax, rtol=2**-5, atol=0)
+    assert state[0] == state[5] == 0
+    exact = gradients_in_float32(values, shape)
+    for i, (expected, got) in enumerate(zip(want, found, strict=True)):
+        assert sqnr_db(expected.float(), got.float()) > 24
+        scale = args[10][i + 1]  # type: ignore[index]
+        reached, wanted = (sqnr_db(exact[i], x.float() / scale) for x in (got, expected))
+        assert wanted > 17 and abs(reached - wanted) < 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("frontend")
 def test_a_single_query_is_refused() -> None:
     _, args = on_gpu((2, 2, 1, 1, 64, 64, False))
     with pytest.raises(OptionError, match=r"has no FP8 for .*queries=1,"):
@@ -231,13 +318,20 @@ def test_threads_and_streams_share_a_plan() -> None:
 @pytest.mark.usefixtures("frontend")
 @pytest.mark.parametrize("backend", [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION])
 @pytest.mark.parametrize("cuda_graphs", [False, True], ids=["", "CUDA graphs"])
-def test_a_step_is_that_of_the_reference(backend: SDPBackend, cuda_graphs: bool) -> None:
-    model = Attention(kv_heads=2).to("cuda", BF16)
+@pytest.mark.parametrize("attention", ["fp8", "fp8_both"])
+def test_a_step_is_that_of_the_reference(
+    backend: SDPBackend, cuda_graphs: bool, attention: str
+) -> None:
+    model = Attention(kv_heads=2, head=HEAD).to("cuda", BF16)
     x = torch.randn(4, 256, 64, device="cuda", dtype=BF16)
     found = []
     for kernels in ("reference", "triton"):
         alike: nn.Module = copy.deepcopy(model)
-        options: dict[str, Any] = {"attention": "fp8", "decline_slower": False, "kernels": kernels}
+        options: dict[str, Any] = {
+            "attention": attention,
+            "decline_slower": False,
+            "kernels": kernels,
+        }
         if cuda_graphs and kernels == "triton":
             options["inductor"] = {"triton.cudagraphs": True}
         torch._dynamo.reset()

@@ -180,12 +180,36 @@ def residual(
     return gm
 
 
+class Query(nn.Module):
+    """Attention of one head of 128, of which the query is a linear's output, called ``sdpa``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(128, 32, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = F.linear(x, self.w).view(1, 128, 1, 128).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def query_joint(recipe: str = "delayed") -> Joint:
+    x = torch.randn(1, 128, 32, dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(1, 1, 128, 128, dtype=torch.bfloat16) for _ in range(2))
+    joint = trace_joint(Query(), x, k, v, options={"recipe": recipe})
+    call = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    (backward,) = joint.gm.graph.find_nodes(op="call_function", target=call)
+    backward._rename("backward")
+    backward.args[0]._rename("grad")  # type: ignore[union-attr]
+    return joint
+
+
 def before(
-    name: str, joint: Joint | None = None, recipe: str = "delayed"
+    name: str, joint: Joint | None = None, recipe: str = "delayed", **settings: bool
 ) -> tuple[fx.GraphModule, Pass]:
     """A graph with all passes run that come before ``name``, and that pass."""
     joint = joint or linear_joint()
     passes = joint_passes(
+        **settings,
         recipe=RECIPES[recipe],
         sites=joint.sites,
         state=joint.state,

@@ -43,14 +43,14 @@ CPU, FLASH, EFFICIENT, CUDNN = (
 class Attention(nn.Module):
     """Multi-head attention with as many kv heads as asked for."""
 
-    def __init__(self, kv_heads: int = 4, **kwargs: Any) -> None:
+    def __init__(self, kv_heads: int = 4, head: int = 16, **kwargs: Any) -> None:
         super().__init__()
-        self.kv_heads, self.kwargs = kv_heads, {"is_causal": True, **kwargs}
-        self.qkv = nn.Linear(64, 16 * (4 + 2 * kv_heads))
-        self.o = nn.Linear(64, 64)
+        self.kv_heads, self.head, self.kwargs = kv_heads, head, {"is_causal": True, **kwargs}
+        self.qkv = nn.Linear(64, head * (4 + 2 * kv_heads))
+        self.o = nn.Linear(4 * head, 64)
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (-1, 16)).transpose(1, 2)
+        heads = self.qkv(x).unflatten(-1, (-1, self.head)).transpose(1, 2)
         q, k, v = heads.split([4, self.kv_heads, self.kv_heads], 1)
         y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **self.kwargs)
         return self.o(y.transpose(1, 2).flatten(2))

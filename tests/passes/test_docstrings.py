@@ -37,6 +37,7 @@ from tests.passes.common import (
     negated_linear,
     pair_joint,
     projected,
+    query_joint,
     residual,
 )
 
@@ -105,6 +106,9 @@ def example(name: str) -> tuple[fx.GraphModule, Pass]:
         return attended(), cast_attention
     if name == "take_attention_output":
         return projected(), take_attention_output
+    if name == "cast_attention_backward":
+        asked = dict.fromkeys(("attention_in_fp8", "attention_backward_in_fp8"), True)
+        return before(name, query_joint(), **asked)
     if name == "add_in_gemms":
         return residual(), partial(add_in_gemms, pays=lambda gemm: True)
     if name == "grow_regions":

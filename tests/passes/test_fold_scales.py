@@ -351,7 +351,7 @@ w_q : (e4m3[64, 32], e4m3[32, 64], f32[1], f32[1], f32[1]) = fp8.quantize(w, Non
 w_fp8 : e4m3[64, 32] = w_q[0]
 w_scale_inv : f32[1] = w_q[2]
 mm_fp8 : bf16[16, 64] = fp8.scaled_mm(x_fp8, w_fp8, x_scale_inv, w_scale_inv, None, bf16, True) # mm fprop = input e4m3 x weight^T e4m3
-v_q : (e4m3[64, 32], e4m3[32, 64], f32[1], f32[1], f32[1]) = fp8.quantize(v, None, 5, e4m3)
+v_q : (e4m3[64, 32], e4m3[32, 64], f32[1], f32[1], f32[1]) = fp8.quantize(v, None, 13, e4m3)
 v_fp8 : e4m3[64, 32] = v_q[0]
 v_scale_inv : f32[1] = v_q[2]
 mul_scale_inv_scaled : f32[1] = aten.mul.Tensor(x_scale_inv, 0.5)

@@ -68,9 +68,9 @@ def test_one_gemm_in_each_direction() -> None:
 w1 : bf16[64, 32]
 x : bf16[16, 32]
 w2 : bf16[48, 32]
-scale : f32[8]
-amax_fwd : f32[8]
-amax_bwd : f32[8]
+scale : f32[24]
+amax_fwd : f32[24]
+amax_bwd : f32[24]
 tangents_1 : bf16[16, 112]
 w1_cat : bf16[112, 32] = aten.cat([w1, w2])
 w1_cat_t : bf16[32, 112] = aten.permute(w1_cat, [1, 0])

@@ -44,9 +44,9 @@ def test_forward_and_backward() -> None:
         """\
 x : bf16[4, 32, 8]
 linear_weight : bf16[64, 32]
-scale : f32[4]
-amax_fwd : f32[4]
-amax_bwd : f32[4]
+scale : f32[12]
+amax_fwd : f32[12]
+amax_bwd : f32[12]
 tangents_1 : bf16[4, 8, 64]
 permute : bf16[4, 8, 32] = aten.permute(x, [0, 2, 1])
 permute_1 : bf16[32, 64] = aten.permute(linear_weight, [1, 0])
