@@ -65,13 +65,13 @@ class _Plan:
             compute_data_type=self._types[1],
             handle=self._handle,
         )
-        q, kv = (work.heads, work.queries), (work.kv_heads, work.keys)
-        self._rows, *_ = layouts = [_layout(work.batch, *size, work.head) for size in (q, kv, kv)]
-        self._sums = _layout(work.batch, *q, 1, by_token=False)
+        # Of the query, whose are the output's, too; of key and value; and of the softmax's sums.
+        self._q = _layout(work.batch, work.heads, work.queries, work.head)
+        self._kv = _layout(work.batch, work.kv_heads, work.keys, work.head)
+        self._sums = _layout(work.batch, work.heads, work.queries, 1, by_token=False)
         how = {"attn_scale": scale, "use_causal_mask": work.is_causal}
-        declare = self._backward if backward else self._forward
         # What a call brings, in its order; and the numbers that are written and nobody reads.
-        self._brought, self._unread = declare(layouts, how)
+        self._brought, self._unread = (self._backward if backward else self._forward)(how)
         try:
             self._graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
         except cudnn.cudnnGraphNotSupportedError as error:
@@ -82,10 +82,8 @@ class _Plan:
             ) from error
         self._workspace_bytes = max(1, self._graph.get_workspace_size())
 
-    def _forward(
-        self, layouts: list[dict[str, list[int]]], how: dict[str, Any]
-    ) -> tuple[list[Any], list[Any]]:
-        operands = [self._copy(layout) for layout in layouts]
+    def _forward(self, how: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+        operands = [self._copy(layout) for layout in (self._q, self._kv, self._kv)]
         names = ("descale_q", "descale_k", "descale_v", "scale_o")
         scales = {name: self._number() for name in names}
         out, sums, *unread = self._graph.sdpa_fp8(
@@ -95,16 +93,15 @@ class _Plan:
             **how,
             generate_stats=True,
         )
-        self._declare(out, self._rows, self._types[0])
+        self._declare(out, self._q, self._types[0])
         self._declare(sums, self._sums, self._types[1])
         for each in unread:
             self._declare(each, _NUMBER, self._types[1])
         return [*operands, *scales.values(), out, sums], unread
 
-    def _backward(
-        self, layouts: list[dict[str, list[int]]], how: dict[str, Any]
-    ) -> tuple[list[Any], list[Any]]:
-        grad_out, q, k, v, out = (self._copy(each) for each in (self._rows, *layouts, self._rows))
+    def _backward(self, how: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+        layouts = (self._q, self._kv, self._kv)
+        grad_out, q, k, v, out = (self._copy(each) for each in (self._q, *layouts, self._q))
         sums = self._graph.tensor(**self._sums, data_type=self._types[1])
         inverses = {f"descale_{name}": self._number() for name in ("dO", "q", "k", "v", "o", "dP")}
         scales = {f"scale_{name}": self._number() for name in ("dP", "dQ", "dK", "dV")}

@@ -56,9 +56,10 @@ def cast_attention(
     ``scale`` is the graph input that holds known scales, if there is one. A query, key or value
     that is computed from the output of one of ``sites`` has its scale there, in that site's slot,
     unless another is, too; others have current scales. The output has the scale of the values,
-    whose average it is. Backward stays in high precision: it takes the query, key and value as
-    they were, and the output as it now is, of which FP8 is what is kept. With ``device``, calls
-    that FP8 is predicted not to make faster there are declined: those of short sequences.
+    whose average it is. Backward stays in high precision (unless ``cast_attention_backward``
+    follows): it takes the query, key and value as they were, and the output as it now is, of which
+    FP8 is what is kept. With ``device``, calls that FP8 is predicted not to make faster there are
+    declined: those of short sequences.
 
     Requires: fold_scales, which makes factors of the query or key part of attention's scale.
     Ensures: the meta of what is left in high precision says why.

@@ -14,7 +14,7 @@ import fp8compile
 from fp8compile import Format, OptionError, Recipe, Scaling, ScalingStateError
 from fp8compile.compile import compile_graph
 from fp8compile.histogram import Histogram
-from fp8compile.ir import QUANTIZE, TRACK_AMAX, args_of
+from fp8compile.ir import QUANTIZE, SLOTS_PER_SITE, TRACK_AMAX, args_of
 from fp8compile.observers import OBSERVERS, Observed, chosen_amax
 from fp8compile.options import parse_options
 from fp8compile.states import states_of
@@ -314,7 +314,11 @@ def test_they_replace_what_was_loaded_before_the_first_call() -> None:
     found = fp8compile.calibrate(model, [x])
     part = compile_interpreted(model[2])  # a graph, and so a state, of its own
     served(part, torch.randn(16, 64))
-    scales = {float(state.scale[INPUT]) for state in states_of(model[2]) if len(state.scale) == 4}
+    scales = {
+        float(state.scale[INPUT])
+        for state in states_of(model[2])
+        if len(state.scale) == SLOTS_PER_SITE
+    }
     assert scales == {float(E4M3_MAX / torch.tensor(found["2.weight.input"]))}
 
 
@@ -376,7 +380,7 @@ def test_weights_that_were_written_to_are_measured_anew() -> None:
     assert not state.weights_changed and list(found) == ["0.weight.input"]
     expected = E4M3_MAX / model[0].weight.detach().abs().max()
     assert torch.equal(state.scale[WEIGHT], expected)
-    assert state.scale[4 + WEIGHT] == 0  # of a weight that nobody has looked at
+    assert state.scale[SLOTS_PER_SITE + WEIGHT] == 0  # of a weight that nobody has looked at
 
 
 def test_nothing_else_is_changed() -> None:

@@ -196,7 +196,7 @@ CATEGORIES = (
     ("other", r"^triton_|^_update_scales"),  # norms, activations, residuals and RoPE, by Inductor
     ("attention", r"flash|fmha|cudnn|sdpa|attention|attn"),
     ("GEMM", r"gemm|nvjet|xmma|cublas|splitk"),
-    ("casts and transposes", r"cast|transpose|amax|fp8|float8"),
+    ("casts and transposes", r"(?<!Without)cast|transpose|amax|fp8|float8"),
     ("other", r"at::native|^Mem(cpy|set)|elementwise|reduce|norm|swiglu|gated|rope"),
 )
 UNKNOWN = "unclassified"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fp8compile
 from fp8compile import Recipe
+from fp8compile.ir import SLOTS_PER_SITE
 from tests.habits.common import (
     EMULATED,
     GRAD_OUTPUT,
@@ -107,7 +108,9 @@ def test_a_step_that_used_some_forwards_only() -> None:
     gradient_amax = only_state(model).amax_bwd.clone()
     fp8compile.update_scales(model)
     assert history(model, "0.weight", INPUT) == [largest(7 * x)]
-    assert history(model, "2.weight", GRAD_OUTPUT) == [float(gradient_amax[4 + GRAD_OUTPUT])]
+    assert history(model, "2.weight", GRAD_OUTPUT) == [
+        float(gradient_amax[SLOTS_PER_SITE + GRAD_OUTPUT])
+    ]
 
 
 @torch._functorch.config.patch(donated_buffer=False)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8compile
 from fp8compile import Events, Format, Monitor, MonitorError, Record
+from fp8compile.ir import SLOTS_PER_SITE
 from fp8compile.states import states_of
 from tests.helpers import compile_interpreted
 from tests.models import MLP
@@ -80,7 +81,7 @@ def test_nothing_leaves_the_device_between_intervals() -> None:
         assert not copied.called
         train(compiled, optimizer, 1)
     assert copied.call_count == len(states_of(model)) == 1
-    assert monitor._samples[0].values.shape == (5, 8), "one tensor for all edges"
+    assert monitor._samples[0].values.shape == (5, 2 * SLOTS_PER_SITE), "one tensor for all edges"
 
 
 def test_events_are_those_of_the_state() -> None:

@@ -33,6 +33,7 @@ def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fp8_cat_colsum_amax", "fused casts"),
         ("void at::native::vectorized_elementwise_kernel<4, FillFunctor<float>>", "other"),
         ("Memcpy DtoD (Device -> Device)", "other"),
+        ("void at::native::unrolled_elementwise_kernel<Max, 4, LoadWithoutCast>", "other"),
         ("my_kernel", "unclassified"),
     ],
 )
