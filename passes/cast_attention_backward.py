@@ -34,7 +34,7 @@ from .insert_casts import quantize_getitem
 
 # What cuDNN has a backward in FP8 for on Hopper (9.19): heads of so many elements, and sequences of
 # multiples of so many tokens. Of others it leaves out the last.
-HEAD, TOKENS = 128, 128
+HEADS, TOKENS = (128,), 128
 _OF_PRODUCTS = GRADIENTS.index("products")
 
 
@@ -96,8 +96,8 @@ def cast_attention_backward(
 
 def _why_not(node: fx.Node, device: Device | None) -> str | None:
     work = work_of(node)
-    if work.head != HEAD:
-        return f"its heads have {work.head} elements, and not {HEAD}"
+    if work.head not in HEADS:
+        return f"its heads have {work.head} elements, and not {HEADS[0]}"
     if work.queries % TOKENS or work.keys % TOKENS:
         return f"it has {work.queries} queries and {work.keys} keys, not multiples of {TOKENS}"
     if not all(has_fitting_strides(item.meta["val"]) for item in node.users):

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fp8compile
 from fp8compile.backends import TRITON, check_attention, cudnn_attention
 from fp8compile.errors import OptionError
-from fp8compile.passes.cast_attention_backward import HEAD, TOKENS
+from fp8compile.passes.cast_attention_backward import HEADS, TOKENS
 from tests.models import sqnr_db
 from tests.passes.test_cast_attention import Attention
 from tests.test_attention import (
@@ -31,6 +31,7 @@ from tests.test_attention import (
     operands_of_backward,
 )
 
+HEAD = HEADS[0]
 OP, OP_BACKWARD = cudnn_attention.ATTENTION_CUDNN, cudnn_attention.ATTENTION_BACKWARD_CUDNN
 BF16 = torch.bfloat16
 

@@ -22,6 +22,7 @@ from fp8compile.ir import (
     SLOT_NAMES,
     SLOTS_PER_SITE,
     args_of,
+    is_backward,
 )
 from fp8compile.passes import cast_attention_backward
 from fp8compile.passes.cast_attention_backward import attention_backwards
@@ -277,6 +278,31 @@ def test_a_gradient_that_nobody_asks_for() -> None:
             return F.scaled_dot_product_attention(q, q.detach(), q.detach().sin())
 
     model, x = Given(), torch.randn(1, 128, 64)
+    plain = step(model, x)
+    forward, both = (
+        step(model, x, compiled(model, recipe="e4m3_only", attention=attention))
+        for attention in ("fp8", "fp8_both")
+    )
+    for name, value in plain.items():
+        assert sqnr_db(value, both[name]) > sqnr_db(value, forward[name]) - 3, name
+
+
+def test_values_that_are_kept_anyway_are_not_cast_again() -> None:
+    """Attention's output has the scale that forward's cast of them had."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(64, 128, bias=False) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (f(x).unflatten(-1, (1, 128)).transpose(1, 2) for f in self.children())
+            return F.scaled_dot_product_attention(q, k, v) * v.square() * k
+
+    model, x = Gated(), torch.randn(1, 128, 64)
+    ((call, _),) = seen(model, x.clone().requires_grad_())
+    casts = [args_of(args_of(call)[i])[0] for i in (1, 2, 3)]
+    assert not any(is_backward(cast) for cast in casts)
     plain = step(model, x)
     forward, both = (
         step(model, x, compiled(model, recipe="e4m3_only", attention=attention))

@@ -51,8 +51,12 @@ from .fake_quantized import FakeQuantized, Plan, WithRoundingErrors
 from .programs import Program
 
 CLOSE_DB = 60.0  # float32 sums in another order stay far below
-RUNS, ROUNDING_MARGIN = 8, 4.0  # an error may have this many times the power of rounding errors
+# An error may have this many times the power of what rounding errors make of a result in so many
+# runs; or in so many more, for one FP8 number that comes to be another is as rare as it is large.
+ROUNDING_MARGIN, RUNS = 4.0, (8, 64)
 AMAX = "amax of the step"  # its name among the results
+# A module, which its function hides; cuDNN's limits are those of large programs only.
+_BACKWARD_OF_ATTENTION = sys.modules["fp8compile.passes.cast_attention_backward"]
 
 
 @dataclass
@@ -156,6 +160,7 @@ class _Runs:
     model: nn.Module
     plan: Plan
     scale: Tensor | None
+    _rounded: list[Results] = field(default_factory=list)
 
     def fake_quantized(
         self, kind: type[FakeQuantized], model: nn.Module
@@ -177,14 +182,18 @@ class _Runs:
         compiled = torch.compile(model, backend=_without_fp8)
         return run(compiled, model, self.program.make_inputs(self.step))
 
-    @cached_property
-    def with_rounding_errors(self) -> list[Results]:
-        models = [copy.deepcopy(self.model) for _ in range(RUNS)]
-        return [self.fake_quantized(WithRoundingErrors, model)[0] for model in models]
+    def with_rounding_errors(self, count: int) -> list[Results]:
+        while len(self._rounded) < count:
+            model = copy.deepcopy(self.model)
+            self._rounded.append(self.fake_quantized(WithRoundingErrors, model)[0])
+        return self._rounded[:count]
 
-    def rounding(self, name: str, reference: Tensor) -> float:
-        """The power of what rounding errors, and decompositions, make of a result."""
-        largest = max(_power(run.tensors[name] - reference) for run in self.with_rounding_errors)
+    def rounding(self, name: str, reference: Tensor, count: int) -> float:
+        """The power of what rounding errors, and decompositions, make of a result in ``count``
+        runs.
+        """
+        found = self.with_rounding_errors(count)
+        largest = max(_power(run.tensors[name] - reference) for run in found)
         if name == AMAX:
             return largest
         return largest + _power(self.without_fp8.tensors[name] - self.eager.tensors[name])
@@ -252,6 +261,7 @@ class _Compiled:
         with (
             mock.patch.object(compiler.GraphCompiler, "joint", joint),
             mock.patch.object(compiler, "run_passes", run_twice),
+            mock.patch.multiple(_BACKWARD_OF_ATTENTION, HEADS=range(129), TOKENS=1),
         ):
             try:
                 return self._run(*inputs)
@@ -417,9 +427,9 @@ def _assert_same_results(want: Results, got: Results, runs: _Runs) -> Counter[st
         elif (found_db := sqnr_db(reference, value)) >= CLOSE_DB:
             counts[f"within {CLOSE_DB:.0f} dB"] += 1
         else:
-            allowed = ROUNDING_MARGIN * runs.rounding(name, reference)
-            excess = f"{name}: {found_db:.1f} dB, more than rounding errors make"
-            assert _power(value - reference) <= allowed, excess
+            power = _power(value - reference) / ROUNDING_MARGIN
+            is_rounding = any(power <= runs.rounding(name, reference, count) for count in RUNS)
+            assert is_rounding, f"{name}: {found_db:.1f} dB, more than rounding errors make"
             counts["as close as rounding errors allow"] += 1
     return counts
 

@@ -25,7 +25,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fp8compile.formats import Format
 from fp8compile.ir import (
+    ATTENTION_BACKWARD,
     QUANTIZE,
     SCALED_MMS,
     SITE_TAG,
@@ -84,11 +86,13 @@ class Cast:
 @dataclass(frozen=True)
 class Attended:
     """A call of attention in FP8: the casts of query, key and value, and the scale of products,
-    into which a constant times the query or key may have gone.
+    into which a constant times the query or key may have gone. ``slot``: where the scales of what
+    its backward rounds lie, behind that of the output's gradient; None if that is not in FP8.
     """
 
     casts: tuple[Cast, ...]
     scale: float
+    slot: int | None = None
 
 
 @dataclass
@@ -121,7 +125,12 @@ class Plan:
         of_batched = frozenset(tag for tag in tags if tag is not None)
         attended = [None if why else call for call, why in attention_calls(gm)]
         attention = tuple(
-            call and Attended(_casts_of_attention(call, sites, recipes), args_of(call)[-1])
+            call
+            and Attended(
+                _casts_of_attention(call, sites, recipes),
+                args_of(call)[-1],
+                _slot_of_backward(gm, call, sites, recipes),
+            )
             for call in attended
         )
         plan = Plan(sites, recipes, observes, batched=of_batched, attention=attention)
@@ -164,6 +173,26 @@ def _casts_of_attention(
     assert {*slots} <= {site.attention_slot for site in delayed}, "a cast has another's slot"
     assert len({*slots}) == len(slots) or len({*call.args[:3]}) < 3, "two values share a slot"
     return casts
+
+
+def _slot_of_backward(
+    gm: fx.GraphModule, call: fx.Node, sites: Sequence[Site], recipes: Sequence[Recipe]
+) -> int | None:
+    """Of a site with delayed scales, which is no other attention's."""
+    of_call = [
+        node
+        for node in gm.graph.find_nodes(op="call_function", target=ATTENTION_BACKWARD)
+        if args_of(args_of(node)[4])[0] is call
+    ]
+    if not of_call:
+        return None
+    (node,) = of_call
+    known, slot, *_ = args_of(args_of(args_of(node)[10])[0])
+    cast = args_of(args_of(node)[0])[0]
+    assert cast.args[1:3] == (known, slot - 1), "another scale of the output's gradient"
+    owners = [s for s in sites if s.attention_slot + 2 == slot]
+    assert [recipes[s.index].scaling for s in owners] == [Scaling.DELAYED], "another's slot"
+    return slot
 
 
 @dataclass
@@ -297,6 +326,27 @@ class FakeQuantized(TorchFunctionMode):
             self.amax[slot] = torch.maximum(self.amax[slot], amax[0])
         return q, scale_inv, used
 
+    def gradients_of_attention(
+        self, number: int, grad: Tensor, operands: Sequence[Any], how: Sequence[Any]
+    ) -> list[Tensor]:
+        """Those of the rows of query, key and value, from copies, sums and scale_inv of forward."""
+        attended = self.plan.attention[number]
+        assert attended is not None and attended.slot is not None and self.scale is not None
+        slot, (*copies, out, sums, q_inv, k_inv, v_inv), head = attended.slot, operands, how[0]
+        self.counts["backwards of attention in FP8"] += 1
+        q, _, inverse, amax, _ = torch.ops.fp8.quantize(
+            grad, self.scale, slot - 1, Format.E4M3.dtype
+        )
+        inverses = (inverse, q_inv, k_inv, v_inv)
+        scales, of_products, *others = torch.ops.fp8.gradient_scales(
+            self.scale, slot, *inverses, head, how[-1]
+        )
+        taken = (q, *copies, out, sums, *inverses, scales, of_products, *how[1:])
+        *gradients, largest = torch.ops.fp8.attention_backward(*taken)
+        held = self.amax[slot - 1 : slot + len(largest)]
+        torch.maximum(held, torch.cat([amax, largest]), out=held)
+        return [x.float() * inv for x, inv in zip(gradients, others, strict=True)]
+
     def cast_for_attention(self, number: int, values: Sequence[Tensor]) -> list[Tensor]:
         """The query, key and value of a call in FP8, their scale_inv, and the output's scale."""
         attended = self.plan.attention[number]
@@ -387,17 +437,28 @@ class _Attention(torch.autograd.Function):
         q, k, v = (x / factor for x, factor in zip((q, k, v), ctx.factors, strict=True))
         rows = [x.transpose(1, 2).reshape(-1, x.shape[1] * head) for x in (q, k, v)]
         operands = mode.cast_for_attention(number, rows)
-        out, sums = torch.ops.fp8.attention(*operands, batch, heads, kv_heads, *ctx.how)
-        out = (out.float() * operands[5]).to(q.dtype).view(batch, tokens, heads, head)
+        copy, sums = torch.ops.fp8.attention(*operands, batch, heads, kv_heads, *ctx.how)
+        out = (copy.float() * operands[5]).to(q.dtype).view(batch, tokens, heads, head)
         out = out.transpose(1, 2)
+        ctx.mode, ctx.number, ctx.sizes = mode, number, (head, batch, heads, kv_heads)
         ctx.save_for_backward(q, k, v, out, sums)
+        ctx.copies = (*operands[:3], copy, sums, *operands[3:6])
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         is_causal, scale = ctx.how
         run = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        grads = run(grad, *ctx.saved_tensors, 0.0, is_causal, scale=scale)
+        if ctx.mode.plan.attention[ctx.number].slot is None:
+            grads = run(grad, *ctx.saved_tensors, 0.0, is_causal, scale=scale)
+        else:
+            rows = grad.transpose(1, 2).flatten(2).flatten(0, 1)
+            how = (*ctx.sizes, *ctx.how)
+            found = ctx.mode.gradients_of_attention(ctx.number, rows, ctx.copies, how)
+            grads = [
+                rows.to(x.dtype).view(x.shape[0], x.shape[2], x.shape[1], -1).transpose(1, 2)
+                for rows, x in zip(found, ctx.saved_tensors[:3], strict=True)
+            ]
         grads = (grad / factor for grad, factor in zip(grads, ctx.factors, strict=True))
         return None, None, *grads, None, None
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fp8compile.formats import Format
+from fp8compile.options import ATTENTION
 from fp8compile.recipe import RECIPES, Gemm, Operand, Recipe
 
 _NAMES = {"torch": torch, "nn": nn, "F": F}
@@ -597,6 +598,6 @@ def programs(draw: st.DrawFn, max_steps: int = 12) -> Program:
         recipe=recipe,
         overrides=overrides,
         formats="auto" if b.seldom() else "recipe",
-        attention=b.one_of("high_precision", "fp8"),
+        attention=b.one_of(*ATTENTION),
         unknown_batch=b.seldom(),
     )
