@@ -300,12 +300,12 @@ def time_in_turns(names: list[str], job: Job, rounds: int) -> dict[str, float]:
 def print_steps(results: list[Result], job: Job) -> None:
     bf16_ms = next((r.step_ms for r in results if r.name == "bf16"), float("nan"))
     print(
-        f"\n{'contender':<15} {'step ms':>9} {'vs bf16':>8} {'kept GiB':>9} {'peak GiB':>9} "
+        f"\n{'contender':<19} {'step ms':>9} {'vs bf16':>8} {'kept GiB':>9} {'peak GiB':>9} "
         f"{'compile s':>10}"
     )
     for r in results:
         print(
-            f"{r.name:<15} {r.step_ms:>9.2f} {bf16_ms / r.step_ms:>7.2f}x {r.kept / GIB:>9.2f} "
+            f"{r.name:<19} {r.step_ms:>9.2f} {bf16_ms / r.step_ms:>7.2f}x {r.kept / GIB:>9.2f} "
             f"{r.peak / GIB:>9.2f} {r.compile_s:>10.1f}"
         )
     if job.device.type == "cpu":
@@ -314,9 +314,9 @@ def print_steps(results: list[Result], job: Job) -> None:
 
 def print_turns(times: dict[str, float]) -> None:
     first = next(iter(times))
-    print(f"\n{'contender':<15} {'step ms':>9} {'vs ' + first:>14}")
+    print(f"\n{'contender':<19} {'step ms':>9} {'vs ' + first:>14}")
     for name, ms in times.items():
-        print(f"{name:<15} {ms:>9.2f} {times[first] / ms:>13.3f}x")
+        print(f"{name:<19} {ms:>9.2f} {times[first] / ms:>13.3f}x")
 
 
 def print_sqnr(results: list[Result]) -> None:
@@ -326,13 +326,13 @@ def print_sqnr(results: list[Result]) -> None:
     if not reference or not others:
         return
     print("\nSQNR against bf16, dB")
-    print(f"{'contender':<15} {'output':>8} {'worst gradient':>15} {'median gradient':>16}")
+    print(f"{'contender':<19} {'output':>8} {'worst gradient':>15} {'median gradient':>16}")
     for r in others:
         db = {name: sqnr_db(tensor, r.tensors[name]) for name, tensor in reference.items()}
         output = db.pop("output")
         worst = min(db, key=lambda name: db[name])
         print(
-            f"{r.name:<15} {output:>8.1f} {db[worst]:>15.1f} "
+            f"{r.name:<19} {output:>8.1f} {db[worst]:>15.1f} "
             f"{statistics.median(db.values()):>16.1f}   (worst: {worst})"
         )
 
@@ -345,11 +345,11 @@ def print_categories(results: list[Result]) -> None:
     if not results:
         return
     print("\nms per step by category (launches per step)")
-    print(f"{'':<22}" + "".join(f"{r.name:>18}" for r in results))
+    print(f"{'':<22}" + "".join(f"{r.name:>20}" for r in results))
     tables = [by_category(r.kernels) for r in results]
     for category in tables[0]:
         cells = [f"{t[category].ms:.2f} ({t[category].launches:.0f})" for t in tables]
-        print(f"{category:<22}" + "".join(f"{cell:>18}" for cell in cells))
+        print(f"{category:<22}" + "".join(f"{cell:>20}" for cell in cells))
     left = [r.step_ms - sum(k.ms for k in r.kernels.values()) for r in results]
     print(f"{'left over':<22}" + "".join(f"{ms:>18.2f}" for ms in left))
     for r in results:
