@@ -19,6 +19,7 @@ from .ir import (
     TRACK_AMAX,
     GemmInfo,
     args_of,
+    aten,
     constant_factor,
     format_type,
     format_value,
@@ -41,9 +42,9 @@ class Verifier:
     1. The graph lints: topologically sorted, no dangling names.
     2. Every fp8 tensor is an output of a cast and has exactly one scale_inv: the same node's.
        Only a scaled_mm or attention, forward or backward, takes it, with that scale_inv or a
-       constant times it, or the graph returns it. Or it is attention's output, which has the
-       scale_inv of its values. Or it was given to the graph: what forward has cast, or frozen
-       weights.
+       constant times it, or the graph returns it; or it is widened and multiplied with it. Or it
+       is attention's output, which has the scale_inv of its values. Or it was given to the graph:
+       what forward has cast, or frozen weights.
     3. Every ``meta["val"]`` of an ``fp8::`` node equals the re-evaluated fake (shape and dtype).
     4. A GEMM is what it is said to be: one that is cast has no reason to stay in high precision,
        and operands in the formats of its edges; one that will be can be multiplied.
@@ -203,7 +204,17 @@ def _verify_takes_no_fp8(node: fx.Node, pass_name: str) -> None:
         return
     for arg in node.all_input_nodes:
         if _is_quantized(arg) and arg.meta["val"].dtype in FP8_DTYPES:
+            if _is_dequantized(node, arg):
+                continue
             raise PassError(pass_name, f"takes the fp8 tensor {arg}; only fp8 ops may", node)
+
+
+def _is_dequantized(node: fx.Node, value: fx.Node) -> bool:
+    """Whether a node only widens a copy, for it to be multiplied with its own scale_inv."""
+    return node.target is torch.ops.prims.convert_element_type.default and all(
+        user.target is aten.mul.Tensor and _is_scale_of(args_of(user)[1], value)
+        for user in node.users
+    )
 
 
 def _verify_value(node: fx.Node, pass_name: str) -> None:

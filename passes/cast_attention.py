@@ -14,9 +14,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ..cost import MARGIN, AttentionWork, Device
 from ..formats import Format
-from ..ir import ATTENTION, QUANTIZE, SITE_TAG, Site, args_of, aten, emit
+from ..ir import ATTENTION, QUANTIZE, SITE_TAG, VIEWS, Site, args_of, aten, emit, evaluate
 from ..ops import ALIGNMENT
-from .attention_scale import FORWARD
+from .attention_scale import BACKWARD, FORWARD, QUERY
 from .choose_precision import SLOWER
 from .insert_casts import quantize_getitem
 
@@ -57,8 +57,8 @@ def cast_attention(
     that is computed from the output of one of ``sites`` has its scale there, in that site's slot,
     unless another is, too; others have current scales. The output has the scale of the values,
     whose average it is. Backward stays in high precision (unless ``cast_attention_backward``
-    follows): it takes the query, key and value as they were, and the output as it now is, of which
-    FP8 is what is kept. With ``device``, calls that FP8 is predicted not to make faster there are
+    follows): it takes the query, key, value and output as they now are, of which FP8 is what is
+    kept. With ``device``, calls that FP8 is predicted not to make faster there are
     declined: those of short sequences.
 
     Requires: fold_scales, which makes factors of the query or key part of attention's scale.
@@ -114,6 +114,8 @@ def why_not_fp8(node: fx.Node) -> str | None:
         return f"its values have {v.shape[-1]} elements a head, and its keys {k.shape[-1]}"
     if q.shape[2] == 1:
         return f"{SLOWER} for one query"  # which takes what it takes to read keys and values
+    if not all(has_fitting_strides(torch.empty_like(value)) for value in (q, k, v)):
+        return "its query, key or value lie neither by head nor by token"
     if given["is_causal"] and q.shape[2] != k.shape[2]:
         return f"it is causal, with {q.shape[2]} queries and {k.shape[2]} keys"
     return _why_not_results(_results(node), q)
@@ -212,12 +214,44 @@ def _replace(
         out_scale = quantize_getitem(graph, casts[-1], "scale_used")  # averages fit where v does
         how = (work.batch, work.heads, work.kv_heads, work.is_causal, scale)
         new = emit(graph, ATTENTION, (*copies, *inverses, out_scale, *how), "attention", like=node)
+        for backward in _backwards_of(node):
+            _take_rounded(graph, backward, copies, inverses)
         for item in list(node.users):
             if item.users:
                 item.replace_all_uses_with(_result(graph, item, new, inverses[-1]))
             graph.erase_node(item)
     graph.erase_node(node)  # which, as it could have dropout, nothing else takes for dead
     _plan_like(node, set(graph.nodes) - before)
+
+
+def _backwards_of(node: fx.Node) -> list[fx.Node]:
+    """The backwards that take the sums of a call."""
+    stack = [item for item in node.users if args_of(item)[1] == _SUMS]
+    found = []
+    while stack:
+        for user in stack.pop().users:
+            if user.target in BACKWARD:
+                found.append(user)
+            elif user.target in VIEWS:
+                stack.append(user)
+    return found
+
+
+def _take_rounded(
+    graph: fx.Graph, backward: fx.Node, copies: Sequence[fx.Node], inverses: Sequence[fx.Node]
+) -> None:
+    """Let a backward in high precision take what forward has multiplied.
+
+    The sums that it takes are of products of rounded numbers. With those of others, the softmax
+    that it computes again does not add up to 1, the more so the larger they are.
+    """
+    args, first = list(args_of(backward)), QUERY[backward.target]
+    with graph.inserting_before(backward):
+        for i, (copy, inverse) in enumerate(zip(copies, inverses, strict=True), first):
+            wanted = torch.empty_like(args[i].meta["val"])  # what its gradient is like
+            name = f"{args[i].name}_rounded"
+            args[i] = value_of(graph, copy, inverse, wanted, name, like=backward)
+    backward.args = tuple(args)
 
 
 def _plan_like(node: fx.Node, made: set[fx.Node]) -> None:
@@ -262,10 +296,17 @@ def _result(graph: fx.Graph, item: fx.Node, new: fx.Node, scale_inv: fx.Node) ->
 
 
 def value_of(
-    graph: fx.Graph, copy: fx.Node, scale_inv: fx.Node, wanted: torch.Tensor, name: str
+    graph: fx.Graph,
+    copy: fx.Node,
+    scale_inv: fx.Node,
+    wanted: torch.Tensor,
+    name: str,
+    like: fx.Node | None = None,
 ) -> fx.Node:
-    """What an FP8 copy by token stands for, like ``wanted``, ``[batch, heads, tokens, D]``."""
-    make = partial(emit, graph, like=copy)
+    """What an FP8 copy by token stands for, in the layout of ``wanted``, ``[batch, heads, tokens,
+    D]``.
+    """
+    make = partial(emit, graph, like=like or copy)
     batch, heads, tokens, head = wanted.shape
     wide = make(_CONVERT, (copy, torch.float32), f"{name}_wide")
     scaled = make(aten.mul.Tensor, (wide, scale_inv), f"{name}_mul")
@@ -274,6 +315,8 @@ def value_of(
     value = make(aten.permute.default, (by_token, [0, 2, 1, 3]), f"{name}_out")
     if value.meta["val"].stride() != wanted.stride():
         value = make(aten.clone.default, (value,), f"{name}_clone")
+        value.kwargs = {"memory_format": torch.contiguous_format}
+        value.meta["val"] = evaluate(value)
     return value
 
 

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ..formats import FP8_DTYPES
 from ..ir import (
-    ATTENTION_BACKWARD,
+    ATTENTION,
     CASTS,
     QUANTIZE,
     args_of,
@@ -40,7 +40,7 @@ def plan_saved(gm: fx.GraphModule) -> int:
     input of a norm or of an activation, which their own backwards need), the value is computed and
     cast again in backward, by the kernel that reads these tensors anyway, and nothing more is kept.
 
-    What attention multiplies in backward is kept as forward has cast it.
+    What attention multiplies is kept as forward has cast it.
     A scale_inv must be kept with its tensor: the state's scale may have moved on by then.
     Inside an activation-checkpointed region the cast is recomputed with the rest of the region.
 
@@ -60,8 +60,8 @@ def plan_saved(gm: fx.GraphModule) -> int:
         region = checkpointed_region(cast)
         kept = [item for item in cast.users if any(is_backward(user) for user in item.users)]
         copies = any(item.meta["val"].dtype in FP8_DTYPES for item in kept)
-        # Attention's output has the scale of its values as forward has cast them.
-        as_it_was = any(user.target is ATTENTION_BACKWARD for item in kept for user in item.users)
+        # Attention's sums are of what forward has cast, and its output has the values' scale.
+        as_it_was = any(user.target is ATTENTION for item in cast.users for user in item.users)
         again = region is None and copies and not as_it_was
         if again and sources.of(args_of(cast)[0]) <= kept_anyway:
             _compute_again(args_of(cast)[0], read)

@@ -415,9 +415,7 @@ class _Multiply(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """Attention of FP8 operands, whose output is FP8; with the backward of what they were before,
-    and of that output.
-    """
+    """Attention of FP8 operands, whose output is FP8; with the backward of these."""
 
     @staticmethod
     def forward(
@@ -441,7 +439,17 @@ class _Attention(torch.autograd.Function):
         out = (copy.float() * operands[5]).to(q.dtype).view(batch, tokens, heads, head)
         out = out.transpose(1, 2)
         ctx.mode, ctx.number, ctx.sizes = mode, number, (head, batch, heads, kv_heads)
-        ctx.save_for_backward(q, k, v, out, sums)
+        ctx.save_for_backward(
+            *(
+                (copy.float() * inverse)
+                .to(x.dtype)
+                .view(batch, -1, x.shape[1], head)
+                .transpose(1, 2)
+                for x, copy, inverse in zip((q, k, v), operands[:3], operands[3:6], strict=True)
+            ),
+            out,
+            sums,
+        )
         ctx.copies = (*operands[:3], copy, sums, *operands[3:6])
         return out
 
