@@ -214,14 +214,15 @@ def _replace(
         out_scale = quantize_getitem(graph, casts[-1], "scale_used")  # averages fit where v does
         how = (work.batch, work.heads, work.kv_heads, work.is_causal, scale)
         new = emit(graph, ATTENTION, (*copies, *inverses, out_scale, *how), "attention", like=node)
-        for backward in _backwards_of(node):
-            _take_rounded(graph, backward, copies, inverses)
+        backwards = _backwards_of(node)
         for item in list(node.users):
             if item.users:
                 item.replace_all_uses_with(_result(graph, item, new, inverses[-1]))
             graph.erase_node(item)
     graph.erase_node(node)  # which, as it could have dropout, nothing else takes for dead
     _plan_like(node, set(graph.nodes) - before)
+    for backward in backwards:
+        _take_rounded(graph, backward, copies, inverses)
 
 
 def _backwards_of(node: fx.Node) -> list[fx.Node]:
