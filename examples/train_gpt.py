@@ -39,7 +39,6 @@ import fp8compile  # only for explain() and bars: torch.compile finds the backen
 from fp8compile.progress import progress
 
 VOCAB = 256  # the model reads bytes
-HEAD_DIM = 32
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Config:
     steps: int
     learning_rate: float
     seed: int = 0
+    head_dim: int = 32
 
 
 ON_CPU = Config(layers=3, width=128, context=128, batch=12, steps=300, learning_rate=2e-3)
@@ -81,9 +81,9 @@ def random_batch(text: Tensor, config: Config, generator: torch.Generator) -> tu
 
 
 # ---- the model -----------------------------------------------------------------------------------
-def rotary_table(context: int) -> Tensor:
-    """cos and sin of every position's rotation angles: (2, context, HEAD_DIM / 2)."""
-    frequencies = 10_000 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+def rotary_table(context: int, head_dim: int) -> Tensor:
+    """cos and sin of every position's rotation angles: (2, context, head_dim / 2)."""
+    frequencies = 10_000 ** (-torch.arange(0, head_dim, 2) / head_dim)
     angles = torch.outer(torch.arange(context), frequencies)
     return torch.stack([angles.cos(), angles.sin()])
 
@@ -96,14 +96,15 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
+        self.head_dim = head_dim
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        heads = self.qkv(x).view(batch, tokens, 3, -1, HEAD_DIM).permute(2, 0, 3, 1, 4)
+        heads = self.qkv(x).view(batch, tokens, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = heads.unbind()
         y = F.scaled_dot_product_attention(rotate(q, table), rotate(k, table), v, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
@@ -121,10 +122,10 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width)
-        self.attention = Attention(width)
+        self.attention = Attention(width, head_dim)
         self.mlp_norm = nn.RMSNorm(width)
         self.mlp = SwiGLU(width)
 
@@ -139,10 +140,12 @@ class GPT(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCAB, config.width)
-        self.blocks = nn.ModuleList(Block(config.width) for _ in range(config.layers))
+        sizes = config.width, config.head_dim
+        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width)
         self.lm_head = nn.Linear(config.width, VOCAB, bias=False)
-        self.register_buffer("rotary", rotary_table(config.context), persistent=False)
+        table = rotary_table(config.context, config.head_dim)
+        self.register_buffer("rotary", table, persistent=False)
         self.apply(self._init)
 
     @staticmethod

@@ -3,6 +3,7 @@
     python examples/bench/soak.py                      # on a GPU, minutes
     python examples/bench/soak.py --logits fp8 --csv soak.csv   # the head in FP8, too
     python examples/bench/soak.py --recipe e4m3_only
+    python examples/bench/soak.py --attention fp8_both   # longer sequences, heads of 128
     python examples/bench/soak.py --tiny --steps 20    # does it run at all?
 
 The model, the text and the loop are those of `examples/train_gpt.py`; both runs start from the same
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import fp8compile
+from fp8compile.options import ATTENTION, FP8, HIGH_PRECISION, PRECISIONS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_gpt
@@ -36,6 +38,12 @@ WARMUP_STEPS = 10
 LARGEST_DIFFERENCE = 0.5  # % of the loss
 LARGE = replace(train_gpt.ON_GPU, width=832, steps=1000)  # 108 M parameters
 TINY = replace(train_gpt.ON_CPU, layers=1, width=64, context=64, batch=4)
+CONFIGS = {  # by whether tiny, and whether attention is in FP8, which takes long heads
+    (False, False): LARGE,
+    (False, True): replace(LARGE, width=896, head_dim=128, context=4096, batch=4),
+    (True, False): TINY,
+    (True, True): replace(TINY, width=128, head_dim=128, context=128, batch=2),
+}
 
 
 @dataclass
@@ -122,11 +130,13 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="one layer, 64 wide")
     parser.add_argument("--steps", type=int, help="default: 1000, tiny: 300")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
-    parser.add_argument("--logits", choices=["high_precision", "fp8"], default="high_precision")
+    parser.add_argument("--logits", choices=PRECISIONS, default=HIGH_PRECISION)
     parser.add_argument("--recipe", choices=sorted(fp8compile.RECIPES), default="delayed")
+    parser.add_argument("--attention", choices=ATTENTION, default=HIGH_PRECISION)
     parser.add_argument("--csv", type=Path, help="append the numbers to this file")
     args = parser.parse_args()
-    config = TINY if args.tiny else LARGE
+    in_fp8 = args.attention != HIGH_PRECISION
+    config = CONFIGS[args.tiny, in_fp8]
     config = replace(config, steps=args.steps or config.steps, seed=args.seed)
     if config.steps <= WARMUP_STEPS:
         parser.error(f"--steps must be more than {WARMUP_STEPS}, got {config.steps}")
@@ -135,10 +145,13 @@ def main() -> int:
 
     text = train_gpt.standard_library_text()
     high = soak("bf16" if device == "cuda" else "fp32", torch.compile, text, config, device)
-    options = {"logits": args.logits, "recipe": args.recipe}
+    options = {"logits": args.logits, "recipe": args.recipe, "attention": args.attention}
+    if in_fp8:  # an error, then, where it is not
+        options |= {"strict": True, "decline_slower": False}
     compile_fp8 = partial(torch.compile, backend="fp8", options=options)
     name = "fp8" if args.recipe == "delayed" else f"fp8, {args.recipe}"
-    name += ", its logits too" if args.logits == "fp8" else ""
+    name += ", its logits too" if args.logits == FP8 else ""
+    name += f", attention {args.attention}" if in_fp8 else ""
     fp8 = soak(name, compile_fp8, text, config, device)
     problems = report(high, fp8)
     for problem in problems:
