@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.profiler import record_function
 from triton.runtime.build import compile_module_from_src
 
-from ..internals import call_from_wrapper, current_stream, is_profiled
+from ..internals import call_from_wrapper, current_stream, empty_bytes, is_profiled
 from ..ops import ALIGNMENT, scaled_mm
 
 log = logging.getLogger(__name__)
@@ -156,10 +156,7 @@ def _launcher() -> Callable[..., int]:
 
 
 def _call(function: str, *args: Any) -> None:
-    _check(function, getattr(_library(), function)(*args))
-
-
-def _check(function: str, status: int) -> None:
+    status = getattr(_library(), function)(*args)
     if status:
         raise CublasltError(function, status)
 
@@ -204,7 +201,7 @@ class _Plan:
         self._launches = [
             _Launch(*same, result.workspace_bytes, result.algorithm) for result in self.algorithms
         ]
-        self._addresses = [ctypes.addressof(launch) for launch in self._launches]
+        self._algorithms = [(ctypes.addressof(x), x.workspace_bytes) for x in self._launches]
         self._launch = _launcher()
 
     def _set(self, attribute: int, value: Any) -> None:
@@ -247,21 +244,19 @@ class _Plan:
         bias: Tensor | None,
         addend: Tensor | None,
         out: Tensor,
+        a_at: int = 0,
+        b_at: int = 0,
     ) -> None:
-        """Launch it on the current stream."""
-        workspace, size = 0, self.algorithms[algorithm].workspace_bytes
-        if size:
-            held = a.new_empty(size, dtype=torch.uint8)
-            workspace = held.data_ptr()
+        """Launch it on the current stream; ``a_at``, ``b_at``: which elements the scales are."""
+        address, size = self._algorithms[algorithm]
+        workspace = empty_bytes(size) if size else None
         with self._lock:
             status = self._launch(
-                *(self._addresses[algorithm], a.data_ptr(), b.data_ptr(), out.data_ptr()),
-                *(a_scale_inv.data_ptr(), b_scale_inv.data_ptr()),
-                *(0 if tensor is None else tensor.data_ptr() for tensor in (bias, addend)),
-                workspace,
-                current_stream(self._device_index),
+                *(address, a_at, b_at, current_stream(self._device_index)),
+                *(a, b, out, a_scale_inv, b_scale_inv, bias, addend, workspace),
             )
-        _check("cublasLtMatmul", status)
+        if status:
+            raise CublasltError("cublasLtMatmul", status)
 
 
 def _address(function: Any) -> int | None:
@@ -292,27 +287,40 @@ def launch(
     *added: Tensor,
     fast_accum: bool,
     algorithm: int,
+    a_at: int = 0,
+    b_at: int = 0,
     out: Tensor,
 ) -> None:
     """Write a GEMM into ``out``, on the current stream; a profile shows it with its sizes.
 
-    ``a, b, a_scale_inv, b_scale_inv, fast_accum``: as for ``fp8::scaled_mm``, which a CPU runs.
-    ``added``: the bias, a vector, and the addend, a matrix, if there are any. All are contiguous
-    and on the current device, N is a multiple of 16, and what is added is of ``out``'s dtype.
-    ``algorithm``: the index into those that cuBLASLt lists; ``aten._scaled_mm`` takes the first.
+    ``a, b, a_scale_inv, b_scale_inv, fast_accum``: as for ``fp8::scaled_mm``, which a CPU runs; the
+    two scales are elements ``a_at`` and ``b_at`` of vectors. ``added``: the bias, a vector, and the
+    addend, a matrix, if there are any. All are contiguous and on the current device, N is a
+    multiple of 16, and what is added is of ``out``'s dtype. ``algorithm``: the index into those
+    that cuBLASLt lists; ``aten._scaled_mm`` takes the first.
     Raises IndexError if fewer are listed, CublasltError if cuBLASLt refuses.
     """
-    bias = next((tensor for tensor in added if tensor.dim() == 1), None)
-    addend = next((tensor for tensor in added if tensor.dim() == 2), None)
-    if not a.is_cuda:
-        out.copy_(scaled_mm(a, b, a_scale_inv, b_scale_inv, bias, out.dtype, fast_accum, addend))
+    bias = addend = None
+    for tensor in added:
+        if tensor.dim() == 1:
+            bias = tensor
+        else:
+            addend = tensor
+    device_index = a.get_device()
+    if device_index < 0:
+        scales = a_scale_inv[a_at : a_at + 1], b_scale_inv[b_at : b_at + 1]
+        out.copy_(scaled_mm(a, b, *scales, bias, out.dtype, fast_accum, addend))
         return
-    (m, k), n = a.shape, b.shape[0]
-    gemm = Gemm(m, n, k, a.dtype, b.dtype, out.dtype, bias is not None, fast_accum)
-    plan = _plan(gemm, a.get_device())
-    profiled = record_function(plan.label) if is_profiled() else _NOT_PROFILED
-    with profiled:
-        plan.run(algorithm, a, b, a_scale_inv, b_scale_inv, bias, addend, out)
+    how = a.dtype, b.dtype, out.dtype, bias is not None, fast_accum
+    plan = _plan_of(a.shape, b.shape, how, device_index)
+    with record_function(plan.label) if is_profiled() else _NOT_PROFILED:
+        plan.run(algorithm, a, b, a_scale_inv, b_scale_inv, bias, addend, out, a_at, b_at)
+
+
+@functools.cache
+def _plan_of(a: tuple[int, int], b: tuple[int, int], how: Any, device_index: int) -> _Plan:
+    """The plan for operands of these sizes: one look-up at every launch."""
+    return _plan(Gemm(a[0], b[0], a[1], *how), device_index)
 
 
 def sizes_of(label: str) -> tuple[int, int, int] | None:
@@ -334,12 +342,22 @@ def _multiplied(
     out_dtype: torch.dtype,
     fast_accum: bool,
     algorithm: int,
+    a_at: int = 0,
+    b_at: int = 0,
 ) -> Tensor:
     out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
     operands = (a.contiguous(), b.contiguous(), a_scale_inv, b_scale_inv)
     added = (tensor.contiguous() for tensor in (bias, addend) if tensor is not None)
     with torch.cuda.device_of(a):
-        launch(*operands, *added, fast_accum=fast_accum, algorithm=algorithm, out=out)
+        launch(
+            *operands,
+            *added,
+            fast_accum=fast_accum,
+            algorithm=algorithm,
+            a_at=a_at,
+            b_at=b_at,
+            out=out,
+        )
     return out
 
 
@@ -353,7 +371,8 @@ _NAME = "fp8::scaled_mm_cublaslt"
 torch.library.define(
     _NAME,
     "(Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, Tensor? bias,"
-    " Tensor? addend, ScalarType out_dtype, bool fast_accum, int algorithm) -> Tensor",
+    " Tensor? addend, ScalarType out_dtype, bool fast_accum, int algorithm,"
+    " int a_at=0, int b_at=0) -> Tensor",
     tags=torch.Tag.needs_exact_strides,
 )
 torch.library.impl(_NAME, ("cuda", "cpu"), _multiplied)

@@ -22,21 +22,38 @@ typedef struct {
 } Launch;
 
 enum { BIAS_POINTER = 8, A_SCALE_POINTER = 17, B_SCALE_POINTER = 18 }; /* of a descriptor */
-enum { LAUNCH, A, B, OUT, A_SCALE_INV, B_SCALE_INV, BIAS, ADDEND, WORKSPACE, STREAM, COUNT };
+enum { LAUNCH, A_AT, B_AT, STREAM, A, B, OUT, A_SCALE_INV, B_SCALE_INV, BIAS, ADDEND, WORKSPACE,
+       COUNT };
 
-/* launch(*addresses) -> status; bias, addend and workspace may be 0. The caller holds the
-   Launch's lock. The addend lies in memory as the output does.
+static PyObject *DATA_PTR;
+
+/* The number that an argument is, or where a tensor lies; 0 for None. */
+static uint64_t number_of(PyObject *argument) {
+    if (argument == Py_None) return 0;
+    if (PyLong_Check(argument)) return PyLong_AsUnsignedLongLong(argument);
+    PyObject *address = PyObject_CallMethodNoArgs(argument, DATA_PTR);
+    if (!address) return (uint64_t)-1;
+    uint64_t number = PyLong_AsUnsignedLongLong(address);
+    Py_DECREF(address);
+    return number;
+}
+
+/* launch(launch's address, a_at, b_at, stream, *tensors) -> status; bias, addend and workspace may
+   be None. a_at and b_at: which elements the scales are. The caller holds the Launch's lock. The
+   addend lies in memory as the output does.
    cuBLAS is column-major: it sees the transposed output, b @ a.T, so b is its A. */
 static PyObject *launch(PyObject *module, PyObject *const *args, Py_ssize_t count) {
     uint64_t at[COUNT];
     if (count != COUNT) {
-        PyErr_Format(PyExc_TypeError, "launch takes %d addresses, not %zd", COUNT, count);
+        PyErr_Format(PyExc_TypeError, "launch takes %d arguments, not %zd", COUNT, count);
         return NULL;
     }
     for (int i = 0; i < COUNT; i++) {
-        at[i] = PyLong_AsUnsignedLongLong(args[i]);
+        at[i] = number_of(args[i]);
         if (at[i] == (uint64_t)-1 && PyErr_Occurred()) return NULL;
     }
+    at[A_SCALE_INV] += at[A_AT] * sizeof(float);
+    at[B_SCALE_INV] += at[B_AT] * sizeof(float);
     const Launch *l = (const Launch *)at[LAUNCH];
     const float one = 1, beta = at[ADDEND] ? 1 : 0;
     void *addend = (void *)(at[ADDEND] ? at[ADDEND] : at[OUT]);
@@ -62,4 +79,7 @@ static PyMethodDef METHODS[] = {
 };
 static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "launch_gemm", NULL, -1, METHODS};
 
-PyMODINIT_FUNC PyInit_launch_gemm(void) { return PyModule_Create(&MODULE); }
+PyMODINIT_FUNC PyInit_launch_gemm(void) {
+    DATA_PTR = PyUnicode_InternFromString("data_ptr");
+    return DATA_PTR ? PyModule_Create(&MODULE) : NULL;
+}

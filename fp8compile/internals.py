@@ -619,6 +619,16 @@ def current_stream(device_index: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device_index)
 
 
+def empty_bytes(count: int) -> Tensor:
+    """Memory on the current device. 2.11 to 2.15: what compiled code takes its own from, in less
+    than half the time of torch.empty.
+    """
+    made: Tensor = torch._C._dynamo.guards._empty_strided_cuda(  # type: ignore[attr-defined]
+        (count,), (1,), torch.uint8
+    )
+    return made
+
+
 def pause(us: float) -> None:
     """Have the current stream wait for so many microseconds or longer. 2.11 to 2.15: a count of
     clock cycles, of which there are at most 2 in a nanosecond.

@@ -123,8 +123,9 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     fake = Library()
     monkeypatch.setattr(cublaslt, "_library", lambda: fake)
     monkeypatch.setattr(cublaslt, "current_stream", lambda device_index: STREAM)
+    monkeypatch.setattr(cublaslt, "empty_bytes", lambda n: torch.empty(n, dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "device", lambda index: torch.device("cpu"))
-    caches = (cublaslt._plan, cublaslt._handle)
+    caches = (cublaslt._plan_of, cublaslt._plan, cublaslt._handle)
     for cache in caches:
         cache.cache_clear()
     yield fake
@@ -143,9 +144,15 @@ def addend_of(gemm: Gemm = GEMM) -> Tensor:
     return torch.randn(gemm.m, gemm.n).to(gemm.out)
 
 
-def run(gemm: Gemm, algorithm: int, *args: Tensor | None, addend: Tensor | None = None) -> Tensor:
+def run(
+    gemm: Gemm,
+    algorithm: int,
+    *args: Tensor | None,
+    addend: Tensor | None = None,
+    at: tuple[int, ...] = (),
+) -> Tensor:
     out = torch.empty(gemm.m, gemm.n, dtype=gemm.out)
-    cublaslt._plan(gemm, 0).run(algorithm, *args, addend, out)
+    cublaslt._plan(gemm, 0).run(algorithm, *args, addend, out, *at)
     return out
 
 
@@ -191,6 +198,16 @@ def test_each_call_brings_its_own_tensors(library: Library) -> None:
         now = dict(library.set[desc])
         assert now == {3: 1, 25: 0, 17: b_scale_inv.data_ptr(), 18: a_scale_inv.data_ptr()}
     assert len(descs) == 1  # made once per GEMM
+
+
+def test_scales_may_be_elements_of_vectors(library: Library) -> None:
+    """To which no call makes a view."""
+    args = _, _, a_scale_inv, b_scale_inv, _ = operands()
+    run(GEMM, 0, *args, at=(5, 2))
+    (desc,) = (call[1] for call in library.matmuls)
+    now = dict(library.set[desc])
+    assert now[18] == a_scale_inv.data_ptr() + 20
+    assert now[17] == b_scale_inv.data_ptr() + 8
 
 
 def test_algorithms_must_do_with_what_a_call_gives(library: Library) -> None:
@@ -282,18 +299,21 @@ def test_on_a_cpu_it_is_scaled_mm(gemm: Gemm, adds: bool) -> None:
 def test_inductors_wrapper_calls_it_directly(gemm: Gemm, adds: bool, cpp_wrapper: bool) -> None:
     """Without PyTorch's dispatcher, where that wrapper is Python, and into Inductor's memory."""
 
-    def fn(a: Tensor, b: Tensor, *others: Tensor | None) -> Tensor:
-        return OP(a, b, *others, gemm.out, gemm.fast_accum, 5) * 2
+    def fn(a: Tensor, b: Tensor, scales: Tensor, *others: Tensor | None) -> Tensor:
+        return OP(a, b, scales, scales, *others, gemm.out, gemm.fast_accum, 5, 3, 1) * 2
 
     args, addend = operands(gemm), addend_of(gemm) if adds else None
+    a, b, a_scale_inv, b_scale_inv, bias = args
+    scales = torch.cat([torch.zeros(1), b_scale_inv, torch.zeros(1), a_scale_inv])
     compiled = torch.compile(fn, options={"cpp_wrapper": cpp_wrapper})
     with torch.no_grad():
-        out, (code, *_) = run_and_get_code(compiled, *args, addend)
+        out, (code, *_) = run_and_get_code(compiled, a, b, scales, bias, addend)
     assert torch.equal(out, scaled_mm(*args, gemm.out, gemm.fast_accum, addend) * 2)
     call = "extern_kernels.fp8_scaled_mm_cublaslt_default("
     (line,) = [line for line in code.splitlines() if call in line] or [""]
     assert bool(line) != cpp_wrapper
-    assert cpp_wrapper or "fast_accum=True, algorithm=5, out=" in line
+    assert cpp_wrapper or "fast_accum=True, algorithm=5, a_at=3, b_at=1, out=" in line
+    assert "reinterpret_tensor" not in line
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
