@@ -17,10 +17,10 @@ def found_amax(i: int) -> str:
     return f"words_ptr + {2 + i}"
 
 
-def leave_amax(i: int, bits: str) -> list[str]:
-    """Leave the largest of a tile's magnitudes there."""
+def leave_amax(word: str, bits: str) -> str:
+    """Leave the largest of a tile's magnitudes, unless a larger one is there."""
     amax = f"tile_amax({bits}).to(tl.int32, bitcast=True)"
-    return [f'tl.atomic_max({found_amax(i)}, {amax}, sem="relaxed")']
+    return f'tl.atomic_max({word}, {amax}, sem="relaxed")'
 
 
 class Before(TileText):
@@ -39,7 +39,7 @@ class Before(TileText):
         lines += [f"known = {self._known()}", "if not known:"]
         look = self._results()
         for i in self._missing():
-            look += [*self._bits(i), *leave_amax(i, "bits")]
+            look += [*self._bits(i), leave_amax(found_amax(i), "bits")]
         lines += [f"    {x}" for x in look]
         return definition(name, [*self._read(), *self._scales()], lines)
 
@@ -55,8 +55,7 @@ class Before(TileText):
         lines += [f"bits_{i} = {_ZEROS}" for i in casts]
         lines.append("for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):")
         lines += [f"    {line}" for line in self._search_tile()]
-        for i in casts:
-            lines += leave_amax(i, f"bits_{i}")
+        lines += [leave_amax(found_amax(i), f"bits_{i}") for i in casts]
         return definition(name, [*self._read(), *self._scales(), *self._inverses()], lines)
 
     def _search_tile(self) -> list[str]:
@@ -119,7 +118,8 @@ class Before(TileText):
         lines.append("while tile < tiles:")
         lines += [f"    {line}" for line in self._values_of_tile()]
         for i in self._missing():
-            lines += [f"    {x}" for x in (*self._bits(i), *leave_amax(i, "bits"))]
+            leave = leave_amax(found_amax(i), "bits")
+            lines += [f"    {x}" for x in (*self._bits(i), leave)]
         lines += [
             f"    tl.atomic_add({DONE}, 1)",
             "    tile = tl.atomic_add(words_ptr, 1)",
@@ -138,7 +138,7 @@ class Before(TileText):
         """Whether every cast has a scale from earlier steps; "" where that is never so."""
         if self.region.searched or not all(cast.is_delayed for cast in self.region.casts):
             return ""
-        return " & ".join(f"(tl.load(scale_{i}_ptr) > 0)" for i in self._missing())
+        return " & ".join(f"({self._number(f'scale_{i}')} > 0)" for i in self._missing())
 
     def _missing(self) -> list[int]:
         """The casts whose scales may be missing."""

@@ -68,18 +68,19 @@ class Bundle:
 def emit_bundle(regions: Sequence[Region]) -> Bundle:
     """One kernel for all; regions that look alike share their functions."""
     parts: dict[str, PartSource] = {}
-    heads, arguments, branches, writes = [], [], [], set()
-    first = 0
+    heads, arguments, branches, writes = [], ["words_ptr"], [], {"words_ptr"}
+    first = words = 0
     for index, region in enumerate(regions):
         key = region_key(region)
         if key not in parts:
             parts[key] = emit_part(region, f"_{len(parts)}")
             heads.append(describe(region, parts[key].name))
         part, tile = parts[key], tile_of(region)
-        own = [f"{prefix(index)}{argument}" for argument in part.arguments]
-        arguments += own
-        writes |= {f"{prefix(index)}{name}" for name in written(region, part.arguments)}
-        given = ", ".join([f"program - {first}" if first else "program", *own])
+        own = {name: f"{prefix(index)}{name}" for name in part.arguments if name != "words_ptr"}
+        arguments += own.values()
+        writes |= {own[name] for name in written(region, own)}
+        passed = (own.get(name, f"words_ptr + {words}") for name in part.arguments)
+        given = ", ".join([f"program - {first}" if first else "program", *passed])
         m, n = int(region.space.m), int(region.space.n)
         programs = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
         branches += [
@@ -87,6 +88,7 @@ def emit_bundle(regions: Sequence[Region]) -> Bundle:
             f"        {part.name}({given}, {tile.block_m}, {tile.block_n})",
         ]
         first += programs
+        words += region.padded_words
     kernel = ["@triton.jit", f"def {NAME}(", *(f"    {a}," for a in arguments), "):"]
     kernel += ["    program = tl.program_id(0)", *branches]
     functions = [part.text for part in parts.values()]

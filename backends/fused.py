@@ -41,7 +41,6 @@ class Tile:
         return f"{self.block_m}x{self.block_n}w{self.num_warps}"
 
 
-_SHARED = {"words_ptr", "found_ptr"}  # through which programs find scales together
 _MULTIPROCESSORS = 132  # of an H100 SXM or H200
 _LOOPING = 2  # programs for each
 _COLUMN_SUMS = Tile(64, 32, 4)  # of the rows of partial sums
@@ -177,9 +176,7 @@ def launches(
     main = getattr(module, source.name)
     writes = written(region, main.arg_names) - {"totals_ptr"}
     if search_apart(region) or region.search_in_sums:  # which has written what this reads
-        writes -= _SHARED
-    if region.completes_sums:
-        writes.add("words_ptr")
+        writes -= {"found_ptr"}
     made.append(_launch(main, tensors, sizes, tile, programs, writes))
     if region.completes_apart:
         completing = getattr(module, source.column_sums_name)
@@ -306,12 +303,17 @@ def region_key(region: Region) -> str:
 
 
 def prepare(
-    gm: torch.fx.GraphModule, inputs: Mapping[str, Tensor], *, tile: Tile | None = None
+    gm: torch.fx.GraphModule,
+    inputs: Mapping[str, Tensor],
+    *,
+    tile: Tile | None = None,
+    words: Tensor | None = None,
 ) -> tuple[list[Launch], dict[str, Tensor]]:
     """The launches of a region on real tensors, and the tensors that they will write.
 
     ``inputs``: by the names of the submodule's placeholders. The tensors have the names of the
-    nodes that the submodule returns.
+    nodes that the submodule returns. ``words``: zeros, ``f32[region.padded_words]``, if they are
+    part of others.
     """
     region = Region.of(gm)
     source = emit_once(region)
@@ -320,11 +322,15 @@ def prepare(
     device = next(iter(inputs.values())).device
     tensors: dict[str, Any] = {node.name: inputs[node.name] for node in region.inputs}
     results: dict[str, Tensor] = {}
-    tensors["words"] = torch.zeros(region.word_count, dtype=torch.int32, device=device)
+    words = torch.zeros(region.padded_words, device=device) if words is None else words
+    tensors["words"] = words
     made = torch.zeros if region.scales_rows else torch.empty  # programs of one row add to it
     tensors["found"] = made(int(region.found_size), dtype=torch.int32, device=device)
     for i, cast in enumerate(region.casts):
-        tensors |= _cast_tensors(i, cast, inputs, device, results)
+        tensors |= _cast_tensors(i, cast, inputs, region, words)
+        for output, node in cast.outputs.items():
+            name = f"{output}_{i}"
+            results[node.name] = tensors[name] if name in tensors else _number(region, words, name)
     for i, block in enumerate(region.blocks):
         for output, node in block.outputs.items():
             results[node.name] = tensors[f"block_{output}_{i}"] = _empty_like(node, device)
@@ -337,7 +343,7 @@ def prepare(
         results[node.name] = torch.empty(tuple(value.shape), dtype=value.dtype, device=device)
         tensors[f"value_{i}"] = results[node.name]
     for i, node in enumerate(region.scales):
-        results[node.name] = tensors[f"found_scale_{i}"] = _empty_like(node, device)
+        results[node.name] = _number(region, words, f"found_scale_{i}")
     for i, node in enumerate(region.sums):
         tensors[f"partial_{i}"] = torch.empty(
             partial_rows(region, m, tile), n, dtype=torch.float32, device=device
@@ -362,21 +368,26 @@ def _empty_like(node: torch.fx.Node, device: Any) -> Tensor:
     return torch.empty(tuple(value.shape), dtype=value.dtype, device=device)
 
 
+def _number(region: Region, words: Tensor, name: str) -> Tensor:
+    at = region.numbers[name]
+    return words[at : at + 1]
+
+
 def _cast_tensors(
-    i: int, cast: Cast, inputs: Mapping[str, Tensor], device: Any, results: dict[str, Tensor]
+    i: int, cast: Cast, inputs: Mapping[str, Tensor], region: Region, words: Tensor
 ) -> dict[str, Tensor]:
+    """The copies of a cast, and its scale if that is given; one from earlier steps is written."""
     m, n = (int(size) for size in shape_of(args_of(cast.node)[0]))
-    made = {
-        "fp8": lambda: torch.empty(m, padded(n), dtype=cast.format.dtype, device=device),
-        "fp8_t": lambda: torch.empty(n, padded(m), dtype=cast.format.dtype, device=device),
-        "scale_inv": lambda: torch.empty(1, dtype=torch.float32, device=device),
-        "amax": lambda: torch.zeros(1, dtype=torch.float32, device=device),
-        "scale_used": lambda: torch.empty(1, dtype=torch.float32, device=device),
+    shapes = {"fp8": (m, padded(n)), "fp8_t": (n, padded(m))}
+    tensors = {
+        f"{copy}_{i}": torch.empty(shape, dtype=cast.format.dtype, device=words.device)
+        for copy, shape in shapes.items()
+        if copy in cast.outputs
     }
-    tensors = {}
     if cast.is_delayed:
-        scale = inputs[args_of(cast.node)[1].name]
-        tensors[f"scale_{i}"] = scale[cast.slot : cast.slot + 1]
-    for output, node in cast.outputs.items():
-        results[node.name] = tensors[f"{output}_{i}"] = made[output]()
+        scale = inputs[args_of(cast.node)[1].name][cast.slot : cast.slot + 1]
+        if cast.is_given:
+            tensors[f"scale_{i}"] = scale
+        else:
+            words[region.numbers[f"scale_{i}"]] = scale[0]
     return tensors

@@ -155,6 +155,18 @@ class TileText:
         cast = self.region.blocks[result.index]
         return SearchedCast(result, cast, f"x_{variable}", self.sets, found)
 
+    # --- single numbers ------------------------------------------------------------------------
+
+    def _number(self, name: str) -> str:
+        """A number among the words."""
+        return f"tl.load({self._word(name)}).to(tl.float32, bitcast=True)"
+
+    def _leave_number(self, name: str, value: str) -> str:
+        return f"tl.store({self._word(name)}, ({value}).to(tl.int32, bitcast=True))"
+
+    def _word(self, name: str) -> str:
+        return f"words_ptr + {self.region.numbers[name]}"
+
     # --- arguments -----------------------------------------------------------------------------
 
     def _inputs(self) -> list[str]:
@@ -163,13 +175,13 @@ class TileText:
     def _read(self) -> list[str]:
         """What the values of a tile are computed from, and the words that programs share."""
         totals = ["totals_ptr"] if self.region.sums_apart else []
-        words = ["words_ptr"] if self.region.searches or self.region.scales else []
+        words = ["words_ptr"] if self.region.first_counter else []
         found = ["found_ptr"] if self.region.searched else []
         return [*self._inputs(), *totals, *words, *found]
 
     def _scales(self) -> list[str]:
         casts = enumerate(self.region.casts)
-        return [f"scale_{i}_ptr" for i, cast in casts if cast.is_delayed]
+        return [f"scale_{i}_ptr" for i, cast in casts if cast.is_given]
 
     def _inverses(self) -> list[str]:
         """The inverse scales that the kernel that finds them stores."""
@@ -185,5 +197,6 @@ def definition(name: str, arguments: Sequence[str], lines: Sequence[str]) -> str
     """A kernel, or a function of one, that takes the extent of its tiles besides its arguments."""
     head = [f"    {argument}," for argument in arguments]
     head += [f"    {constant}: tl.constexpr," for constant in ("BLOCK_M", "BLOCK_N")]
-    body = [f"    {line}" for line in lines]
+    words = ["words_ptr = words_ptr.to(tl.pointer_type(tl.int32))"] * ("words_ptr" in arguments)
+    body = [f"    {line}" for line in (*words, *lines)]
     return "\n".join(["@triton.jit", f"def {name}(", *head, "):", *body])

@@ -58,10 +58,9 @@ from .kernels.scaled_mm_few_rows import (
     scaled_mm_few_rows_launch,
 )
 from .kernels.update_scales import update_scales
-from .region import Cast, Region
+from .region import COPIES, Region
 from .tuning import CublasltAlgorithm, choose_gemm
-
-_ALIGNED = 4  # words: parts of a buffer that start at multiples of it can share a compiled kernel
+from .words import FILL, TRACK, fill_words, track_amax
 
 torch.library.impl("fp8::update_scales", "cuda", update_scales)  # one launch instead of a dozen
 
@@ -85,6 +84,7 @@ def lower_to_triton(gm: fx.GraphModule) -> dict[str, str]:
             lowering.attention_backward(node)
         elif node.target is GRADIENT_SCALES:
             lowering.gradient_scales(node)
+    lowering.words()
     # Not eliminate_dead_code: to it a launch, whose result nothing uses, is dead.
     for node in reversed(gm.graph.nodes):
         if not node.users and _is_replaceable(node):
@@ -102,14 +102,16 @@ class _Lowering:
         self.sources: dict[str, str] = {}
         self._tracked = self._take_tracking()  # amax getitem -> the state's amax tensor, and slot
         self._taken = 0  # of the words below
+        self._scales: dict[fx.Node, dict[int, int]] = {}  # scaling state -> word -> slot
+        self._amaxes: dict[fx.Node, dict[int, int]] = {}
         self._materialized: set[fx.Node] = set()
         self._regions = regions_of(gm)
         if self._regions:
             first = next(iter(self._regions))
             with self.graph.inserting_before(first):
                 like = first.all_input_nodes[0]
-                words = sum(map(_padded_words, self._regions.values()))
-                self._zeros = self._empty((words,), torch.int32, like, 0)
+                words = sum(region.padded_words for region in self._regions.values())
+                self._words = self._empty((words,), torch.float32, like)
 
     def _take_tracking(self) -> dict[fx.Node, tuple[fx.Node, int]]:
         tracked: dict[fx.Node, tuple[fx.Node, int]] = {}
@@ -132,7 +134,10 @@ class _Lowering:
         outer, items = _outer(call, region), self._items(call, region)
         with self.graph.inserting_before(call):
             m, n = (self._extent(size, call) for size in (region.space.m, region.space.n))
+            first = self._taken
             tensors = self._tensors(call, region, outer, items)
+            if region.padded_words:
+                tensors["words"] = self._slice(self._words, first, self._taken)
             for i in range(len(region.sums)):
                 rows = partial_rows(region, _proxy(m), tile)
                 like = outer[region.inputs[0]]
@@ -161,11 +166,13 @@ class _Lowering:
         bundle = emit_bundle(regions)
         tensors: dict[str, Any] = {}
         with self.graph.inserting_before(calls[0]):
+            first = self._taken
             for index, (call, region) in enumerate(zip(calls, regions, strict=True)):
                 items = self._items(call, region)
                 own = self._tensors(call, region, _outer(call, region), items)
                 tensors |= {f"{prefix(index)}{name}": tensor for name, tensor in own.items()}
                 self._replace_outputs(region, items, own)
+            tensors["words"] = self._slice(self._words, first, self._taken)
             self._launch(bundle_launch(bundle, tensors))
         self._keep_source(NAME, bundle.text)
 
@@ -176,16 +183,22 @@ class _Lowering:
         outer: dict[fx.Node, fx.Node],
         items: dict[fx.Node, fx.Node],
     ) -> dict[str, Any]:
-        """What a region reads and writes, by the names of its kernel's arguments, without sums."""
+        """What a region reads and writes, by the names of its kernel's arguments, without sums and
+        words; and views of the numbers that others read, by theirs.
+        """
         tensors: dict[str, Any] = {node.name: outer[node] for node in region.inputs}
-        if _padded_words(region):
-            tensors["words"] = self._words(region)
+        tensors |= self._numbers(region, outer, items)
         if region.searched:
             size = self._extent(region.found_size, call)
             zero = 0 if region.scales_rows else None  # what several programs add to
             tensors["found"] = self._empty((size,), torch.int32, call.all_input_nodes[0], zero)
         for i, cast in enumerate(region.casts):
-            tensors |= self._cast_tensors(i, cast, call, outer, items)
+            for output in COPIES:
+                if output in cast.outputs:
+                    tensors[f"{output}_{i}"] = self._buffer(cast.outputs[output], call)
+            if cast.is_given:
+                scale = outer[args_of(cast.node)[1]]
+                tensors[f"scale_{i}"] = self._slice(scale, cast.slot, cast.slot + 1)
         for i, block in enumerate(region.blocks):
             for output, node in block.outputs.items():
                 tensors[f"block_{output}_{i}"] = self._buffer(node, call)
@@ -194,43 +207,57 @@ class _Lowering:
             tensors[f"group_scale_inv_{i}"] = self._buffer(group.outputs["scale_inv"], call)
         for i, value in enumerate(region.values):
             tensors[f"value_{i}"] = self._buffer(value, call)
-        for i, scale in enumerate(region.scales):
-            tensors[f"found_scale_{i}"] = self._buffer(scale, call)
         return tensors
+
+    def _numbers(
+        self, region: Region, outer: dict[fx.Node, fx.Node], items: dict[fx.Node, fx.Node]
+    ) -> dict[str, fx.Node]:
+        """Take a region's part of the words; returns views of those numbers that others read."""
+        at = {name: self._taken + word for name, word in region.numbers.items()}
+        self._taken += region.padded_words
+        read: dict[str, fx.Node] = {}
+        for i, cast in enumerate(region.casts):
+            if cast.is_delayed and not cast.is_given:
+                slots = self._scales.setdefault(outer[args_of(cast.node)[1]], {})
+                slots[at[f"scale_{i}"]] = cast.slot
+            item = items.get(cast.outputs["amax"]) if "amax" in cast.outputs else None
+            if item in self._tracked:
+                amax, slot = self._tracked[item]
+                self._amaxes.setdefault(amax, {})[at[f"amax_{i}"]] = slot
+            read |= {f"{output}_{i}": node for output, node in cast.outputs.items()}
+        read |= {f"found_scale_{i}": scale for i, scale in enumerate(region.scales)}
+        views = {
+            name: self._slice(self._words, at[name], at[name] + 1)
+            for name, node in read.items()
+            if name in at and node in items and items[node].users
+        }
+        self._materialized.update(views.values())
+        return views
+
+    def _in_words(self, number: fx.Node) -> tuple[fx.Node, int]:
+        """The words and a number's place there, which spare the host a view; or the number."""
+        if number.target is aten.slice.Tensor and args_of(number)[0] is self._words:
+            return self._words, int(args_of(number)[2])
+        return number, 0
+
+    def words(self) -> None:
+        """Fill the words before all regions, and track the amax behind them."""
+        if not self._taken:
+            return
+        with self.graph.inserting_after(self._words):
+            launch, source = fill_words(self._words, self._taken, list(self._scales.items()))
+            self._launch(launch)
+        self._keep_source(FILL, source)
+        if self._amaxes:
+            with self.graph.inserting_before(self.graph.output_node()):
+                launch, source = track_amax(self._words, list(self._amaxes.items()))
+                self._launch(launch)
+            self._keep_source(TRACK, source)
 
     def _items(self, call: fx.Node, region: Region) -> dict[fx.Node, fx.Node]:
         """The nodes of this graph that stand for what the region's graph returns."""
         returned = args_of(region.gm.graph.output_node())[0]
         return {returned[args_of(item)[1]]: item for item in call.users}
-
-    def _cast_tensors(
-        self,
-        i: int,
-        cast: Cast,
-        call: fx.Node,
-        outer: dict[fx.Node, fx.Node],
-        items: dict[fx.Node, fx.Node],
-    ) -> dict[str, Any]:
-        like = call.all_input_nodes[0]
-        tensors: dict[str, Any] = {}
-        if cast.is_delayed:
-            tensors[f"scale_{i}"] = self._element(outer[args_of(cast.node)[1]], cast.slot)
-        for output, node in cast.outputs.items():
-            if output == "amax":
-                tracked = self._tracked.get(items[node]) if node in items else None
-                tensors[f"amax_{i}"] = (
-                    self._element(*tracked)
-                    if tracked is not None
-                    else self._empty((1,), torch.float32, like, 0.0)
-                )
-            else:
-                tensors[f"{output}_{i}"] = self._buffer(node, call)
-        return tensors
-
-    def _words(self, region: Region) -> fx.Node:
-        """A region's part of the zeroed words."""
-        first, self._taken = self._taken, self._taken + _padded_words(region)
-        return self._slice(self._zeros, first, self._taken, f"words_{first}")
 
     def _buffer(self, value: fx.Node, call: fx.Node) -> fx.Node:
         """An empty tensor for one of a region's outputs."""
@@ -242,7 +269,7 @@ class _Lowering:
     ) -> None:
         for i, cast in enumerate(region.casts):
             for output, node in cast.outputs.items():
-                if output != "amax" and node in items:
+                if node in items and items[node].users:
                     items[node].replace_all_uses_with(tensors[f"{output}_{i}"])
         for i, block in enumerate(region.blocks):
             for output, node in block.outputs.items():
@@ -256,7 +283,7 @@ class _Lowering:
             if value in items:
                 items[value].replace_all_uses_with(tensors[f"value_{i}"])
         for i, scale in enumerate(region.scales):
-            if scale in items:
+            if scale in items and items[scale].users:
                 items[scale].replace_all_uses_with(tensors[f"found_scale_{i}"])
         for i, node in enumerate(region.sums):
             if node in items:
@@ -294,9 +321,10 @@ class _Lowering:
         if choice is None:
             out = self._scaled_mm(node)
         elif isinstance(choice, CublasltAlgorithm):
-            *operands, out_dtype, fast_accum = args_of(node)[:7]
+            a, b, a_scale_inv, b_scale_inv, bias, out_dtype, fast_accum = args_of(node)[:7]
             addend = next(iter(args_of(node)[7:]), None)
-            args = (*operands, addend, out_dtype, fast_accum, choice.index)
+            numbers, at = zip(*map(self._in_words, (a_scale_inv, b_scale_inv)), strict=True)
+            args = (a, b, *numbers, bias, addend, out_dtype, fast_accum, choice.index, *at)
             with self.graph.inserting_before(node):
                 out = emit(self.graph, SCALED_MM_CUBLASLT, args, f"{node.name}_lt", like=node)
         elif isinstance(choice, FewRowsConfig):
@@ -456,15 +484,11 @@ class _Lowering:
             node.meta["val"] = torch.empty(sizes, dtype=dtype, device=device)
         return node
 
-    def _element(self, flat: fx.Node, index: int) -> fx.Node:
-        """A view of one element: Inductor compiles one kernel for all slots that way."""
-        return self._slice(flat, index, index + 1, f"{flat}_{index}")
-
-    def _slice(self, flat: fx.Node, first: int, end: int, name: str) -> fx.Node:
+    def _slice(self, flat: fx.Node, first: int, end: int) -> fx.Node:
         """Some elements of a vector. What ``evaluate`` takes a millisecond for, and there are
         dozens in every layer, ``as_strided`` does in a fifth.
         """
-        args = (flat, 0, first, end)
+        args, name = (flat, 0, first, end), f"{flat}_{first}"
         node = self.graph.create_node("call_function", aten.slice.Tensor, args, name=name)
         with fake_mode_of(self.graph):
             node.meta["val"] = flat.meta["val"].as_strided((end - first,), (1,), first)
@@ -540,10 +564,6 @@ def stored(value: fx.Node) -> fx.Node:
     while value.target in (*RESHAPES, aten.expand.default):
         value = args_of(value)[0]
     return value
-
-
-def _padded_words(region: Region) -> int:
-    return triton.cdiv(region.word_count, _ALIGNED) * _ALIGNED
 
 
 def _submodule(gm: fx.GraphModule, call: fx.Node) -> fx.GraphModule:

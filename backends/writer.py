@@ -16,7 +16,7 @@ from ..regions import is_aligned, shape_of
 from .before import DONE, Before, found_amax, leave_amax
 from .block_cast import BlockCast
 from .pieces import named, padded_text, plus
-from .region import LEAST_IN_TILE, Cast, Region, Result
+from .region import COPIES, LEAST_IN_TILE, Cast, Region, Result
 from .tile_text import TileText, definition
 from .values import Values, expr_text
 
@@ -178,16 +178,18 @@ class Writer(TileText):
         return lines
 
     def _scale(self, i: int, cast: Cast) -> str:
-        known = f"tl.load(scale_{i}_ptr)" if cast.is_delayed else "0.0"
-        amax = f"tl.load({found_amax(i)}).to(tl.float32, bitcast=True)"
-        found = f"resolve_scale({known}, {amax}, {cast.format.max})"
-        return f"scale_{i} = {known if cast.is_given else found}"
+        if cast.is_given:
+            return f"scale_{i} = tl.load(scale_{i}_ptr)"
+        known = self._number(f"scale_{i}") if cast.is_delayed else "0.0"
+        # Not from this program's cache: the scale has brought the words there before the search.
+        amax = f'tl.load({found_amax(i)}, cache_modifier=".cg").to(tl.float32, bitcast=True)'
+        return f"scale_{i} = resolve_scale({known}, {amax}, {cast.format.max})"
 
     def _tell_scale(self, i: int, cast: Cast) -> list[str]:
-        """Store what others want to know of the scale, from the first tile."""
+        """Leave what others want to know of the scale, from the first tile."""
         told = {"scale_inv": f"divide(1.0, scale_{i})", "scale_used": f"scale_{i}"}
         wanted = [name for name in told if name in cast.outputs]
-        stores = [f"    tl.store({name}_{i}_ptr, {told[name]})" for name in wanted]
+        stores = [f"    {self._leave_number(f'{name}_{i}', told[name])}" for name in wanted]
         return ["if tile == 0:", *stores] if stores else []
 
     # --- stores --------------------------------------------------------------------------------
@@ -228,10 +230,10 @@ class Writer(TileText):
         """Leave the largest of what a program has seen; the last program makes scales of it."""
         lines, last = [], []
         for i, scale in enumerate(self.region.scales):
-            lines += leave_amax(i, f"bits_{i}")
+            lines.append(leave_amax(found_amax(i), f"bits_{i}"))
             amax = f"tl.atomic_max({found_amax(i)}, 0).to(tl.float32, bitcast=True)"
             found = f"resolve_scale(0.0, {amax}, {Format.of(args_of(scale)[1]).max})"
-            last.append(f"    tl.store(found_scale_{i}_ptr, {found})")
+            last.append(f"    {self._leave_number(f'found_scale_{i}', found)}")
         done = f"if tl.atomic_add({DONE}, 1) == tl.num_programs(0) - 1:"
         return [*lines, done, *last] if last else lines
 
@@ -289,8 +291,7 @@ class Writer(TileText):
     def _track(self, i: int, cast: Cast) -> list[str]:
         if "amax" not in cast.outputs:
             return []
-        track = f'tl.atomic_max(amax_{i}_ptr, tile_amax(bits), sem="relaxed")'
-        return [*self._bits(i), track]
+        return [*self._bits(i), leave_amax(self._word(f"amax_{i}"), "bits")]
 
     # --- arguments -----------------------------------------------------------------------------
 
@@ -298,7 +299,7 @@ class Writer(TileText):
         """What a kernel takes, besides the extent of its tiles."""
         names = self._read() + self._scales()
         for i, cast in enumerate(self.region.casts):
-            names += [f"{output}_{i}_ptr" for output in cast.outputs]
+            names += [f"{output}_{i}_ptr" for output in cast.outputs if output in COPIES]
         searched = self._inverses()
         for i, block in enumerate(self.region.blocks):
             pointers = [f"block_{output}_{i}_ptr" for output in block.outputs]
@@ -306,7 +307,6 @@ class Writer(TileText):
         for i in range(len(self.region.groups)):
             names += [f"q_{i}_ptr", f"group_scale_inv_{i}_ptr"]
         names += [f"value_{i}_ptr" for i in range(len(self.region.values))]
-        names += [f"found_scale_{i}_ptr" for i in range(len(self.region.scales))]
         if not self.region.completes_sums:
             return names + [f"partial_{i}_ptr" for i in range(len(self.region.sums))]
         return names + ["words_ptr"] * ("words_ptr" not in names) + self._sum_arguments()

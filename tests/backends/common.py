@@ -118,10 +118,13 @@ class Calls(fx.Interpreter):
 
 def bundled(cases: list[Case]) -> tuple[Launch, list[dict[str, Tensor]]]:
     """The launch that several regions share, and what it will write for each."""
-    tensors: dict[str, Any] = {}
+    words = torch.zeros(sum(case.region.padded_words for case in cases))
+    tensors: dict[str, Any] = {"words": words}
     results = []
     for index, case in enumerate(cases):
-        launches, written = prepare(case.gm, case.inputs, tile=tile_of(case.region))
+        own, words = words.split([case.region.padded_words, len(words) - case.region.padded_words])
+        tile = tile_of(case.region)
+        launches, written = prepare(case.gm, case.inputs, tile=tile, words=own)
         for name, tensor in launches[-1].tensors.items():
             tensors[prefix(index) + name.removesuffix("_ptr")] = tensor
         results.append(written)

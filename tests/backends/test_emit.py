@@ -343,12 +343,15 @@ def test_the_search_for_amax_is_left_out_where_every_scale_is_known() -> None:
     inside = [emit(make(name, [30.0]).region).text for name in names]
     with no_region_is_small():
         rows, tiled = (emit(make(name, [30.0]).region).text for name in names)
+    known = "(tl.load(words_ptr + 5).to(tl.float32, bitcast=True) > 0)"
     for text in (*inside, rows):
-        assert "known = (tl.load(scale_0_ptr) > 0)\n    if not known:\n        _search(" in text
-    assert "tiles = tl.where((tl.load(scale_0_ptr) > 0), 0, tiles)" in tiled
+        assert f"known = {known}\n    if not known:\n        _search(" in text
+        # What the search has found is not read from where the scale has brought its words to.
+        assert 'tl.load(words_ptr + 2, cache_modifier=".cg")' in text
+    assert f"tiles = tl.where({known}, 0, tiles)" in tiled
     for name in names:  # every step searches, in a kernel of its own
         always = emit(make(name, None).region)
-        assert always.amax_name in always.text and "scale_0_ptr" not in always.text
+        assert always.amax_name in always.text and "words_ptr + 5" not in always.text
 
 
 def test_kernels_of_small_tiles_look_for_a_missing_amax_of_small_matrices_only() -> None:
@@ -421,7 +424,7 @@ def test_a_scale_is_found_over_all_programs_and_not_looked_for_again() -> None:
         name = stores.region.scales[0].name
         found, want = (results[name] for results in (stores.run(Tile(1, 128, 4)), stores.oracle()))
         assert torch.allclose(found, want, rtol=1e-6) and (want == 1) == (other != 1)
-        assert casts.region.word_count == 0 and not search_apart(casts.region)
+        assert min(casts.region.numbers.values()) == 0 and not search_apart(casts.region)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -431,6 +434,15 @@ def test_every_column_of_tiles_that_completes_sums_has_a_counter(name: str) -> N
         for tile in tiles(region):
             width = padded(int(region.space.n), region.padding)
             assert -(-width // tile.block_n) <= region.word_count - region.first_counter, tile
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_others_read_of_the_words_is_aligned_and_lies_apart(name: str) -> None:
+    region = make(name, [30.0, 700.0]).region
+    read = ("scale_inv", "scale_used", "found_scale")
+    assert not [at for n, at in region.numbers.items() if n.startswith(read) and at % 4]
+    words = [*range(region._first_number), *region.numbers.values(), region.first_counter]
+    assert len(set(words)) == len(words) and max(words) == region.first_counter
 
 
 def test_sums_over_columns_are_completed_at_every_launch() -> None:

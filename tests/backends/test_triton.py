@@ -17,6 +17,7 @@ from fp8compile.backends import triton as lowering
 from fp8compile.backends.cublaslt import SCALED_MM_CUBLASLT
 from fp8compile.backends.triton import lower_to_triton, regions_of, stored
 from fp8compile.backends.tuning import CublasltAlgorithm, GemmShape
+from fp8compile.backends.words import FILL, TRACK
 from fp8compile.compile import compile_graph
 from fp8compile.internals import is_tangent
 from fp8compile.ir import aten
@@ -70,15 +71,17 @@ def lowered(
     return found
 
 
-def launched(gm: fx.GraphModule) -> Counter[str]:
-    """How often each kernel is launched, by name."""
+def kernel_of(node: fx.Node) -> Any:
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-    count: Counter[str] = Counter()
-    for node in gm.graph.nodes:
-        if "triton_kernel" in str(node.target):
-            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
-            count[kernel.fn.fn.__name__] += 1
+    return kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.fn
+
+
+def launched(gm: fx.GraphModule) -> Counter[str]:
+    """How often each kernel of regions and GEMMs is launched, by name."""
+    nodes = [node for node in gm.graph.nodes if "triton_kernel" in str(node.target)]
+    count = Counter(kernel_of(node).__name__ for node in nodes)
+    assert count.pop(FILL, 0) <= 1 >= count.pop(TRACK, 0)
     return count
 
 
@@ -111,7 +114,7 @@ def test_an_algorithm_of_cublaslt_is_an_operator(monkeypatch: pytest.MonkeyPatch
         gm.graph.lint()
         assert not [n for n in gm.graph.nodes if "aten._scaled_mm" in str(n.target)]
         for node in gm.graph.find_nodes(op="call_function", target=SCALED_MM_CUBLASLT):
-            a, b, _, _, bias, addend, out_dtype, fast_accum, algorithm = node.args
+            a, b, _, _, bias, addend, out_dtype, fast_accum, algorithm, _, _ = node.args
             (m, k), (n, same_k) = a.meta["val"].shape, b.meta["val"].shape
             assert k == same_k and fast_accum
             assert node.meta["val"].shape == (m, n) and node.meta["val"].dtype == out_dtype
@@ -141,7 +144,7 @@ def test_an_addend_goes_to_cublaslt_or_is_added_apart(
         return
     gm.recompile()
     (sums,) = gm.graph.find_nodes(op="call_function", target=SCALED_MM_CUBLASLT)
-    assert sums.args[4:] == (None, sums.args[5], torch.bfloat16, True, 2)
+    assert sums.args[4:] == (None, sums.args[5], torch.bfloat16, True, 2, 0, 0)
     assert sums.args[5].name == "x_rows"
     assert all(map(torch.equal, gm(*inputs), want))
 
@@ -162,6 +165,25 @@ def test_the_launches_of_a_block() -> None:
     # The sums for bias gradients, those of gate and up together, are completed by what makes them.
     assert not [name for name in backward if name.endswith("_column_sums")]
     assert len([name for name in backward if name.endswith("_colsum")]) == 2
+
+
+def test_single_numbers_are_words_of_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which launches take one view of, and GEMMs by cuBLASLt none."""
+    monkeypatch.setattr(lowering, "choose_gemm", lambda shape, device: CublasltAlgorithm(1))
+    graphs = lowered(MLP(bias=True).bfloat16(), torch.randn(32, 64).bfloat16())
+    for gm in graphs.values():
+        made = gm.graph.find_nodes(op="call_function", target=aten.empty.memory_format)
+        assert min(node.meta["val"].numel() for node in made) > 1
+        words = made[0]
+        for node in gm.graph.nodes:
+            if "triton_kernel" in str(node.target):
+                views = [n for n in node.all_input_nodes if n.target is aten.slice.Tensor]
+                assert len(views) <= 1 and all(view.args[0] is words for view in views)
+            if node.target is SCALED_MM_CUBLASLT:
+                assert node.args[2] is node.args[3] is words and node.args[-2] != node.args[-1]
+                assert node.args[-2] % 4 == node.args[-1] % 4 == 0  # cuBLASLt wants 16 bytes
+    fill, *_, track = (n for n in graphs["forward"].graph.nodes if "triton_kernel" in str(n.target))
+    assert [kernel_of(node).__name__ for node in (fill, track)] == [FILL, TRACK]
 
 
 def test_weights_are_cast_in_one_launch_in_inference_too() -> None:

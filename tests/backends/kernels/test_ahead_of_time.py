@@ -35,6 +35,7 @@ from fp8compile.backends.kernels.scaled_mm_few_rows import (
     scaled_mm_few_rows_launch,
 )
 from fp8compile.backends.kernels.update_scales import update_scales_launch
+from fp8compile.backends.words import fill_words, track_amax
 from tests.backends.common import (
     Case,
     bundled,
@@ -335,6 +336,8 @@ def launches() -> Iterator[tuple[str, Launch]]:
         yield f"narrow cast of {width} columns", cast_launch(narrow, tiles(narrow.region)[0])
     cases = [cast(BF16, E4M3, copies=copies) for copies in ("row", "transposed", "row")]
     yield "bundle", bundled(cases)[0]
+    yield "fill words", fill_words(meta(600), 600, [(meta(196), {5: 0, 300: 9})])[0]
+    yield "track", track_amax(meta(600), [(meta(196), {6: 0, 301: 9})])[0]
     state = [meta(7), meta(7), meta(7), meta(16, 7), meta(3, 7, dtype=torch.int32), meta(7)]
     yield "update_scales", update_scales_launch(*state, 3, 32.0, 1.0, slots=7, history_len=16)
 
