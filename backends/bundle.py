@@ -18,7 +18,7 @@ from .fused import Tile, load, region_key, tiles, written
 from .kernels.launch import Launch
 from .region import Region
 
-MOST_REGIONS = 8
+MOST_REGIONS = 16
 MOST_BYTES = 32 * 2**20  # written by a bundle: they are alive from its first cast to its last GEMM
 _NUM_WARPS = 4
 NAME = "fp8_bundle"

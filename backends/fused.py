@@ -171,7 +171,7 @@ def launches(
         writes = written(region, search.arg_names)
         writes -= set() if region.sums_in_search else {"totals_ptr"}
         made.append(_launch(search, tensors, sizes, found_by, programs, writes))
-    tiles_m = partial_rows(region, m, tile)
+    tiles_m = _summing(region, m, tile)
     programs = tiles_m * _tiles_along(region, n, tile.block_n)
     main = getattr(module, source.name)
     writes = written(region, main.arg_names) - {"totals_ptr"}
@@ -187,9 +187,14 @@ def launches(
 
 
 def partial_rows(region: Region, m: Any, tile: Tile) -> Any:
-    """How many rows of partial sums a region's kernel leaves: one for each row of tiles, or for
-    each program that loops; of these there are as many as run at a time.
+    """How many rows of partial sums a region's kernel leaves: for each sum one for each row of
+    tiles, or for each program that loops.
     """
+    return _summing(region, m, tile) * len(region.sums)
+
+
+def _summing(region: Region, m: Any, tile: Tile) -> Any:
+    """How many rows of tiles there are, or programs that loop: as many as run at a time."""
     rows = _tiles_along(region, m, tile.block_m)
     most = _LOOPING * _MULTIPROCESSORS
     if not region.loops:
@@ -344,10 +349,8 @@ def prepare(
         tensors[f"value_{i}"] = results[node.name]
     for i, node in enumerate(region.scales):
         results[node.name] = _number(region, words, f"found_scale_{i}")
+    tensors["partial"] = torch.empty(partial_rows(region, m, tile), n, device=device)
     for i, node in enumerate(region.sums):
-        tensors[f"partial_{i}"] = torch.empty(
-            partial_rows(region, m, tile), n, dtype=torch.float32, device=device
-        )
         results[node.name] = tensors[f"sum_{i}"] = _empty_like(node, device)
     tensors["totals"] = torch.empty(source.totals * m, dtype=torch.float32, device=device)
     return launches(region, source, tensors, {}, m=m, n=n, tile=tile), results

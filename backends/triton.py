@@ -138,11 +138,11 @@ class _Lowering:
             tensors = self._tensors(call, region, outer, items)
             if region.padded_words:
                 tensors["words"] = self._slice(self._words, first, self._taken)
-            for i in range(len(region.sums)):
-                rows = partial_rows(region, _proxy(m), tile)
-                like = outer[region.inputs[0]]
-                tensors[f"partial_{i}"] = self._empty((_unwrap(rows), n), torch.float32, like)
-                tensors[f"sum_{i}"] = self._buffer(region.sums[i], call)
+            if region.sums:
+                rows = _unwrap(partial_rows(region, _proxy(m), tile))
+                tensors["partial"] = self._empty((rows, n), torch.float32, outer[region.inputs[0]])
+            for i, total in enumerate(region.sums):
+                tensors[f"sum_{i}"] = self._buffer(total, call)
             if region.sums_apart:
                 rows = _unwrap(_proxy(m) * source.totals)
                 tensors["totals"] = self._empty((rows,), torch.float32, outer[region.inputs[0]])

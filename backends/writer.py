@@ -62,10 +62,14 @@ class Writer(TileText):
         return definition(name, arguments, lines)
 
     def _add_partial_sums(self, rows: str, block_m: str) -> list[str]:
-        """Add up the partial sums of the columns, so many rows of them at a time."""
-        lines = []
-        for i in range(len(self.region.sums)):
-            total = f"add_rows(partial_{i}_ptr + cols, {rows}, N, in_n, {block_m})"
+        """Add up the partial sums of the columns, so many rows of them at a time. Those of several
+        sums take turns in one buffer, which is one pointer to pass.
+        """
+        lines, count = [], len(self.region.sums)
+        pitch = "N" if count == 1 else f"{count} * N"
+        for i in range(count):
+            first = f"partial_ptr + {i} * N" if i else "partial_ptr"
+            total = f"add_rows({first} + cols, {rows}, {pitch}, in_n, {block_m})"
             lines.append(f"tl.store(sum_{i}_ptr + cols, {total}, mask=in_n)")
         return lines
 
@@ -218,7 +222,9 @@ class Writer(TileText):
 
     def _leave_sum(self, index: int, total: str, row: str) -> list[str]:
         """Leave what belongs to a row of partial sums."""
-        pointer = f"partial_{index}_ptr + ({row} * N + cols)"
+        count = len(self.region.sums)
+        at = row if count == 1 else f"({row} * {count} + {index})"
+        pointer = f"partial_ptr + ({at} * N + cols)"
         return [f"tl.store({pointer}, {total}[None, :], mask=in_n)"]
 
     def _store_scale(self, result: Result, variable: str) -> list[str]:
@@ -308,9 +314,8 @@ class Writer(TileText):
             names += [f"q_{i}_ptr", f"group_scale_inv_{i}_ptr"]
         names += [f"value_{i}_ptr" for i in range(len(self.region.values))]
         if not self.region.completes_sums:
-            return names + [f"partial_{i}_ptr" for i in range(len(self.region.sums))]
+            return names + ["partial_ptr"] * bool(self.region.sums)
         return names + ["words_ptr"] * ("words_ptr" not in names) + self._sum_arguments()
 
     def _sum_arguments(self) -> list[str]:
-        sums = range(len(self.region.sums))
-        return [f"{name}_{i}_ptr" for i in sums for name in ("partial", "sum")]
+        return ["partial_ptr", *(f"sum_{i}_ptr" for i in range(len(self.region.sums)))]
