@@ -88,7 +88,7 @@ def emit_bundle(regions: Sequence[Region]) -> Bundle:
             f"        {part.name}({given}, {tile.block_m}, {tile.block_n})",
         ]
         first += programs
-        words += region.padded_words
+        words += region.word_count
     kernel = ["@triton.jit", f"def {NAME}(", *(f"    {a}," for a in arguments), "):"]
     kernel += ["    program = tl.program_id(0)", *branches]
     functions = [part.text for part in parts.values()]

@@ -317,7 +317,7 @@ def prepare(
     """The launches of a region on real tensors, and the tensors that they will write.
 
     ``inputs``: by the names of the submodule's placeholders. The tensors have the names of the
-    nodes that the submodule returns. ``words``: zeros, ``f32[region.padded_words]``, if they are
+    nodes that the submodule returns. ``words``: zeros, ``f32[region.word_count]``, if they are
     part of others.
     """
     region = Region.of(gm)
@@ -327,7 +327,7 @@ def prepare(
     device = next(iter(inputs.values())).device
     tensors: dict[str, Any] = {node.name: inputs[node.name] for node in region.inputs}
     results: dict[str, Tensor] = {}
-    words = torch.zeros(region.padded_words, device=device) if words is None else words
+    words = torch.zeros(region.word_count, device=device) if words is None else words
     tensors["words"] = words
     made = torch.zeros if region.scales_rows else torch.empty  # programs of one row add to it
     tensors["found"] = made(int(region.found_size), dtype=torch.int32, device=device)

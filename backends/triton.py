@@ -110,7 +110,7 @@ class _Lowering:
             first = next(iter(self._regions))
             with self.graph.inserting_before(first):
                 like = first.all_input_nodes[0]
-                words = sum(region.padded_words for region in self._regions.values())
+                words = sum(region.word_count for region in self._regions.values())
                 self._words = self._empty((words,), torch.float32, like)
 
     def _take_tracking(self) -> dict[fx.Node, tuple[fx.Node, int]]:
@@ -136,7 +136,7 @@ class _Lowering:
             m, n = (self._extent(size, call) for size in (region.space.m, region.space.n))
             first = self._taken
             tensors = self._tensors(call, region, outer, items)
-            if region.padded_words:
+            if region.word_count:
                 tensors["words"] = self._slice(self._words, first, self._taken)
             if region.sums:
                 rows = _unwrap(partial_rows(region, _proxy(m), tile))
@@ -214,7 +214,7 @@ class _Lowering:
     ) -> dict[str, fx.Node]:
         """Take a region's part of the words; returns views of those numbers that others read."""
         at = {name: self._taken + word for name, word in region.numbers.items()}
-        self._taken += region.padded_words
+        self._taken += region.word_count
         read: dict[str, fx.Node] = {}
         for i, cast in enumerate(region.casts):
             if cast.is_delayed and not cast.is_given:

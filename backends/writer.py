@@ -185,8 +185,7 @@ class Writer(TileText):
         if cast.is_given:
             return f"scale_{i} = tl.load(scale_{i}_ptr)"
         known = self._number(f"scale_{i}") if cast.is_delayed else "0.0"
-        # Not from this program's cache: the scale has brought the words there before the search.
-        amax = f'tl.load({found_amax(i)}, cache_modifier=".cg").to(tl.float32, bitcast=True)'
+        amax = f"tl.load({found_amax(i)}).to(tl.float32, bitcast=True)"
         return f"scale_{i} = resolve_scale({known}, {amax}, {cast.format.max})"
 
     def _tell_scale(self, i: int, cast: Cast) -> list[str]:

@@ -118,11 +118,11 @@ class Calls(fx.Interpreter):
 
 def bundled(cases: list[Case]) -> tuple[Launch, list[dict[str, Tensor]]]:
     """The launch that several regions share, and what it will write for each."""
-    words = torch.zeros(sum(case.region.padded_words for case in cases))
+    words = torch.zeros(sum(case.region.word_count for case in cases))
     tensors: dict[str, Any] = {"words": words}
     results = []
     for index, case in enumerate(cases):
-        own, words = words.split([case.region.padded_words, len(words) - case.region.padded_words])
+        own, words = words.split([case.region.word_count, len(words) - case.region.word_count])
         tile = tile_of(case.region)
         launches, written = prepare(case.gm, case.inputs, tile=tile, words=own)
         for name, tensor in launches[-1].tensors.items():
