@@ -7,6 +7,7 @@ few of them become one kernel, whose programs they share.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from .region import Region
 
 MOST_REGIONS = 16
 MOST_BYTES = 32 * 2**20  # written by a bundle: they are alive from its first cast to its last GEMM
-_NUM_WARPS = 4
+_NUM_WARPS = 8
 NAME = "fp8_bundle"
 
 
@@ -66,35 +67,68 @@ class Bundle:
 
 
 def emit_bundle(regions: Sequence[Region]) -> Bundle:
-    """One kernel for all; regions that look alike share their functions."""
-    parts: dict[str, PartSource] = {}
-    heads, arguments, branches, writes = [], ["words_ptr"], [], {"words_ptr"}
-    first = words = 0
+    """One kernel for all. Those that look alike are one piece of code: each takes a second or so to
+    compile.
+    """
+    starts = [0, *itertools.accumulate(region.word_count for region in regions)]
+    alike: dict[str, list[int]] = {}
     for index, region in enumerate(regions):
-        key = region_key(region)
-        if key not in parts:
-            parts[key] = emit_part(region, f"_{len(parts)}")
-            heads.append(describe(region, parts[key].name))
-        part, tile = parts[key], tile_of(region)
-        own = {name: f"{prefix(index)}{name}" for name in part.arguments if name != "words_ptr"}
-        arguments += own.values()
-        writes |= {own[name] for name in written(region, own)}
-        passed = (own.get(name, f"words_ptr + {words}") for name in part.arguments)
-        given = ", ".join([f"program - {first}" if first else "program", *passed])
-        m, n = int(region.space.m), int(region.space.n)
-        programs = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+        alike.setdefault(region_key(region), []).append(index)
+    heads, functions, branches = [], [], []
+    arguments, writes = ["words_ptr"], {"words_ptr"}
+    programs = 0
+    for number, indices in enumerate(alike.values()):
+        region = regions[indices[0]]
+        part = emit_part(region, f"_{number}")
+        heads.append(describe(region, part.name))
+        own = [name for name in part.arguments if name != "words_ptr"]
+        passed = [f"{prefix(index)}{name}" for index in indices for name in own]
+        writes |= {f"{prefix(i)}{name}" for i in indices for name in written(region, own)}
+        family = _family(part, own, {index: starts[index] for index in indices}, region)
+        functions += [part.text, family]
+        program = f"program - {programs}" if programs else "program"
+        programs += _programs(region) * len(indices)
         branches += [
-            f"    {'elif' if index else 'if'} program < {first + programs}:",
-            f"        {part.name}({given}, {tile.block_m}, {tile.block_n})",
+            f"    {'elif' if number else 'if'} program < {programs}:",
+            f"        _regions_{number}({', '.join([program, 'words_ptr', *passed])})",
         ]
-        first += programs
-        words += region.word_count
+        arguments += passed
     kernel = ["@triton.jit", f"def {NAME}(", *(f"    {a}," for a in arguments), "):"]
     kernel += ["    program = tl.program_id(0)", *branches]
-    functions = [part.text for part in parts.values()]
     head = f'"""{NAME}: {len(regions)} regions.\n\n' + "\n\n".join(heads) + '\n"""'
     text = "\n\n\n".join([head, IMPORTS, *functions, "\n".join(kernel)]) + "\n"
-    return Bundle(text, first, frozenset(writes))
+    return Bundle(text, programs, frozenset(writes))
+
+
+def _family(part: PartSource, own: Sequence[str], starts: Mapping[int, int], region: Region) -> str:
+    """A function that has a program work for one of the regions that look alike: ``own``, their
+    arguments but for words; ``starts``: the first word of each, by its index.
+    """
+    first, *others = starts
+    takes = [f"{prefix(index)}{name}" for index in starts for name in own]
+    lines = [f"region = program // {_programs(region)}"]
+    for name in own:
+        lines.append(f"{name} = {prefix(first)}{name}")
+        chosen = (f"{prefix(index)}{name}, {name})" for index in others)
+        lines += [f"{name} = tl.where(region == {i}, {x}" for i, x in enumerate(chosen, 1)]
+    lines.append(f"word = {starts[first]}")
+    chosen = (f"{starts[index]}, word)" for index in others)
+    lines += [f"word = tl.where(region == {i}, {x}" for i, x in enumerate(chosen, 1)]
+    tile = tile_of(region)
+    passed = ["words_ptr + word" if name == "words_ptr" else name for name in part.arguments]
+    given = [f"program % {_programs(region)}", *passed, str(tile.block_m), str(tile.block_n)]
+    lines.append(f"{part.name}({', '.join(given)})")
+    head = [f"    {argument}," for argument in ("program", "words_ptr", *takes)]
+    body = [f"    {line}" for line in lines]
+    name = part.name.replace("_region", "_regions")
+    return "\n".join(["@triton.jit", f"def {name}(", *head, "):", *body])
+
+
+def _programs(region: Region) -> int:
+    """How many programs work for a region: one for each of its tiles."""
+    tile = tile_of(region)
+    m, n = int(region.space.m), int(region.space.n)
+    return triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
 
 
 def prefix(index: int) -> str:
