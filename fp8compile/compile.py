@@ -40,13 +40,23 @@ from .errors import OptionError, PassError, StrictError
 from .ir import SLOTS_PER_SITE, Site, args_of, format_graph
 from .modules import SiteNames, calling_module, calling_shards
 from .observer import FinalGraphs, Observer
-from .options import AUTO, FALLBACK, FP8, FP8_BOTH, HIGH_PRECISION, Options, parse_options
+from .options import (
+    AUTO,
+    FALLBACK,
+    FP8,
+    FP8_BOTH,
+    HIGH_PRECISION,
+    RECIPE,
+    Options,
+    parse_options,
+)
 from .passes import (
     STATIC_SCALES,
     StateNodes,
     joint_passes,
     keep_logits,
     naming_errors,
+    refine_attention_gradients,
     run_final_passes,
     run_passes,
     tag_sites,
@@ -109,6 +119,9 @@ def compile_graph(
     tag_sites(gm, name_of=SiteNames(root, tensors), recipe_of=options.own_recipe)
     if options.logits == HIGH_PRECISION:
         keep_logits(gm)
+    delayed = options.recipe.scaling is Scaling.DELAYED  # which attention's backward needs
+    if options.attention == FP8_BOTH and options.formats == RECIPE and delayed:
+        refine_attention_gradients(gm, recipe=options.recipe)
     _keep(gm, options)
     sites: list[Site] = gm.meta["fp8_sites"]
     if observer is not None:

@@ -24,6 +24,7 @@ from .pipeline import (
     with_own_passes,
 )
 from .plan_saved import plan_saved
+from .refine_attention_gradients import refine_attention_gradients
 from .share_casts import share_casts
 from .split_regions import split_regions
 from .store_activations import store_activations
@@ -54,6 +55,7 @@ __all__ = [
     "merge_gemms",
     "naming_errors",
     "plan_saved",
+    "refine_attention_gradients",
     "run_final_passes",
     "run_passes",
     "share_casts",

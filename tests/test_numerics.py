@@ -71,6 +71,19 @@ def test_llama_gates_with_attention_in_fp8() -> None:
     assert 0 < sqnr_db(expected["output"], without) - output < 0.5
 
 
+def test_llama_gates_with_attention_in_fp8_in_both_directions() -> None:
+    """At the first step, whose scales are guessed, and at the third."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = Llama(heads=2, kv_heads=1, max_tokens=128)
+    ids = torch.randint(0, 256, (4, 128))
+    expected = step(model, model, ids)
+    compiled = compile_interpreted(model, {"attention": "fp8_both", "decline_slower": False})
+    for _ in range(3):
+        assert_gates(expected, step(compiled, model, ids))
+        fp8compile.update_scales(model)
+
+
 def test_small_llama_with_the_current_recipe() -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()

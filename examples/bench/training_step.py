@@ -16,7 +16,7 @@ drifts in a minute. The contenders:
     fp8      torch.compile(backend="fp8"), this repository
     fp8-stored  the same, with save_activations="fp8"
     fp8-attention  the same, with attention="fp8" (needs nvidia-cudnn-frontend)
-    fp8-attention-both  the same, with attention="fp8_both" and recipe="e4m3_only"
+    fp8-attention-both  the same, with attention="fp8_both"
     fp8-current, fp8-static, fp8-rowwise, fp8-blockwise  the same, with that recipe
     torchao  float8 tensorwise (dynamic scaling) and torch.compile, if installed
     torchao-rowwise  the same, with a scale per row
@@ -182,7 +182,7 @@ CONTENDERS: dict[str, Callable[[Job], Contender]] = {
     "fp8": fp8,
     "fp8-stored": partial(fp8, save_activations="fp8"),
     "fp8-attention": partial(fp8, attention="fp8"),
-    "fp8-attention-both": partial(fp8, attention="fp8_both", recipe="e4m3_only"),
+    "fp8-attention-both": partial(fp8, attention="fp8_both"),
     "fp8-auto": partial(fp8, scaling="auto"),
     **{f"fp8-{name}": partial(fp8, recipe=name) for name in RECIPES},
     "torchao": torchao,
