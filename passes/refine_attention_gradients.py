@@ -46,7 +46,9 @@ def refine_attention_gradients(gm: fx.GraphModule, *, recipe: Recipe) -> int:
     if formats.get(Operand.GRAD_OUTPUT) is not Format.E5M2:
         return 0
     formats[Operand.GRAD_OUTPUT] = Format.E4M3
-    refined = replace(recipe, name=f"{recipe.name} with E4M3 gradients", formats=formats)
+    refined = replace(
+        recipe, name=f"{recipe.name} with E4M3 gradients", formats=tuple(formats.items())
+    )
     sites: list[Site] = gm.meta["fp8_sites"]
     bodies = [body for body in gm.modules() if isinstance(body, fx.GraphModule)]
     calls = {call for body in bodies for call in _calls_for_attention(body)}

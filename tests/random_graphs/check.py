@@ -21,7 +21,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 from unittest import mock
@@ -34,11 +34,11 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.compile_fx import compile_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fp8compile import OptionError, profile
+from fp8compile import Format, Operand, OptionError, Recipe, profile
 from fp8compile import compile as compiler
 from fp8compile.internals import is_tangent
-from fp8compile.ir import QUANTIZE, format_graph
-from fp8compile.options import AUTO, parse_options
+from fp8compile.ir import QUANTIZE, Site, format_graph
+from fp8compile.options import AUTO, FP8_BOTH, parse_options
 from fp8compile.passes import add_in_gemms, grow_regions, split_regions
 from fp8compile.passes.pipeline import Pass, pass_name
 from fp8compile.recipe import Scaling
@@ -246,8 +246,7 @@ class _Compiled:
         def joint(graph: compiler.GraphCompiler, gm: fx.GraphModule) -> None:
             training = any(is_tangent(node) for node in gm.graph.nodes)
             rewrite(graph, gm)
-            own = (self.options.own_recipe(site.fqn) for site in graph.sites)
-            recipes = [recipe or self.options.recipe for recipe in own]
+            recipes = [self._recipe_of(site) for site in graph.sites]
             rule = rule_of(recipes)
             observes = training and rule is not None and rule.scaling is Scaling.DELAYED
             self.plan = Plan.of(gm, graph.sites, recipes, observes)
@@ -267,6 +266,16 @@ class _Compiled:
                 return self._run(*inputs)
             except BackendCompilerFailed as error:
                 raise error.inner_exception from error
+
+    def _recipe_of(self, site: Site) -> Recipe:
+        """By the options; but for gradients that attention's backward has in E4M3."""
+        own = self.options.own_recipe(site.fqn)
+        recipe = own or self.options.recipe
+        if own is None and self.options.attention == FP8_BOTH and site.recipe is not None:
+            formats = {**dict(recipe.formats), Operand.GRAD_OUTPUT: Format.E4M3}
+            recipe = replace(recipe, name=site.recipe.name, formats=tuple(formats.items()))
+            assert recipe == site.recipe
+        return recipe
 
     def _backend(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         final = self._final
@@ -382,7 +391,7 @@ def run(call: Callable[..., Any], model: nn.Module, inputs: Sequence[Tensor]) ->
         loss.backward()
     found = {f"output {i}": value for i, value in enumerate(outputs)}
     found |= leaves | dict(model.named_buffers())
-    kinds: list[Any] = [(tuple(x.shape), x.dtype, x.stride(), x.requires_grad) for x in outputs]
+    kinds: list[Any] = [(tuple(x.shape), x.dtype, _strides(x), x.requires_grad) for x in outputs]
     kinds += _aliases(found)
     found |= {f"gradient of {n}": x.grad for n, x in leaves.items() if x.grad is not None}
     kinds += [(name, tuple(x.shape), x.dtype) for name, x in found.items()]
@@ -432,6 +441,11 @@ def _assert_same_results(want: Results, got: Results, runs: _Runs) -> Counter[st
             assert is_rounding, f"{name}: {found_db:.1f} dB, more than rounding errors make"
             counts["as close as rounding errors allow"] += 1
     return counts
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Those that matter: a dimension of one element is never stepped along."""
+    return tuple(step for size, step in zip(x.shape, x.stride(), strict=True) if size != 1)
 
 
 def _power(x: Tensor) -> float:
