@@ -493,12 +493,17 @@ def test_all_are_launched_statically_but_those_that_take_descriptors(
 
 def test_nothing_spills(reports: dict[str, Report]) -> None:
     spilled = {name: r for name, r in reports.items() if r["stack"] or r["local"]}
-    # 232 bytes of one of the three that are timed for an unaligned shape.
+    # Under Triton 3.6, 232 bytes of one of the three that are timed for an unaligned shape.
     # 8 bytes of a cast of one column, in tiles of 64; and of a small gradient's with its sum over
     # columns, to which no order of loads and search is kinder in all tiles, and some in one tile.
     expected = {"unaligned gemm 128x256x128g8w8s3 fast", "narrow cast of 1 columns"}
     expected |= {"region bias_gradient fp8_cast_colsum"}
-    assert spilled.keys() <= (expected if triton.__version__.startswith("3.6.") else set())
+    # Under others, 8 bytes of a bundle with three casts of both kinds, which with 64 registers runs
+    # four at a time; two of them take 69 and have none.
+    if not triton.__version__.startswith("3.6."):
+        expected = {"bundle"}
+        assert reports["bundle"]["stack"] <= 8
+    assert spilled.keys() <= expected
 
 
 def test_no_kernel_packs_a_register_that_was_not_converted(reports: dict[str, Report]) -> None:
