@@ -119,8 +119,7 @@ def compile_graph(
     tag_sites(gm, name_of=SiteNames(root, tensors), recipe_of=options.own_recipe)
     if options.logits == HIGH_PRECISION:
         keep_logits(gm)
-    delayed = options.recipe.scaling is Scaling.DELAYED  # which attention's backward needs
-    if options.attention == FP8_BOTH and options.formats == RECIPE and delayed:
+    if options.attention == FP8_BOTH and options.formats == RECIPE:
         refine_attention_gradients(gm, recipe=options.recipe)
     _keep(gm, options)
     sites: list[Site] = gm.meta["fp8_sites"]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..formats import Format
 from ..ir import SITE_TAG, Site, aten
-from ..recipe import Operand, Recipe
+from ..recipe import Operand, Recipe, Scaling
 
 _ATTENTION = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
 _OPERANDS = ("query", "key", "value")
@@ -39,11 +39,13 @@ def refine_attention_gradients(gm: fx.GraphModule, *, recipe: Recipe) -> int:
         value of an attention of the same graph or activation-checkpointed region, with no other
         site in between; and if that is so of all sites with its leader, which share a cast.
     Leaves alone: sites with a reason to stay in high precision, or a recipe of their own; those of
-        ``multi_head_attention_forward``.
+        ``multi_head_attention_forward``; all if the recipe's scaling is not delayed, which is what
+        attention's backward needs.
     Numerics: exact.
     """
     formats = dict(recipe.formats)
-    if formats.get(Operand.GRAD_OUTPUT) is not Format.E5M2:
+    delayed = recipe.scaling is Scaling.DELAYED
+    if not delayed or formats.get(Operand.GRAD_OUTPUT) is not Format.E5M2:
         return 0
     formats[Operand.GRAD_OUTPUT] = Format.E4M3
     refined = replace(
