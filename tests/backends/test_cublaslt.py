@@ -369,8 +369,8 @@ def test_threads_share_the_descriptors_of_a_gemm() -> None:
     product = OP(a, b, one, one, None, None, BF16, True, 0)
 
     def multiply(power: int) -> bool:
-        scale_inv = one * 2.0**power
         with torch.cuda.stream(torch.cuda.Stream()):
+            scale_inv = one * 2.0**power
             return all(
                 torch.equal(
                     OP(a, b, scale_inv, one, None, None, BF16, True, 1), product * 2.0**power
