@@ -176,6 +176,8 @@ _DEVICE_FUNCTIONS = (
     "add_rows",
     "block_scales",
     "divide",
+    "erf_plus_1",
+    "exp",
     "group_scale",
     "inside",
     "inverse",

@@ -265,6 +265,10 @@ class Values:
             value = self._pull(function, found[0].node, found[0].position, needed)
             gate = self._assign(function, "gate", f"sigmoid({value})")
             return self._assign(function, "silu", f"{value} * {gate}")
+        if _is_erf_plus_1(node):
+            (read,) = self._reads(found[0].node, found[0].position)
+            value = self._pull(function, read.node, read.position, needed)
+            return self._assign(function, "erf", f"erf_plus_1({value})")
         if node.target not in _TEXT:  # a view
             return self._pull(function, found[0].node, found[0].position, needed)
         tensors = iter([self._pull(function, r.node, r.position, needed) for r in found])
@@ -431,6 +435,13 @@ def _logit_of_silu(node: fx.Node) -> fx.Node | None:
     return x if negative is not None and _argument(negative, aten.neg.default) is x else None
 
 
+def _is_erf_plus_1(node: fx.Node) -> bool:
+    """Whether a node is ``erf(x) + 1``, as in ``gelu(x)``; of a small erf, 1 leaves few bits."""
+    if _argument(args_of(node)[0] if node.args else None, aten.erf.default) is None:
+        return False
+    return node.target is aten.add.Tensor and args_of(node)[1] == 1 and not node.kwargs
+
+
 def _argument(node: Any, target: Any) -> Any:
     """The first argument of a node, if it is a call of ``target``."""
     return args_of(node)[0] if isinstance(node, fx.Node) and node.target is target else None
@@ -444,9 +455,13 @@ def _operand(arg: Any, tensors: Any) -> str:
     return f'float("{arg}")' if arg != arg or abs(arg) == float("inf") else repr(float(arg))
 
 
+# Where the name of an operator is long, or that of a function that computes it.
+_SHORT = {"convert_element_type": "converted", "sigmoid": "gate", "log1p": "log", "exp": "power"}
+
+
 def _short(node: fx.Node) -> str:
     name = str(getattr(node.target, "_opname", "value"))
-    return {"convert_element_type": "converted", "sigmoid": "gate", "log1p": "log"}.get(name, name)
+    return _SHORT.get(name, name)
 
 
 def _simple(template: str) -> Any:
@@ -500,7 +515,7 @@ _TEXT = {
     aten.pow.Tensor_Scalar: _power,
     aten.neg.default: _simple("-{0}"),
     aten.abs.default: _simple("tl.abs({0})"),
-    aten.exp.default: _simple("tl.exp({0})"),
+    aten.exp.default: _simple("exp({0})"),
     aten.log.default: _simple("tl.log({0})"),
     aten.log1p.default: _simple("log1p({0})"),
     aten.sqrt.default: _simple("tl.sqrt({0})"),

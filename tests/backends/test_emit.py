@@ -611,6 +611,18 @@ def test_sums_over_rows_come_from_functions_of_their_own() -> None:
     assert names["gelu"] == ["_values"]
 
 
+def test_only_an_erf_that_1_is_added_to_may_lose_what_is_small() -> None:
+    def erf_alone(x: Tensor, scale: Tensor | None) -> Outputs:
+        return quantize(torch.erf(x.float()), scale)
+
+    small = torch.randn(32, 48) * 1e-6
+    alone = only_region(erf_alone, x=small, scale=None)
+    assert_close(alone.run(), alone.oracle())
+    for case, function in ((alone, "tl.erf"), (make("gelu", None), "erf_plus_1")):
+        (body,) = functions_of(case).values()
+        assert [name for name in ("tl.erf", "erf_plus_1") if f"{name}(" in body] == [function]
+
+
 def test_the_header_says_what_is_computed_and_how_many_bytes_are_moved() -> None:
     case = only_region(plain, x=torch.randn(1000, 512), scale=None)
     text = emit(case.region).text

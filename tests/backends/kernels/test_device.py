@@ -1,4 +1,4 @@
-"""Numerics that kernels share: division."""
+"""Numerics that kernels share: division, and the error function of a GELU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8compile.backends.kernels.device import divide
+from fp8compile.backends.kernels.device import divide, erf_plus_1
 from fp8compile.ops import LARGEST_SCALE
 from tests.backends.common import DEVICE
 
@@ -57,3 +57,32 @@ def test_the_inverse_of_the_largest_scale_is_the_smallest_normal_number() -> Non
 @pytest.mark.parametrize("a", [1.0, 448.0, 57344.0])
 def test_every_mantissa_is_divided_right(a: float) -> None:
     check(a, of_exponent(127, torch.arange(2**23)))
+
+
+@triton.jit
+def _erf_plus_1_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, erf_plus_1(tl.load(x_ptr + at)))
+
+
+def erf_plus_1_of(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    _erf_plus_1_kernel[(x.numel() // 1024,)](x, out, 1024)
+    return out.double()
+
+
+def test_erf_plus_1_is_as_exact_as_float32_lets_its_sum_be() -> None:
+    x = torch.linspace(-6, 6, 2**14, device=DEVICE)
+    errors = (erf_plus_1_of(x) - (x.double().erf() + 1)).abs()
+    assert errors.max() <= 2.0**-22  # 2 has steps of 2 ** -23, and the hardware's 2 ** x an error
+    below = x < -1  # where the sum is small, it is no difference of numbers near 1
+    assert errors[below].max() <= 5e-8
+
+
+def test_erf_plus_1_of_what_is_small_large_or_not_finite() -> None:
+    x = torch.tensor([0.0, -0.0, 1e-20, -1e-20, 4, -4, 1e4, -1e4, 1e38, -1e38, torch.inf])
+    x = torch.cat([x, -x[-1:], torch.full((1024 - 12,), torch.nan)]).to(DEVICE)
+    want = torch.tensor([1, 1, 1, 1, 2, 0, 2, 0, 2, 0, 2, 0], dtype=torch.float64)
+    got = erf_plus_1_of(x).cpu()
+    assert (got[:12] - want).abs().max() <= 2e-8 and got[10] == 2 and got[11] == 0
+    assert got[12:].isnan().all()
