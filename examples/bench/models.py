@@ -9,7 +9,7 @@ A step is forward, backward and, for FP8, the update of the scales; no optimizer
 both the same. The two contenders have the same parameters and inputs, and are measured in turns.
 The models have random weights and no dropout. FP8 leaves in bf16 what it would make slower. "Host"
 is the time to launch a step, bf16's and FP8's: where that is not below the step's, the host is what
-was measured.
+was measured. Below each model's line is what its kernels took.
 
     llama-WIDTH  layers only, no embedding and no head (llama_layers.py)
     gpt2         GPT-2 small with its language-model head, from transformers
@@ -35,12 +35,16 @@ from llama_layers import LlamaLayers, LlamaShape, rope_tables
 from rich.console import Console
 from rich.table import Table
 from timing import (
+    KernelTime,
     append_csv,
+    by_category,
     device_name,
     equal_conditions,
     host_ms,
+    kernel_times,
     load_compiler,
     median_ms_in_turns,
+    print_categories,
     seconds,
     sqnr_db,
     versions,
@@ -177,7 +181,7 @@ class Job:
 
 @dataclass
 class Result:
-    """What was found for one model; ``ms``, ``host_ms`` and ``compile_s`` by contender."""
+    """What was found for one model; from ``ms`` on, by contender."""
 
     title: str
     fp8_gemms: int = 0
@@ -186,6 +190,7 @@ class Result:
     ms: dict[str, float] = field(default_factory=dict)
     host_ms: dict[str, float] = field(default_factory=dict)
     compile_s: dict[str, float] = field(default_factory=dict)
+    kernels: dict[str, dict[str, KernelTime]] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -246,6 +251,8 @@ def measure(name: str, job: Job) -> Iterator[Result]:
         steps = {who: each.step for who, each in contenders.items()}
         result.ms = median_ms_in_turns(steps, job.steps, ROUNDS, job.device)
         result.host_ms = {who: host_ms(step, job.device) for who, step in steps.items()}
+        if job.device.type == "cuda":
+            result.kernels = {who: kernel_times(step) for who, step in steps.items()}
     yield result
 
 
@@ -312,6 +319,11 @@ def save_csv(path: Path, job: Job, results: list[Result]) -> None:
         rows += [(who, "host", ms, "ms") for who, ms in r.host_ms.items()]
         rows += [(who, "compile", time, "s") for who, time in r.compile_s.items()]
         rows += [
+            (who, f"{category} kernels", time.ms, "ms")
+            for who, kernels in r.kernels.items()
+            for category, time in by_category(kernels).items()
+        ]
+        rows += [
             ("fp8", "FP8 GEMMs", r.fp8_gemms, f"of {r.gemms}"),
             ("fp8", "SQNR of the output", r.sqnr_db, "dB"),
         ]
@@ -340,6 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     def found(result: Result) -> None:
         times = ", ".join(f"{who} {ms:.2f} ms" for who, ms in result.ms.items())
         console.print(f"{result.title}: {times}, {result.ratio:.3f}x", highlight=False)
+        print_categories(result.kernels, result.ms)
         if args.csv:
             save_csv(args.csv, job, [result])
 

@@ -245,6 +245,42 @@ def by_category(kernels: dict[str, KernelTime]) -> dict[str, KernelTime]:
     return sums
 
 
+def print_categories(
+    kernels: Mapping[str, dict[str, KernelTime]], step_ms: Mapping[str, float]
+) -> None:
+    """Where a step's time goes, by contender; those without kernels are left out.
+
+    Left over are gaps between kernels, and what the clock is lower by in the timed steps, which
+    follow each other for longer than those that kernels are timed in.
+    """
+    tables = {name: by_category(times) for name, times in kernels.items() if times}
+    if not tables:
+        return
+    print("\nms per step by category (launches per step)")
+    print(f"{'':<22}" + "".join(f"{name:>20}" for name in tables))
+    for category in next(iter(tables.values())):
+        found = [table[category] for table in tables.values()]
+        cells = [f"{time.ms:.2f} ({time.launches:.0f})" for time in found]
+        print(f"{category:<22}" + "".join(f"{cell:>20}" for cell in cells))
+    left = [step_ms[name] - sum(k.ms for k in kernels[name].values()) for name in tables]
+    print(f"{'left over':<22}" + "".join(f"{ms:>20.2f}" for ms in left))
+    for name in tables:
+        for category in ("casts and transposes", "other", UNKNOWN):
+            print_largest(name, kernels[name], category)
+
+
+def print_largest(name: str, kernels: dict[str, KernelTime], category: str, count: int = 6) -> None:
+    found = [
+        (time.ms, time.launches, kernel)
+        for kernel, time in kernels.items()
+        if category_of(kernel) == category
+    ]
+    if found:
+        print(f"\n{name}, {category}: the largest of {len(found)} kernels")
+    for ms, launches, kernel in sorted(found, reverse=True)[:count]:
+        print(f"  {ms:>8.3f} ms  {launches:>5.0f} launches  {kernel[:80]}")
+
+
 # ---- numerics ------------------------------------------------------------------------------------
 def sqnr_db(reference: Tensor, actual: Tensor) -> float:
     """Signal to quantization noise ratio, in decibels."""

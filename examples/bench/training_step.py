@@ -42,12 +42,10 @@ from gemms import GemmResult, gemm_cases, measure_gemms, print_gemms
 from llama_layers import LlamaLayers, LlamaShape, rope_tables
 from timing import (
     GIB,
-    UNKNOWN,
     KernelTime,
     allocated,
     append_csv,
     by_category,
-    category_of,
     device_name,
     equal_conditions,
     heat_up,
@@ -56,6 +54,7 @@ from timing import (
     median_ms,
     median_ms_in_turns,
     peak_of,
+    print_categories,
     seconds,
     sqnr_db,
     versions,
@@ -337,39 +336,6 @@ def print_sqnr(results: list[Result]) -> None:
         )
 
 
-def print_categories(results: list[Result]) -> None:
-    """Where a step's time goes. Left over are gaps between kernels, and what the clock is lower by
-    in the timed steps, which follow each other for longer than those that kernels are timed in.
-    """
-    results = [r for r in results if r.kernels]
-    if not results:
-        return
-    print("\nms per step by category (launches per step)")
-    print(f"{'':<22}" + "".join(f"{r.name:>20}" for r in results))
-    tables = [by_category(r.kernels) for r in results]
-    for category in tables[0]:
-        cells = [f"{t[category].ms:.2f} ({t[category].launches:.0f})" for t in tables]
-        print(f"{category:<22}" + "".join(f"{cell:>20}" for cell in cells))
-    left = [r.step_ms - sum(k.ms for k in r.kernels.values()) for r in results]
-    print(f"{'left over':<22}" + "".join(f"{ms:>18.2f}" for ms in left))
-    for r in results:
-        print_largest(r, "casts and transposes")
-        print_largest(r, "other")
-        print_largest(r, UNKNOWN)
-
-
-def print_largest(result: Result, category: str, count: int = 6) -> None:
-    kernels = [
-        (k.ms, k.launches, name)
-        for name, k in result.kernels.items()
-        if category_of(name) == category
-    ]
-    if kernels:
-        print(f"\n{result.name}, {category}: the largest of {len(kernels)} kernels")
-    for ms, launches, name in sorted(kernels, reverse=True)[:count]:
-        print(f"  {ms:>8.3f} ms  {launches:>5.0f} launches  {name[:80]}")
-
-
 # ---- records -------------------------------------------------------------------------------------
 def save_steps(path: Path, job: Job, results: list[Result]) -> None:
     rows: list[tuple[str, str, float, str]] = []
@@ -424,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
     results = measure_all(args.contenders, job)
     print_steps(results, job)
     print_sqnr(results)
-    print_categories(results)
+    print_categories({r.name: r.kernels for r in results}, {r.name: r.step_ms for r in results})
     if args.csv:
         save_steps(args.csv, job, results)
     if job.device.type == "cuda":

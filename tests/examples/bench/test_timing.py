@@ -44,3 +44,23 @@ def test_kernels_are_counted_where_they_belong(
     from timing import category_of
 
     assert category_of(kernel) == category
+
+
+def test_categories_add_up_to_the_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "bench"))
+    from timing import KernelTime, print_categories
+
+    kernels = {
+        "bf16": {"nvjet_a": KernelTime(2.0, 3), "nvjet_b": KernelTime(1.0, 1)},
+        "fp8": {"fp8_cast": KernelTime(0.5, 4), "triton_poi_fused_add": KernelTime(0.25, 2)},
+        "on a CPU": {},
+    }
+    print_categories(kernels, {"bf16": 5.0, "fp8": 1.0, "on a CPU": 9.0})
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[2] == ["bf16", "fp8"]
+    assert ["GEMM", "3.00", "(4)", "0.00", "(0)"] in rows
+    assert ["fused", "casts", "0.00", "(0)", "0.50", "(4)"] in rows
+    assert ["left", "over", "2.00", "0.25"] in rows
+    assert ["0.250", "ms", "2", "launches", "triton_poi_fused_add"] in rows
