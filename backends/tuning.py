@@ -115,7 +115,7 @@ def cublaslt_supports(shape: GemmShape) -> bool:
 @functools.cache
 def choose_gemm(shape: GemmShape, device_index: int) -> Choice:
     """What is fastest for a shape; the best guess, if the GPU has no memory left to find out."""
-    offered = _offered(shape, device_index)
+    offered = offered_choices(shape, device_index)
     if offered == [None]:
         return None
     file = _cache_file(device_index)
@@ -171,7 +171,7 @@ def _sums(shape: GemmShape) -> list[Choice]:
     return [CublasltAlgorithm(index) for index in range(MOST_ALGORITHMS)]
 
 
-def _offered(shape: GemmShape, device_index: int) -> list[Choice]:
+def offered_choices(shape: GemmShape, device_index: int) -> list[Choice]:
     """The choices there are on a device: cuBLASLt may list fewer algorithms. PyTorch's operator is
     not timed beside them: it is the first, and takes the host longer.
     """
@@ -213,7 +213,10 @@ def time_choices(shape: GemmShape, device: torch.device) -> dict[Choice, float]:
             else:
                 multiply(choice, shape, a, b, one, one, bias, addend)
 
-    runs = {choice: functools.partial(run, choice) for choice in _offered(shape, device.index or 0)}
+    runs = {
+        choice: functools.partial(run, choice)
+        for choice in offered_choices(shape, device.index or 0)
+    }
     times = _fastest(runs, f"autotuning {shape}", as_graph=shape.has_few_rows)
     return {choice: time / len(sets) for choice, time in times.items()}
 

@@ -117,21 +117,21 @@ def test_only_what_cublaslt_lists_is_timed(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(cublaslt, "listed", listed)
     first, second, third = map(CublasltAlgorithm, range(3))
-    assert tuning._offered(ALIGNED, 1) == [first, second, third, choices(ALIGNED)[-1]]
-    assert tuning._offered(UNALIGNED, 1) == choices(UNALIGNED)
+    assert tuning.offered_choices(ALIGNED, 1) == [first, second, third, choices(ALIGNED)[-1]]
+    assert tuning.offered_choices(UNALIGNED, 1) == choices(UNALIGNED)
     sizes, dtypes = (1024, 512, 256), (E4M3, E4M3, torch.bfloat16)
     assert asked == [(cublaslt.Gemm(*sizes, *dtypes, False, True), 1)]
-    assert tuning._offered(FEW, 1) == [first, choices(FEW)[-1]]
+    assert tuning.offered_choices(FEW, 1) == [first, choices(FEW)[-1]]
     sums = replace(ALIGNED, adds=True)
-    assert tuning._offered(sums, 1) == [None, first, second, third]
+    assert tuning.offered_choices(sums, 1) == [None, first, second, third]
 
 
 def test_where_cublaslt_lists_nothing_pytorchs_operator_is_timed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cublaslt, "listed", lambda gemm, device_index: 0)
-    assert tuning._offered(ALIGNED, 0) == [None, choices(ALIGNED)[-1]]
-    assert tuning._offered(FEW, 0) == [None, choices(FEW)[-1]]
+    assert tuning.offered_choices(ALIGNED, 0) == [None, choices(ALIGNED)[-1]]
+    assert tuning.offered_choices(FEW, 0) == [None, choices(FEW)[-1]]
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
