@@ -437,9 +437,9 @@ def _logit_of_silu(node: fx.Node) -> fx.Node | None:
 
 def _is_erf_plus_1(node: fx.Node) -> bool:
     """Whether a node is ``erf(x) + 1``, as in ``gelu(x)``; of a small erf, 1 leaves few bits."""
-    if _argument(args_of(node)[0] if node.args else None, aten.erf.default) is None:
+    if node.target is not aten.add.Tensor or node.kwargs:
         return False
-    return node.target is aten.add.Tensor and args_of(node)[1] == 1 and not node.kwargs
+    return args_of(node)[1] == 1 and _argument(args_of(node)[0], aten.erf.default) is not None
 
 
 def _argument(node: Any, target: Any) -> Any:
